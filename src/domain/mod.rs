@@ -1,0 +1,30 @@
+//! The core: what a session, a channel and a record are, and every rule about them.
+//!
+//! Knows no transport, no database, no token format. Start reading at [`Sessions`].
+
+pub mod access;
+pub mod channel;
+pub mod clock;
+pub mod envelope;
+pub mod error;
+pub mod follow;
+pub mod id;
+pub mod list;
+pub mod port;
+pub mod record;
+pub mod session;
+mod sessions;
+pub mod tenant;
+pub mod timer;
+
+pub use access::{Action, Caller, CallerKind, Resource, Scopes};
+pub use channel::{ChannelAddress, ChannelKey, ChannelName, Direction};
+pub use clock::{Clock, SystemClock, TestClock, Timestamp};
+pub use error::{Code, Error, Result, Violation};
+pub use follow::{Follow, FollowEvent};
+pub use id::{EnvironmentId, ExternalId, KeyId, RunId, SessionId, SessionRef};
+pub use list::{Cursor, Filter, Page, PageRequest, StatusSet, TagQuery};
+pub use port::{ChannelStore, ListIndex, MetadataStore};
+pub use record::{AppendAck, AppendInput, NewRecord, Position, ReadStart, Record, RecordBatch, SeqNum};
+pub use session::{Closure, NewSession, Session, SessionPatch, Status};
+pub use sessions::{CreateSession, Created, FollowOptions, Sessions, SessionsConfig};

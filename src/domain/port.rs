@@ -1,0 +1,192 @@
+//! The three ports. Each is a contract; `tests/it/contract/` holds one suite per port that every adapter passes.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use futures_util::stream::BoxStream;
+
+use super::channel::ChannelKey;
+use super::clock::Timestamp;
+use super::error::Result;
+use super::id::{EnvironmentId, KeyId, SessionId, SessionRef};
+use super::list::{Filter, Page, PageRequest, TagQuery};
+use super::record::{AppendAck, AppendInput, Bounds, Position, ReadLimit, ReadStart, RecordBatch};
+use super::session::{Closure, Session, SessionPatch};
+use super::tenant::{Environment, StoredKey};
+
+/// Sessions, environments and keys. The source of truth for everything but records.
+///
+/// Every method that touches sessions takes the environment first and cannot see past it. Each method is one
+/// atomic step. Absence is `None`; a unique clash is [`Error::Conflict`](super::Error::Conflict).
+/// Once a write has returned it survives kill -9 and power loss.
+#[async_trait]
+pub trait MetadataStore: Send + Sync {
+    /// Inserts `session`, or finds the one that has the same external id (or, for a session without one, was
+    /// created under the same `request_key`) and returns that instead, unchanged.
+    ///
+    /// Of any number of concurrent calls with one external id exactly one inserts.
+    async fn create_session(&self, session: Session, request_key: Option<&str>) -> Result<Inserted>;
+
+    /// The session at an address.
+    async fn find_session(
+        &self,
+        environment: &EnvironmentId,
+        address: &SessionRef,
+    ) -> Result<Option<Session>>;
+
+    /// Applies a patch and sets `updated_at` to `now`; `None` when there is no such session.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`](super::Error::Conflict) if another session has the new external id.
+    async fn update_session(
+        &self,
+        environment: &EnvironmentId,
+        id: &SessionId,
+        patch: SessionPatch,
+        now: Timestamp,
+    ) -> Result<Option<Session>>;
+
+    /// Writes the closure unless the row has one already, and returns the row as it then stands.
+    async fn close_session(
+        &self,
+        environment: &EnvironmentId,
+        id: &SessionId,
+        closure: &Closure,
+    ) -> Result<Option<Session>>;
+
+    /// As [`MetadataStore::close_session`], for a seal that was found in the log after a crash. The one
+    /// query without an environment: the seal proves that its writer was allowed to close.
+    async fn complete_close(&self, id: &SessionId, closure: &Closure) -> Result<()>;
+
+    /// Adds an environment.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`](super::Error::Conflict) if the project has one with this slug.
+    async fn create_environment(&self, environment: Environment) -> Result<()>;
+
+    /// Every environment, oldest first.
+    async fn environments(&self) -> Result<Vec<Environment>>;
+
+    /// Adds a key and advances the key revision.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`](super::Error::Conflict) if the same secret is stored already.
+    async fn insert_key(&self, key: StoredKey) -> Result<()>;
+
+    /// Every key of an environment, newest first, ended ones too.
+    async fn keys(&self, environment: &EnvironmentId) -> Result<Vec<StoredKey>>;
+
+    /// The key with this lookup hash, of whichever environment.
+    async fn find_key(&self, lookup: &[u8]) -> Result<Option<StoredKey>>;
+
+    /// Ends a key at `at` unless it ends earlier already, and advances the key revision. `None` when the
+    /// environment has no such key.
+    async fn end_key(
+        &self,
+        environment: &EnvironmentId,
+        id: &KeyId,
+        at: Timestamp,
+    ) -> Result<Option<StoredKey>>;
+
+    /// Grows with every change of any key, by whichever process. Cheap: it is polled.
+    async fn key_revision(&self) -> Result<i64>;
+
+    /// The id of the log that belongs to this store: `candidate` is remembered if there is none yet.
+    async fn claim_log(&self, candidate: &str) -> Result<String>;
+
+    /// Answers if the store can be used.
+    async fn ping(&self) -> Result<()>;
+}
+
+/// What [`MetadataStore::create_session`] found or made.
+#[derive(Clone, Debug)]
+pub struct Inserted {
+    /// The row.
+    pub session: Session,
+    /// False when the row was there already.
+    pub created: bool,
+}
+
+/// Lists, counts and tags of sessions. May lag behind the [`MetadataStore`] where it is another system.
+#[async_trait]
+pub trait ListIndex: Send + Sync {
+    /// A page in list order. `now` decides derived statuses.
+    ///
+    /// No row is skipped or repeated by following cursors, whatever is inserted meanwhile.
+    async fn list(
+        &self,
+        environment: &EnvironmentId,
+        filter: &Filter,
+        page: &PageRequest,
+        now: Timestamp,
+    ) -> Result<Page>;
+
+    /// How many sessions match, exactly.
+    async fn count(&self, environment: &EnvironmentId, filter: &Filter, now: Timestamp) -> Result<u64>;
+
+    /// Distinct tags in ascending byte order.
+    async fn tags(&self, environment: &EnvironmentId, query: &TagQuery) -> Result<Vec<String>>;
+}
+
+/// The log: one append-only sequence of records per [`ChannelKey`]. A channel exists as soon as it is named.
+///
+/// *Durable before visible*: neither an ack, nor a read, nor a follower shows a record that would not survive
+/// kill -9 and power loss.
+#[async_trait]
+pub trait ChannelStore: Send + Sync {
+    /// Appends a batch as one unit: every record becomes visible, or none does.
+    ///
+    /// Checks, in this order and in the same commit: the session's seal, part ids, the fencing token, the
+    /// expected sequence number. If every part id of the batch is known with the same content the original
+    /// places are answered and nothing is written. Timestamps never run backwards within a channel. A trim or
+    /// fence command takes a place like any record and acts with the commit that stores it.
+    ///
+    /// # Errors
+    /// [`Error::Closed`](super::Error::Closed) once the session is sealed;
+    /// [`Error::IdempotencyMismatch`](super::Error::IdempotencyMismatch) for a known part id with another
+    /// content; [`Error::Conflict`](super::Error::Conflict) if only some part ids of the batch are known;
+    /// [`Error::Fenced`](super::Error::Fenced); [`Error::SeqNumMismatch`](super::Error::SeqNumMismatch);
+    /// [`Error::Unavailable`](super::Error::Unavailable) when the log cannot promise durability, in which case
+    /// the records may or may not be there after a restart.
+    async fn append(&self, key: &ChannelKey, input: AppendInput) -> Result<AppendAck>;
+
+    /// Where a channel begins and ends.
+    async fn bounds(&self, key: &ChannelKey) -> Result<Bounds>;
+
+    /// Reads forward from `start`, at most `limit`; empty at the tail. `tail` of the batch is set when the
+    /// read reached it.
+    async fn read(&self, key: &ChannelKey, start: ReadStart, limit: ReadLimit) -> Result<Arc<RecordBatch>>;
+
+    /// Stored records from `start`, then live ones, without a gap or a repeat, until the session is sealed or
+    /// the stream is dropped. After an `Err` it ends. Memory stays bounded however slowly it is polled.
+    async fn follow(
+        &self,
+        key: &ChannelKey,
+        start: ReadStart,
+    ) -> Result<BoxStream<'static, Result<Followed>>>;
+
+    /// Seals every channel of a session, those not yet written included, and returns the closure that holds:
+    /// the first one ever given. Nothing is appended afterwards; followers get the rest and then
+    /// [`Followed::Sealed`].
+    async fn seal(&self, session: &SessionId, closure: Closure) -> Result<Closure>;
+
+    /// Says that the seal has reached the row, so that [`ChannelStore::unsettled`] stops naming it.
+    async fn settle(&self, session: &SessionId) -> Result<()>;
+
+    /// Seals that may not have reached their rows, because the process died in between.
+    async fn unsettled(&self) -> Result<Vec<(SessionId, Closure)>>;
+
+    /// Answers if appends can be taken.
+    async fn ping(&self) -> Result<()>;
+}
+
+/// What a follower sees.
+#[derive(Clone, Debug)]
+pub enum Followed {
+    /// Records, in order.
+    Batch(Arc<RecordBatch>),
+    /// Every stored record has been given out; from here on it is live. Comes once, again after each lag.
+    CaughtUp(Position),
+    /// The session is sealed and every record has been given out. Nothing comes after it.
+    Sealed(Closure),
+}

@@ -1,0 +1,92 @@
+//! Session rows as the use cases read them: through a cache, and awaited where they do not exist yet.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use quick_cache::sync::Cache;
+use tokio::sync::Notify;
+
+use crate::domain::error::Result;
+use crate::domain::id::{EnvironmentId, ExternalId, SessionRef};
+use crate::domain::port::MetadataStore;
+use crate::domain::session::{Session, SharedSession};
+
+type Key = (EnvironmentId, SessionRef);
+
+/// Reads rows. A cached row may refuse an append but never allows one on its own: what allows is the log,
+/// which checks the seal in the commit. `expires_at` and ids never change, so they may come from the cache.
+pub(super) struct Rows {
+    store: Arc<dyn MetadataStore>,
+    cache: Cache<Key, SharedSession>,
+    /// Counts invalidations, so that a read that began before one cannot put its stale row back.
+    generation: Mutex<u64>,
+    awaited: Mutex<HashMap<(EnvironmentId, ExternalId), Arc<Notify>>>,
+}
+
+impl Rows {
+    pub(super) fn new(store: Arc<dyn MetadataStore>, capacity: usize) -> Self {
+        Self { store, cache: Cache::new(capacity), generation: Mutex::default(), awaited: Mutex::default() }
+    }
+
+    pub(super) async fn find(
+        &self,
+        environment: &EnvironmentId,
+        address: &SessionRef,
+    ) -> Result<Option<SharedSession>> {
+        let key = (environment.clone(), address.clone());
+        if let Some(session) = self.cache.get(&key) {
+            return Ok(Some(session));
+        }
+        let before = *self.lock();
+        let Some(session) = self.store.find_session(environment, address).await? else {
+            return Ok(None);
+        };
+        let session = Arc::new(session);
+        let generation = self.lock();
+        if *generation == before {
+            self.cache.insert(key, session.clone());
+        }
+        Ok(Some(session))
+    }
+
+    /// Forgets every address that leads to these versions of a row, and wakes who waits for one of them.
+    pub(super) fn changed(&self, versions: &[&Session]) {
+        let mut generation = self.lock();
+        *generation += 1;
+        for session in versions {
+            let environment = &session.environment;
+            self.cache.remove(&(environment.clone(), SessionRef::Id(session.id.clone())));
+            if let Some(external) = &session.external_id {
+                self.cache.remove(&(environment.clone(), SessionRef::External(external.clone())));
+                let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(waiters) = awaited.remove(&(environment.clone(), external.clone())) {
+                    waiters.notify_waiters();
+                }
+            }
+        }
+    }
+
+    /// Waits until a session has this external id.
+    pub(super) async fn wait_for(
+        &self,
+        environment: &EnvironmentId,
+        external: &ExternalId,
+    ) -> Result<SharedSession> {
+        let address = SessionRef::External(external.clone());
+        loop {
+            let waiters = {
+                let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
+                awaited.entry((environment.clone(), external.clone())).or_default().clone()
+            };
+            let arrival = waiters.notified();
+            if let Some(session) = self.find(environment, &address).await? {
+                return Ok(session);
+            }
+            arrival.await;
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, u64> {
+        self.generation.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

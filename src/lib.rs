@@ -1,0 +1,7 @@
+//! sessiond: durable two-way sessions for agents and their users.
+//!
+//! [`domain`] is the core and knows nothing of the rest; [`store`] and [`auth`] serve it, [`api`] translates for
+//! it, [`server`] puts them together. `ARCHITECTURE.md` walks through it.
+
+pub mod domain;
+pub mod store;

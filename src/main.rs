@@ -1,0 +1,2 @@
+//! sessiond
+fn main() {}

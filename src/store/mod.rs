@@ -1,0 +1,5 @@
+//! Adapters: one per port and backend. Each converts its backend's errors at its edge, once.
+
+pub mod channel;
+pub mod index;
+pub mod metadata;

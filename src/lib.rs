@@ -4,5 +4,9 @@
 //! it, [`server`] puts them together. `ARCHITECTURE.md` walks through it.
 
 pub mod auth;
+pub mod config;
 pub mod domain;
+pub mod listener;
+pub mod shutdown;
 pub mod store;
+pub mod telemetry;

@@ -45,7 +45,7 @@ struct SigningKey {
 /// Authentication of every door.
 pub struct Auth {
     store: Arc<dyn MetadataStore>,
-    vault: Vault,
+    vault: Arc<Vault>,
     clock: Arc<dyn Clock>,
     callers: Cache<String, Arc<Caller>>,
     signing: Cache<EnvironmentId, Arc<[SigningKey]>>,
@@ -60,7 +60,7 @@ pub struct Auth {
 
 impl Auth {
     /// Authentication over a store and the vault that seals its keys.
-    pub fn new(store: Arc<dyn MetadataStore>, vault: Vault, clock: Arc<dyn Clock>) -> Arc<Self> {
+    pub fn new(store: Arc<dyn MetadataStore>, vault: Arc<Vault>, clock: Arc<dyn Clock>) -> Arc<Self> {
         Arc::new(Self {
             store,
             vault,

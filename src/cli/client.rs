@@ -1,0 +1,275 @@
+//! `tail` and `send`: small clients of a running server, over its public wire.
+
+use std::collections::VecDeque;
+
+use anyhow::{Context, bail};
+use bytes::{Buf, BytesMut};
+use clap::{Args, ValueEnum};
+use reqwest::{RequestBuilder, Response, StatusCode, Url};
+use secrecy::ExposeSecret;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::Common;
+
+/// Where the server is and how to get in.
+#[derive(Debug, Args)]
+struct ServerArgs {
+    /// Base URL of the server
+    #[arg(long, env = "SESSIOND_URL", default_value = "http://127.0.0.1:3030")]
+    url: Url,
+    /// Secret key or public token [default: SESSIOND_SECRET_KEY, else the root key in the data folder]
+    #[arg(long, env = "SESSIOND_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    /// A side channel instead of the session's main one
+    #[arg(long)]
+    channel: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Io {
+    In,
+    Out,
+}
+
+/// `sessiond tail`
+#[derive(Debug, Args)]
+pub(super) struct TailArgs {
+    /// Session id or external id
+    session: String,
+    /// Which way
+    #[arg(default_value = "out")]
+    io: Io,
+    /// Resume after this sequence number instead of at the start
+    #[arg(long, value_name = "SEQ", conflicts_with = "latest")]
+    after: Option<u64>,
+    /// Only what comes from now on
+    #[arg(long)]
+    latest: bool,
+    /// Print whole records as JSON, one a line
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+/// `sessiond send`
+#[derive(Debug, Args)]
+pub(super) struct SendArgs {
+    /// Session id or external id
+    session: String,
+    /// The body, as it is
+    body: String,
+    /// Which way; `out` needs a secret key
+    #[arg(long, default_value = "in")]
+    io: Io,
+    /// Create the session first if there is none with this external id
+    #[arg(long)]
+    create: bool,
+    /// Print the whole answer
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+impl Io {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::In => "in",
+            Self::Out => "out",
+        }
+    }
+}
+
+struct Client {
+    http: reqwest::Client,
+    base: Url,
+    token: String,
+}
+
+impl Client {
+    async fn new(common: &Common, args: &ServerArgs) -> anyhow::Result<Self> {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let token = match &args.token {
+            Some(token) => token.clone(),
+            None => local_key(common).await?,
+        };
+        Ok(Self { http: reqwest::Client::new(), base: args.url.clone(), token })
+    }
+
+    fn url(&self, segments: &[&str]) -> anyhow::Result<Url> {
+        let mut url = self.base.clone();
+        let Ok(mut path) = url.path_segments_mut() else { bail!("{} cannot be a base URL", self.base) };
+        path.pop_if_empty().extend(segments);
+        drop(path);
+        Ok(url)
+    }
+
+    fn channel_url(&self, session: &str, args: &ServerArgs, io: Io, verb: Option<&str>) -> anyhow::Result<Url> {
+        let mut segments = vec!["realtime", "v1", "sessions", session];
+        if let Some(channel) = &args.channel {
+            segments.extend(["channels", channel]);
+        }
+        segments.push(io.as_str());
+        segments.extend(verb);
+        self.url(&segments)
+    }
+
+    async fn send(&self, request: RequestBuilder) -> anyhow::Result<Response> {
+        let response = request
+            .bearer_auth(&self.token)
+            .send()
+            .await
+            .with_context(|| format!("cannot reach the server at {}; is it running?", self.base))?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let text = response.text().await.unwrap_or_default();
+        let body: Value = serde_json::from_str(&text).unwrap_or(Value::Null);
+        bail!("the server says {status}: {}", body["error"].as_str().unwrap_or(&text));
+    }
+}
+
+/// The configured secret key, or the one that a local server generated.
+async fn local_key(common: &Common) -> anyhow::Result<String> {
+    let config = common.load(None)?;
+    if let Some(key) = &config.secret_key {
+        return Ok(key.expose_secret().to_owned());
+    }
+    let control = common.control().await?;
+    let (_, key) = control.default_environment(None).await?;
+    Ok(key.secret.expose_secret().to_owned())
+}
+
+pub(super) async fn send(common: &Common, args: SendArgs) -> anyhow::Result<()> {
+    let client = Client::new(common, &args.server).await?;
+    if args.create {
+        let body = json!({"type": "chat", "taskIdentifier": "terminal", "externalId": args.session});
+        let url = client.url(&["api", "v1", "sessions"])?;
+        client.send(client.http.post(url).json(&body)).await?;
+    }
+    let url = client.channel_url(&args.session, &args.server, args.io, Some("append"))?;
+    let part_id = uuid::Uuid::new_v4().to_string();
+    let request = client.http.post(url).header("X-Part-Id", part_id).body(args.body);
+    let answer: Value = client.send(request).await?.json().await?;
+    if args.json {
+        println!("{answer}");
+    } else {
+        println!("{}", answer["seq"]);
+    }
+    Ok(())
+}
+
+pub(super) async fn tail(common: &Common, args: TailArgs) -> anyhow::Result<()> {
+    let client = Client::new(common, &args.server).await?;
+    let url = client.channel_url(&args.session, &args.server, args.io, None)?;
+    let mut last = args.after;
+    loop {
+        let mut request = client.http.get(url.clone()).header("Timeout-Seconds", "600");
+        if let Some(last) = last {
+            request = request.header("Last-Event-ID", last.to_string());
+        } else if args.latest {
+            request = request.header("X-Trigger-Stream-Start", "latest");
+        }
+        let response = client.send(request).await?;
+        if response.status() != StatusCode::OK {
+            bail!("unexpected answer {}", response.status());
+        }
+        let mut events = Events { response, buffer: BytesMut::new(), ready: VecDeque::new() };
+        while let Some(event) = events.next().await? {
+            match event.name.as_str() {
+                "batch" => {
+                    let batch: Batch = serde_json::from_str(&event.data)?;
+                    for record in batch.records {
+                        last = Some(record.seq_num);
+                        println!("{}", record.line(args.json));
+                    }
+                }
+                "error" => bail!("the stream ended: {}", event.data),
+                _ => {}
+            }
+        }
+        // A clean end is either the idle limit or the end of the session; only the first is worth going on.
+        let session = client.url(&["api", "v1", "sessions", &args.session])?;
+        let session: Value = client.send(client.http.get(session)).await?.json().await?;
+        if !session["closedAt"].is_null() || session["status"] == "EXPIRED" {
+            eprintln!("the session has ended");
+            return Ok(());
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Batch {
+    records: Vec<Record>,
+}
+
+#[derive(Deserialize)]
+struct Record {
+    seq_num: u64,
+    timestamp: i64,
+    #[serde(default)]
+    headers: Vec<(String, String)>,
+    #[serde(default)]
+    body: String,
+}
+
+impl Record {
+    fn line(&self, whole: bool) -> String {
+        if whole {
+            let Self { seq_num, timestamp, headers, body } = self;
+            return json!({"seqNum": seq_num, "timestamp": timestamp, "headers": headers, "body": body}).to_string();
+        }
+        let envelope: Value = serde_json::from_str(&self.body).unwrap_or(Value::Null);
+        match &envelope["data"] {
+            Value::Null => self.body.clone(),
+            Value::String(text) => text.clone(),
+            data => data.to_string(),
+        }
+    }
+}
+
+struct Event {
+    name: String,
+    data: String,
+}
+
+/// Server-sent events of a response body.
+struct Events {
+    response: Response,
+    buffer: BytesMut,
+    ready: VecDeque<Event>,
+}
+
+impl Events {
+    async fn next(&mut self) -> anyhow::Result<Option<Event>> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Ok(Some(event));
+            }
+            let Some(chunk) = self.response.chunk().await.context("the stream broke")? else { return Ok(None) };
+            self.buffer.extend_from_slice(&chunk);
+            while let Some(end) = self.buffer.windows(2).position(|pair| pair == b"\n\n") {
+                let block = self.buffer.split_to(end);
+                self.buffer.advance(2);
+                self.ready.push_back(Event::parse(&String::from_utf8_lossy(&block)));
+            }
+        }
+    }
+}
+
+impl Event {
+    fn parse(block: &str) -> Self {
+        let mut event = Self { name: String::new(), data: String::new() };
+        for line in block.lines() {
+            match line.split_once(':') {
+                Some(("event", value)) => value.trim_start().clone_into(&mut event.name),
+                Some(("data", value)) => event.data.push_str(value.trim_start()),
+                _ => {}
+            }
+        }
+        event
+    }
+}

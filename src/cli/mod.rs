@@ -1,0 +1,94 @@
+//! The command line: the server, the operator's commands, and two small clients of a running server.
+
+mod client;
+mod control;
+mod output;
+mod serve;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, Overrides};
+use crate::domain::SystemClock;
+use crate::server::Control;
+
+/// Durable two-way sessions for agents and their users.
+///
+/// Without a command it serves: everything embedded, one folder, one port.
+#[derive(Debug, Parser)]
+#[command(name = "sessiond", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// Flags that every command takes.
+#[derive(Clone, Debug, Args)]
+struct Common {
+    /// A TOML file with settings; `sessiond config` shows them all
+    #[arg(long, global = true, env = "SESSIOND_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Folder of the embedded stores [default: ./data]
+    #[arg(long, global = true, value_name = "DIR")]
+    data: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start the server
+    Serve(serve::ServeArgs),
+    /// Bring the metadata store's schema up to date
+    Migrate(output::OutputArgs),
+    /// List or create environments (tenants)
+    #[command(subcommand)]
+    Environments(control::EnvironmentsCommand),
+    /// List, create, rotate or revoke secret keys
+    #[command(subcommand)]
+    Keys(control::KeysCommand),
+    /// Mint a public token for a browser
+    Token(control::TokenArgs),
+    /// Show the settings in force, secrets masked
+    Config(output::OutputArgs),
+    /// Follow a channel of a running server
+    Tail(client::TailArgs),
+    /// Append to a channel of a running server
+    Send(client::SendArgs),
+}
+
+impl Common {
+    fn load(&self, listen: Option<String>) -> anyhow::Result<Config> {
+        let overrides = Overrides { file: self.config.clone(), data: self.data.clone(), listen };
+        Ok(Config::load(&overrides)?)
+    }
+
+    async fn control(&self) -> anyhow::Result<Control> {
+        Control::open(&self.load(None)?, Arc::new(SystemClock)).await
+    }
+}
+
+/// Runs one command to its end.
+///
+/// # Errors
+/// Whatever a person at the terminal should read.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(dispatch(cli))
+}
+
+async fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    let Cli { common, command } = cli;
+    match command.unwrap_or_else(|| Command::Serve(serve::ServeArgs::default())) {
+        Command::Serve(args) => serve::serve(&common, args).await,
+        Command::Migrate(output) => control::migrate(&common, output).await,
+        Command::Environments(command) => control::environments(&common, command).await,
+        Command::Keys(command) => control::keys(&common, command).await,
+        Command::Token(args) => control::token(&common, args).await,
+        Command::Config(output) => control::config(&common, output),
+        Command::Tail(args) => client::tail(&common, args).await,
+        Command::Send(args) => client::send(&common, args).await,
+    }
+}

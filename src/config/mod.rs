@@ -1,0 +1,144 @@
+//! Settings: embedded defaults < TOML file < `SESSIOND_*` environment < flags. Nobody else reads the environment.
+
+mod http;
+mod store;
+
+use std::path::PathBuf;
+
+use figment::Figment;
+use figment::providers::{Env, Format, Serialized, Toml};
+use secrecy::{ExposeSecret, SecretString};
+use serde::{Deserialize, Serialize, Serializer};
+
+use crate::domain::{Error, Result, Violation};
+pub use http::{HttpConfig, RateLimitConfig, TlsConfig};
+pub use store::{AuthConfig, LogConfig, MetadataConfig};
+
+/// Every setting with its default and a comment each.
+pub const DEFAULTS: &str = include_str!("../../config.default.toml");
+/// What every variable of ours starts with.
+const PREFIX: &str = "SESSIOND_";
+/// Variables with our prefix that are not settings of the server: the client commands' and the test suite's.
+const NOT_SETTINGS: [&str; 4] = ["config", "url", "bin", "test_postgres"];
+
+/// The whole configuration.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Folder of the embedded stores.
+    pub data: PathBuf,
+    /// Root key of the default environment, taken verbatim.
+    #[serde(serialize_with = "masked", skip_serializing_if = "Option::is_none")]
+    pub secret_key: Option<SecretString>,
+    /// The listener and what it allows.
+    pub http: HttpConfig,
+    /// The metadata store.
+    pub metadata: MetadataConfig,
+    /// The embedded log.
+    pub log: LogConfig,
+    /// Protection of keys.
+    pub auth: AuthConfig,
+    /// Logging.
+    pub telemetry: TelemetryConfig,
+}
+
+/// Logging.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct TelemetryConfig {
+    /// A filter as `tracing` reads it.
+    pub log: String,
+    /// How log lines look.
+    pub format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For machines, one object a line.
+    Json,
+}
+
+/// What flags say; an absent flag leaves the setting as it is.
+#[derive(Clone, Debug, Default)]
+pub struct Overrides {
+    /// `--config`.
+    pub file: Option<PathBuf>,
+    /// `--data`.
+    pub data: Option<PathBuf>,
+    /// `--listen`.
+    pub listen: Option<String>,
+}
+
+impl Config {
+    /// Reads every source and validates the result.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with every fault that was found.
+    pub fn load(overrides: &Overrides) -> Result<Self> {
+        let environment = Env::prefixed(PREFIX).filter(|key| {
+            let key = key.as_str().to_ascii_lowercase();
+            !NOT_SETTINGS.contains(&key.as_str())
+        });
+        let mut figment = Figment::from(Toml::string(DEFAULTS));
+        if let Some(file) = &overrides.file {
+            figment = figment.merge(Toml::file_exact(file));
+        }
+        figment = figment.merge(environment.split("__"));
+        if let Some(data) = &overrides.data {
+            figment = figment.merge(Serialized::default("data", data));
+        }
+        if let Some(listen) = &overrides.listen {
+            figment = figment.merge(Serialized::default("http.listen", listen));
+        }
+        let config: Self = figment.extract().map_err(|faults| {
+            let violation = |fault: figment::Error| Violation {
+                field: fault.path.join("."),
+                message: fault.kind.to_string(),
+            };
+            Error::Invalid(faults.into_iter().map(violation).collect())
+        })?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    fn validate(&self) -> Result<()> {
+        let mut faults = Vec::new();
+        self.http.validate(&mut faults);
+        self.metadata.validate(&mut faults);
+        if self.metadata.is_postgres() && self.auth.master_key.is_none() {
+            faults.push(fault("auth.master_key", "is required with Postgres"));
+        }
+        if faults.is_empty() { Ok(()) } else { Err(Error::Invalid(faults)) }
+    }
+
+    /// The URL of the metadata store.
+    pub fn metadata_url(&self) -> String {
+        match &self.metadata.url {
+            Some(url) => url.expose_secret().to_owned(),
+            None => format!("sqlite:{}", self.data.join("metadata.db").display()),
+        }
+    }
+
+    /// The folder of the embedded log.
+    pub fn log_dir(&self) -> PathBuf {
+        self.data.join("log")
+    }
+
+    /// The file of the generated master key.
+    pub fn master_key_file(&self) -> PathBuf {
+        self.data.join("master.key")
+    }
+}
+
+/// Shows that a secret is set, and nothing of it.
+fn masked<S: Serializer>(_: &Option<SecretString>, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.serialize_str("***")
+}
+
+fn fault(field: &str, message: &str) -> Violation {
+    Violation { field: field.to_owned(), message: message.to_owned() }
+}

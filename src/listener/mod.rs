@@ -1,0 +1,202 @@
+//! One listener for HTTP/1.1 and prior-knowledge HTTP/2, with a cap on connections and a limit on every wait.
+//!
+//! Knows nothing of routes: it serves whatever router it is given.
+
+mod stall;
+mod tls;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::HttpConfig;
+use crate::shutdown::Shutdown;
+use crate::telemetry::Metrics;
+use stall::StallGuard;
+
+/// What a client that speaks HTTP/2 without asking sends first (RFC 9113, section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Largest head of a request, and largest read of a body at once.
+const READ_BUFFER_MAX: usize = 64 * 1024;
+/// Streams that one HTTP/2 connection may have open.
+const STREAMS_MAX: u32 = 1000;
+/// How long to wait before accepting again when the process is out of files or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// A bound listener.
+pub struct Listener {
+    socket: TcpListener,
+    tls: Option<TlsAcceptor>,
+    permits: Arc<Semaphore>,
+    config: HttpConfig,
+    metrics: Arc<Metrics>,
+}
+
+impl Listener {
+    /// Binds the configured address.
+    ///
+    /// # Errors
+    /// If the address is taken or a TLS file cannot be used.
+    pub async fn bind(config: HttpConfig, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
+        let tls = tls::acceptor(&config.tls)?;
+        let socket = TcpListener::bind(config.listen)
+            .await
+            .map_err(|error| anyhow::anyhow!("cannot listen on {}: {error}", config.listen))?;
+        let permits = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
+        Ok(Self { socket, tls, permits, config, metrics })
+    }
+
+    /// The address in use.
+    ///
+    /// # Errors
+    /// If the socket has none.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    /// `http` or `https`.
+    pub fn scheme(&self) -> &'static str {
+        if self.tls.is_some() { "https" } else { "http" }
+    }
+
+    /// Serves until `shutdown` drains.
+    pub async fn serve(self, router: Router, shutdown: Shutdown) {
+        let stop = shutdown.draining().clone();
+        while let Some(accepted) = stop.run_until_cancelled(self.accept()).await {
+            let (socket, permit) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "cannot accept a connection");
+                    sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let connection = Connection {
+                router: router.clone(),
+                tls: self.tls.clone(),
+                header_timeout: self.config.header_timeout,
+                write_timeout: self.config.write_timeout,
+                draining: stop.clone(),
+            };
+            let gauge = self.metrics.connection();
+            shutdown.spawn(async move {
+                let _held = (permit, gauge);
+                connection.serve(socket).await;
+            });
+        }
+    }
+
+    async fn accept(&self) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
+        let permit = self.permits.clone().acquire_owned().await.map_err(io::Error::other)?;
+        let (socket, _) = self.socket.accept().await?;
+        socket.set_nodelay(true)?;
+        Ok((socket, permit))
+    }
+}
+
+struct Connection {
+    router: Router,
+    tls: Option<TlsAcceptor>,
+    header_timeout: Duration,
+    write_timeout: Duration,
+    draining: CancellationToken,
+}
+
+impl Connection {
+    /// Every end of a connection is the peer's own business, so none is an error of ours.
+    async fn serve(self, socket: TcpStream) {
+        match &self.tls {
+            None => {
+                let deadline = Instant::now() + self.header_timeout;
+                match timeout_at(deadline, speaks_http2(&socket)).await {
+                    Ok(Ok(true)) => self.serve_http2(socket).await,
+                    Ok(Ok(false)) => self.serve_http1(socket).await,
+                    Ok(Err(_)) | Err(_) => {}
+                }
+            }
+            Some(tls) => {
+                let Ok(Ok(socket)) = timeout(self.header_timeout, tls.accept(socket)).await else { return };
+                if socket.get_ref().1.alpn_protocol() == Some(tls::H2) {
+                    Box::pin(self.serve_http2(socket)).await;
+                } else {
+                    Box::pin(self.serve_http1(socket)).await;
+                }
+            }
+        }
+    }
+
+    async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, socket: S) {
+        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout));
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(self.header_timeout)
+            .max_buf_size(READ_BUFFER_MAX)
+            .serve_connection(io, TowerToHyperService::new(self.router))
+            .with_upgrades();
+        let mut connection = Box::pin(connection);
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = self.draining.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        log_end(ended);
+    }
+
+    async fn serve_http2<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, socket: S) {
+        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout));
+        let connection = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .keep_alive_interval(self.header_timeout)
+            .keep_alive_timeout(self.header_timeout)
+            .max_concurrent_streams(STREAMS_MAX)
+            .serve_connection(io, TowerToHyperService::new(self.router));
+        let mut connection = Box::pin(connection);
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = self.draining.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        log_end(ended);
+    }
+}
+
+fn log_end(ended: hyper::Result<()>) {
+    if let Err(error) = ended {
+        tracing::debug!(error = &error as &dyn std::error::Error, "connection ended early");
+    }
+}
+
+/// Looks at the first bytes without taking them.
+async fn speaks_http2(socket: &TcpStream) -> io::Result<bool> {
+    let mut seen = [0; PREFACE.len()];
+    loop {
+        let len = socket.peek(&mut seen).await?;
+        if len == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if seen[..len] != PREFACE[..len] {
+            return Ok(false);
+        }
+        if len == PREFACE.len() {
+            return Ok(true);
+        }
+        // Part of the preface: the socket stays readable, so only time can tell.
+        sleep(Duration::from_millis(5)).await;
+    }
+}

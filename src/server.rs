@@ -1,0 +1,272 @@
+//! Puts the parts together: configuration to adapters, adapters to use cases, use cases to doors.
+//! The only place that picks an adapter.
+
+use std::fs::OpenOptions;
+use std::future::Future;
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use secrecy::{ExposeSecret, SecretString};
+
+use crate::api::{self, ApiConfig, ApiState};
+use crate::auth::Auth;
+use crate::auth::keys::{Keys, NewEnvironment, RevealedKey};
+use crate::auth::vault::Vault;
+use crate::config::Config;
+use crate::domain::tenant::{Environment, EnvironmentKind};
+use crate::domain::timer::Timers;
+use crate::domain::{ChannelStore, Clock, MetadataStore, Sessions, SessionsConfig};
+use crate::listener::Listener;
+use crate::shutdown::Shutdown;
+use crate::store::channel::log::{CommitStats, LogChannels, LogObserver, LogOptions};
+use crate::store::index::sql::SqlIndex;
+use crate::store::metadata::{OpenOptions as MetadataOptions, SqlMetadata};
+use crate::telemetry::Metrics;
+
+/// The environment that a first start makes.
+const DEFAULT_NAME: &str = "default";
+/// Linux's number of the signal that a write past the file size limit raises; unhandled it ends the process.
+const SIGXFSZ: i32 = 25;
+
+/// The control plane without a listener, as the command line uses it.
+pub struct Control {
+    /// Sessions, environments, keys.
+    pub store: Arc<SqlMetadata>,
+    /// Protects keys.
+    pub vault: Arc<Vault>,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+}
+
+impl Control {
+    /// Opens the metadata store (migrating it) and the vault.
+    ///
+    /// # Errors
+    /// If the store cannot be opened or there is no usable master key.
+    pub async fn open(config: &Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(&config.data)
+            .with_context(|| format!("cannot make the data folder {}", config.data.display()))?;
+        let options = MetadataOptions { connections: config.metadata.connections };
+        let store = Arc::new(SqlMetadata::open(&config.metadata_url(), options).await?);
+        let master_key = match &config.auth.master_key {
+            Some(key) => key.clone(),
+            None => master_key_file(&config.master_key_file())?,
+        };
+        Ok(Self { store, vault: Arc::new(Vault::new(&master_key)?), clock })
+    }
+
+    /// Key management.
+    pub fn keys(&self) -> Keys<'_> {
+        Keys::new(self.store.clone(), &self.vault, self.clock.clone())
+    }
+
+    /// The oldest environment, made if there is none, and its root key.
+    ///
+    /// # Errors
+    /// If the store is away, or the given secret cannot be used.
+    pub async fn default_environment(
+        &self,
+        secret: Option<SecretString>,
+    ) -> anyhow::Result<(Environment, RevealedKey)> {
+        let keys = self.keys();
+        let Some(environment) = self.store.environments().await?.into_iter().next() else {
+            let kind = secret.as_ref().map_or(EnvironmentKind::Development, |secret| kind_of(secret));
+            let new = NewEnvironment {
+                organization: DEFAULT_NAME.to_owned(),
+                project: DEFAULT_NAME.to_owned(),
+                slug: kind.as_str().to_owned(),
+                kind,
+            };
+            return Ok(keys.create_environment(new, secret).await?);
+        };
+        let key = match secret {
+            Some(secret) => keys.adopt(&environment, secret).await?,
+            None => match keys.current_root(&environment.id).await? {
+                Some(key) => key,
+                None => keys.create(&environment, "made at start", None, None).await?,
+            },
+        };
+        Ok((environment, key))
+    }
+}
+
+/// A server that is bound and ready to run.
+pub struct Server {
+    control: Control,
+    sessions: Arc<Sessions>,
+    auth: Arc<Auth>,
+    timers: Arc<Timers>,
+    log: Arc<LogChannels>,
+    metrics: Arc<Metrics>,
+    listener: Listener,
+    shutdown: Shutdown,
+    config: Config,
+    key: RevealedKey,
+}
+
+impl Server {
+    /// Opens every backend and binds the listener.
+    ///
+    /// # Errors
+    /// If a backend cannot be opened, the log belongs to another metadata store, or the address is taken.
+    pub async fn start(config: Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
+        let metrics = Metrics::new();
+        let listener = Listener::bind(config.http.clone(), metrics.clone()).await?;
+        let control = Control::open(&config, clock.clone()).await?;
+        let log = open_log(&config, clock.clone(), metrics.clone())?;
+        claim_log(&control, &log).await?;
+        let (_, key) = control.default_environment(config.secret_key.clone()).await?;
+        let timers = Timers::new(clock.clone());
+        let index = Arc::new(SqlIndex::new(&control.store));
+        let sessions = Sessions::new(
+            control.store.clone(),
+            log.clone(),
+            index,
+            clock.clone(),
+            timers.clone(),
+            SessionsConfig { cached_rows: config.metadata.cached_rows },
+        );
+        sessions.recover().await?;
+        let auth = Auth::new(control.store.clone(), control.vault.clone(), clock);
+        let shutdown = Shutdown::default();
+        Ok(Self { control, sessions, auth, timers, log, metrics, listener, shutdown, config, key })
+    }
+
+    /// The address in use.
+    ///
+    /// # Errors
+    /// If the socket has none.
+    pub fn local_addr(&self) -> anyhow::Result<SocketAddr> {
+        Ok(self.listener.local_addr()?)
+    }
+
+    /// The origin that clients on this machine use.
+    ///
+    /// # Errors
+    /// As [`Server::local_addr`].
+    pub fn base_url(&self) -> anyhow::Result<String> {
+        let mut address = self.local_addr()?;
+        if address.ip().is_unspecified() {
+            address.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
+        }
+        Ok(format!("{}://{address}", self.listener.scheme()))
+    }
+
+    /// The root key of the default environment.
+    pub fn secret_key(&self) -> &SecretString {
+        &self.key.secret
+    }
+
+    /// The control plane of this server.
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// Serves until `stop` completes, then stops gracefully.
+    ///
+    /// # Errors
+    /// If the log cannot be closed.
+    pub async fn run(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let draining = self.shutdown.draining().clone();
+        let router = api::router(ApiState {
+            sessions: self.sessions,
+            auth: self.auth.clone(),
+            metrics: self.metrics,
+            config: ApiConfig::from(&self.config.http),
+            shutdown: draining.clone(),
+        });
+        let listening = tokio::spawn(self.listener.serve(router, self.shutdown.clone()));
+        tokio::spawn(self.timers.run(draining.clone()));
+        tokio::spawn(self.auth.watch_keys(draining));
+        stop.await;
+        tracing::info!("stopping");
+        let cut = self.shutdown.finish(self.config.http.shutdown_deadline).await;
+        if cut > 0 {
+            tracing::warn!(connections = cut, "cut connections that did not end in time");
+        }
+        listening.await?;
+        let log = self.log;
+        tokio::task::spawn_blocking(move || log.close()).await??;
+        tracing::info!("stopped");
+        Ok(())
+    }
+}
+
+/// Sets what holds for the whole process: one TLS provider, all the files we may open, no death by SIGXFSZ.
+///
+/// # Errors
+/// If the signal handler cannot be installed.
+pub fn prepare_process() -> anyhow::Result<()> {
+    // A second call finds the provider in place, which is what we want.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
+        tracing::warn!(error = &error as &dyn std::error::Error, "cannot raise the limit on open files");
+    }
+    let kind = tokio::signal::unix::SignalKind::from_raw(SIGXFSZ);
+    let mut full = tokio::signal::unix::signal(kind)?;
+    tokio::spawn(async move { while full.recv().await.is_some() {} });
+    Ok(())
+}
+
+fn open_log(config: &Config, clock: Arc<dyn Clock>, metrics: Arc<Metrics>) -> anyhow::Result<Arc<LogChannels>> {
+    let options = LogOptions {
+        retention: config.log.retention,
+        cache_bytes: config.log.cache_bytes,
+        observer: Arc::new(LogMetrics(metrics)),
+        ..LogOptions::default()
+    };
+    let dir = config.log_dir();
+    let log = LogChannels::open(&dir, options, clock)
+        .with_context(|| format!("cannot open the log in {}", dir.display()))?;
+    Ok(Arc::new(log))
+}
+
+/// A log and a metadata store belong together for ever: with another's log every session would lose its records.
+async fn claim_log(control: &Control, log: &LogChannels) -> anyhow::Result<()> {
+    let (ours, known) = (log.log_id(), control.store.claim_log(log.log_id()).await?);
+    anyhow::ensure!(
+        ours == known,
+        "the log in the data folder (id {ours}) belongs to another metadata store; this one's log has the id {known}"
+    );
+    Ok(())
+}
+
+struct LogMetrics(Arc<Metrics>);
+
+impl LogObserver for LogMetrics {
+    fn committed(&self, stats: &CommitStats) {
+        self.0.committed(stats.records, stats.bytes, stats.duration);
+    }
+
+    fn poisoned(&self) {
+        self.0.log_poisoned();
+    }
+}
+
+fn kind_of(secret: &SecretString) -> EnvironmentKind {
+    let kind = secret.expose_secret().strip_prefix("tr_").and_then(|rest| rest.split('_').next());
+    kind.and_then(EnvironmentKind::parse).unwrap_or(EnvironmentKind::Development)
+}
+
+/// Reads the generated master key, or makes one that only its owner can read.
+fn master_key_file(path: &Path) -> anyhow::Result<SecretString> {
+    let created = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    match created {
+        Ok(mut file) => {
+            let key = Vault::generate_master_key()?;
+            file.write_all(key.expose_secret().as_bytes())?;
+            file.sync_all()?;
+            Ok(key)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            let mut text = String::new();
+            OpenOptions::new().read(true).open(path)?.read_to_string(&mut text)?;
+            Ok(text.into())
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot make {}", path.display())),
+    }
+}

@@ -1,0 +1,242 @@
+//! Logs and metrics. Every metric name and label stands here; labels come from enums and route templates only.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::config::{LogFormat, TelemetryConfig};
+use crate::domain::{Direction, Error, Result};
+
+/// 50 us to about 26 s, doubling.
+fn latency_histogram() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_05, 2.0, 20))
+}
+
+/// 1 to about 4000, doubling.
+fn size_histogram() -> Histogram {
+    Histogram::new(exponential_buckets(1.0, 2.0, 13))
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    route: &'static str,
+    method: Verb,
+    status: Class,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+enum Verb {
+    Get,
+    Head,
+    Post,
+    Put,
+    Patch,
+    Delete,
+    Options,
+    Other,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+enum Class {
+    Success,
+    Redirect,
+    ClientError,
+    ServerError,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AppendLabels {
+    direction: Io,
+    outcome: Outcome,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+enum Io {
+    In,
+    Out,
+}
+
+/// How an append ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub enum Outcome {
+    /// Stored.
+    Stored,
+    /// Known already; the original place was answered.
+    Repeated,
+    /// Refused because of the request or the session's state.
+    Refused,
+    /// Failed on our side.
+    Failed,
+}
+
+/// Which door a follower came through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub enum Door {
+    /// Server-sent events.
+    Sse,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FollowerLabels {
+    door: Door,
+}
+
+/// Everything that `/metrics` shows.
+pub struct Metrics {
+    registry: Registry,
+    requests: Family<RequestLabels, Histogram, fn() -> Histogram>,
+    appends: Family<AppendLabels, Histogram, fn() -> Histogram>,
+    followers: Family<FollowerLabels, Gauge>,
+    connections: Gauge,
+    commits: Histogram,
+    commit_records: Histogram,
+    commit_bytes: Counter,
+    log_healthy: Gauge<f64, AtomicU64>,
+}
+
+impl Metrics {
+    /// All metrics at zero.
+    pub fn new() -> Arc<Self> {
+        let mut metrics = Self {
+            registry: Registry::with_prefix("sessiond"),
+            requests: Family::new_with_constructor(latency_histogram),
+            appends: Family::new_with_constructor(latency_histogram),
+            followers: Family::default(),
+            connections: Gauge::default(),
+            commits: latency_histogram(),
+            commit_records: size_histogram(),
+            commit_bytes: Counter::default(),
+            log_healthy: Gauge::default(),
+        };
+        metrics.log_healthy.set(1.0);
+        let Self { registry, requests, appends, followers, connections, commits, .. } = &mut metrics;
+        let seconds = || Unit::Seconds;
+        registry.register_with_unit(
+            "request_duration",
+            "Time to the response head",
+            seconds(),
+            requests.clone(),
+        );
+        registry.register_with_unit("append_duration", "Time to the durable ack", seconds(), appends.clone());
+        registry.register("followers", "Live followers", followers.clone());
+        registry.register("connections", "Open connections", connections.clone());
+        registry.register_with_unit(
+            "log_commit_duration",
+            "Time of one group commit with its sync",
+            seconds(),
+            commits.clone(),
+        );
+        let Self { registry, commit_records, commit_bytes, log_healthy, .. } = &mut metrics;
+        registry.register("log_commit_records", "Records in one group commit", commit_records.clone());
+        registry.register("log_bytes", "Metered bytes committed to the log", commit_bytes.clone());
+        registry.register(
+            "log_healthy",
+            "1 while the log takes appends, 0 once poisoned",
+            log_healthy.clone(),
+        );
+        Arc::new(metrics)
+    }
+
+    /// A response head was sent; `route` is the matched template.
+    pub fn request(&self, route: &'static str, method: &str, status: u16, elapsed: Duration) {
+        let method = match method {
+            "GET" => Verb::Get,
+            "HEAD" => Verb::Head,
+            "POST" => Verb::Post,
+            "PUT" => Verb::Put,
+            "PATCH" => Verb::Patch,
+            "DELETE" => Verb::Delete,
+            "OPTIONS" => Verb::Options,
+            _ => Verb::Other,
+        };
+        let status = match status {
+            ..300 => Class::Success,
+            300..400 => Class::Redirect,
+            400..500 => Class::ClientError,
+            500.. => Class::ServerError,
+        };
+        let labels = RequestLabels { route, method, status };
+        self.requests.get_or_create(&labels).observe(elapsed.as_secs_f64());
+    }
+
+    /// An append was answered.
+    pub fn append(&self, direction: Direction, outcome: Outcome, elapsed: Duration) {
+        let direction = match direction {
+            Direction::In => Io::In,
+            Direction::Out => Io::Out,
+        };
+        let labels = AppendLabels { direction, outcome };
+        self.appends.get_or_create(&labels).observe(elapsed.as_secs_f64());
+    }
+
+    /// A follower began; it ends when the guard is dropped.
+    pub fn follower(&self, door: Door) -> GaugeGuard {
+        GaugeGuard::new(self.followers.get_or_create_owned(&FollowerLabels { door }))
+    }
+
+    /// A connection began; it ends when the guard is dropped.
+    pub fn connection(&self) -> GaugeGuard {
+        GaugeGuard::new(self.connections.clone())
+    }
+
+    /// The log has committed a group.
+    pub fn committed(&self, records: usize, bytes: u64, elapsed: Duration) {
+        self.commits.observe(elapsed.as_secs_f64());
+        self.commit_records.observe(records as f64);
+        self.commit_bytes.inc_by(bytes);
+    }
+
+    /// The log takes no appends any more.
+    pub fn log_poisoned(&self) {
+        self.log_healthy.set(0.0);
+    }
+
+    /// The exposition text.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        text::encode(&mut text, &self.registry).expect("writing to a string cannot fail");
+        text
+    }
+}
+
+/// Holds a gauge one higher until it is dropped.
+pub struct GaugeGuard(Gauge);
+
+impl GaugeGuard {
+    fn new(gauge: Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for GaugeGuard {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// Sends log lines to standard error, as the configuration says.
+///
+/// # Errors
+/// [`Error::Invalid`] for a filter that does not parse.
+pub fn start_logging(config: &TelemetryConfig) -> Result<()> {
+    let filter = EnvFilter::try_new(&config.log)
+        .map_err(|error| Error::invalid("telemetry.log", format!("is not a filter: {error}")))?;
+    let registry = tracing_subscriber::registry().with(filter);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let started = match config.format {
+        LogFormat::Text => registry.with(lines).try_init(),
+        LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init(),
+    };
+    started.map_err(Error::internal)
+}

@@ -1,1 +1,11 @@
-//! What tests share.
+//! What tests share: a real server in this process with a clock of its own, the real binary as a process of its
+//! own, and readers for what comes back.
+
+pub mod openapi;
+pub mod process;
+pub mod server;
+pub mod sse;
+
+pub use process::Process;
+pub use server::{Answer, TestServer};
+pub use sse::{SseEvent, SseReader};

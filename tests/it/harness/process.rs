@@ -1,0 +1,85 @@
+//! The real binary, as a process that can be killed.
+
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+/// Longest start or stop that a test waits for.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A `sessiond serve` of its own; dropping it kills it.
+pub struct Process {
+    /// Base URL, as the banner printed it.
+    pub url: String,
+    child: Child,
+}
+
+impl Process {
+    /// The binary under test.
+    pub fn binary() -> &'static str {
+        env!("CARGO_BIN_EXE_sessiond")
+    }
+
+    /// Starts `serve` on a data folder, on a free port.
+    pub async fn serve(data: &Path) -> Self {
+        let mut command = Command::new(Self::binary());
+        Self::start(&mut command, data).await
+    }
+
+    /// Starts `serve` through a prepared command, which may be a wrapper that takes the binary's arguments.
+    pub async fn start(command: &mut Command, data: &Path) -> Self {
+        command
+            .args(["serve", "--listen", "127.0.0.1:0", "--data"])
+            .arg(data)
+            .env("SESSIOND_SECRET_KEY", super::server::KEY)
+            .env("SESSIOND_HTTP__RATE_LIMIT__KEY_PER_10S", "0")
+            .stdout(Stdio::piped())
+            .kill_on_drop(true);
+        let mut child = command.spawn().expect("the binary starts");
+        let stdout = child.stdout.take().expect("a pipe");
+        let mut lines = BufReader::new(stdout).lines();
+        let banner = async {
+            while let Some(line) = lines.next_line().await.expect("readable output") {
+                if let Some(url) = line.trim().strip_prefix("base URL") {
+                    return url.trim().to_owned();
+                }
+            }
+            panic!("the process ended before it was ready");
+        };
+        let url = tokio::time::timeout(PATIENCE, banner).await.expect("ready in time");
+        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        Self { url, child }
+    }
+
+    /// The process id.
+    pub fn id(&self) -> u32 {
+        self.child.id().expect("still running")
+    }
+
+    /// Sends a signal to the process.
+    #[expect(unsafe_code, reason = "kill(2) takes two numbers")]
+    pub fn signal(&self, signal: i32) {
+        let id = i32::try_from(self.id()).expect("a process id");
+        // SAFETY: kill takes no pointers; the child has not been waited for, so the id is still its own.
+        assert_eq!(unsafe { libc::kill(id, signal) }, 0);
+    }
+
+    /// kill -9, and waits until it is gone.
+    pub async fn kill(mut self) {
+        self.child.kill().await.expect("killed");
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub async fn terminate(mut self) -> ExitStatus {
+        self.signal(libc::SIGTERM);
+        self.wait().await
+    }
+
+    /// Waits for the end.
+    pub async fn wait(&mut self) -> ExitStatus {
+        tokio::time::timeout(PATIENCE, self.child.wait()).await.expect("ends in time").expect("an exit status")
+    }
+}

@@ -1,4 +1,5 @@
 //! The one integration test binary. Run it through `cargo xtask test`, which starts the backends it needs.
 
 mod contract;
+mod crash;
 mod harness;

@@ -4,4 +4,6 @@ mod access;
 mod contract;
 mod control_plane;
 mod crash;
+mod data_plane;
+mod errors;
 mod harness;

@@ -19,7 +19,7 @@ pub const DEFAULTS: &str = include_str!("../../config.default.toml");
 /// What every variable of ours starts with.
 const PREFIX: &str = "SESSIOND_";
 /// Variables with our prefix that are not settings of the server: the client commands' and the test suite's.
-const NOT_SETTINGS: [&str; 4] = ["config", "url", "bin", "test_postgres"];
+const NOT_SETTINGS: [&str; 5] = ["config", "url", "token", "bin", "test_postgres"];
 
 /// The whole configuration.
 #[derive(Debug, Deserialize, Serialize)]

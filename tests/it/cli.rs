@@ -1,0 +1,177 @@
+//! The command line against a real server process.
+
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::Command;
+
+use crate::harness::Process;
+use crate::harness::server::KEY;
+
+fn command(data: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(Process::binary());
+    command.arg("--data").arg(data).args(args).kill_on_drop(true);
+    command
+}
+
+async fn run(data: &Path, args: &[&str]) -> Result<String, String> {
+    let output = command(data, args).output().await.expect("the binary runs");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+    if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
+}
+
+async fn json_of(data: &Path, args: &[&str]) -> Value {
+    let text = run(data, &[args, &["--json"]].concat()).await.unwrap_or_else(|error| panic!("{args:?}: {error}"));
+    serde_json::from_str(&text).expect("JSON")
+}
+
+async fn status(process: &Process, bearer: &str) -> u16 {
+    let url = format!("{}/api/v1/sessions", process.url);
+    reqwest::Client::new().get(url).bearer_auth(bearer).send().await.expect("an answer").status().as_u16()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_change_under_a_running_server_within_a_second() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path();
+    let process = Process::serve(data).await;
+    let created = json_of(data, &["keys", "create", "--label", "second"]).await;
+    let secret = created["secretKey"].as_str().expect("a secret").to_owned();
+    assert_eq!(status(&process, &secret).await, 200);
+    let listed = run(data, &["keys", "list"]).await.expect("a table");
+    assert!(listed.contains("second") && !listed.contains(&secret), "{listed}");
+
+    let id = created["id"].as_str().expect("an id");
+    let rotated = json_of(data, &["keys", "rotate", id, "--grace", "1h"]).await;
+    let rotated_secret = rotated["secretKey"].as_str().expect("a secret").to_owned();
+    assert_eq!((status(&process, &secret).await, status(&process, &rotated_secret).await), (200, 200));
+
+    for (id, secret) in [(id, &secret), (rotated["id"].as_str().expect("an id"), &rotated_secret)] {
+        run(data, &["keys", "revoke", id]).await.expect("revoked");
+        let revoked = std::time::Instant::now();
+        while status(&process, secret).await != 401 {
+            assert!(revoked.elapsed() < Duration::from_millis(1500), "still let in");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    let unknown = run(data, &["keys", "revoke", "key_nobody"]).await.expect_err("refused");
+    assert!(unknown.contains("key not found"), "{unknown}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn environments_are_tenants_with_keys_and_tokens_of_their_own() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path();
+    let process = Process::serve(data).await;
+    let created = json_of(data, &["environments", "create", "blue", "--kind", "stg"]).await;
+    let secret = created["secretKey"].as_str().expect("a secret");
+    assert!(secret.starts_with("tr_stg_"));
+    assert_eq!(status(&process, secret).await, 200);
+    let again = run(data, &["environments", "create", "blue"]).await.expect_err("taken");
+    assert!(again.starts_with("sessiond: "), "{again}");
+    assert_eq!(json_of(data, &["environments", "list"]).await.as_array().expect("a list").len(), 2);
+
+    let scoped = json_of(data, &["keys", "create", "--environment", "blue", "--scope", "read:sessions"]).await;
+    assert!(scoped["secretKey"].as_str().expect("a secret").starts_with("tr_stg_sk_"));
+    let token = run(data, &["token", "--scope", "read:sessions", "--environment", "blue"]).await.expect("a token");
+    assert_eq!(status(&process, token.trim()).await, 200);
+    let token = run(data, &["token", "--scope", "read:sessions:x"]).await.expect("a token");
+    assert_eq!(status(&process, token.trim()).await, 403);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_terminals_hold_a_conversation() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path();
+    let process = Process::serve(data).await;
+    let client = |args: &[&str]| {
+        let mut command = command(data, args);
+        command.env("SESSIOND_URL", &process.url);
+        command
+    };
+    let missing = client(&["send", "talk", "hi"]).env("SESSIOND_TOKEN", KEY).output().await.expect("runs");
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("404"));
+    let sent = client(&["send", "talk", r#"{"text":"hi"}"#, "--create"]).output().await.expect("runs");
+    assert_eq!(String::from_utf8_lossy(&sent.stdout), "0\n", "{}", String::from_utf8_lossy(&sent.stderr));
+
+    let mut tail = client(&["tail", "talk", "in"]).stdout(Stdio::piped()).spawn().expect("runs");
+    let mut lines = BufReader::new(tail.stdout.take().expect("a pipe")).lines();
+    assert_eq!(lines.next_line().await.expect("output").as_deref(), Some(r#"{"text":"hi"}"#));
+    let sent = client(&["send", "talk", "live"]).output().await.expect("runs");
+    assert!(sent.status.success());
+    assert_eq!(lines.next_line().await.expect("output").as_deref(), Some("live"));
+
+    let answer = client(&["send", "talk", "from the agent", "--io", "out", "--json"]).output().await.expect("runs");
+    let answer: Value = serde_json::from_slice(&answer.stdout).expect("JSON");
+    assert_eq!(answer, json!({"ok": true, "seq": 0}));
+    let close = format!("{}/api/v1/sessions/talk/close", process.url);
+    reqwest::Client::new().post(close).bearer_auth(KEY).json(&json!({})).send().await.expect("an answer");
+    assert_eq!(lines.next_line().await.expect("output"), None);
+    assert!(tail.wait().await.expect("a status").success());
+    let resumed = client(&["tail", "talk", "in", "--after", "0", "--json"]).output().await.expect("runs");
+    let record: Value = serde_json::from_slice(&resumed.stdout).expect("one line of JSON");
+    assert_eq!(record["seqNum"], 1);
+}
+
+#[tokio::test]
+async fn settings_come_from_defaults_file_environment_and_flags_in_that_order() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path();
+    let file = data.join("settings.toml");
+    std::fs::write(&file, "[http]\nmax_connections = 1\nwrite_timeout = \"1s\"\n[log]\nretention = \"1h\"\n").expect("written");
+    let mut shown = command(data, &["config", "--json", "--config", file.to_str().expect("UTF-8")]);
+    shown.env("SESSIOND_HTTP__MAX_CONNECTIONS", "2").env("SESSIOND_SECRET_KEY", "tr_dev_a_secret_to_hide");
+    let output = shown.output().await.expect("runs");
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    let settings: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(settings["http"]["max_connections"], 2);
+    assert_eq!(settings["http"]["write_timeout"], "1s");
+    assert_eq!(settings["http"]["listen"], "127.0.0.1:3030");
+    assert_eq!(settings["data"], data.to_str().expect("UTF-8"));
+    assert!(!text.contains("a_secret_to_hide"));
+
+    for (name, value, fault) in [
+        ("SESSIOND_HTTP__LISTEN", "nowhere", "http.listen"),
+        ("SESSIOND_HTTP__MAX_CONECTIONS", "2", "max_conections"),
+        ("SESSIOND_HTTP__MAX_CONNECTIONS", "0", "http.max_connections"),
+        ("SESSIOND_METADATA__URL", "mysql://x", "metadata.url"),
+        ("SESSIOND_METADATA__URL", "postgres://x", "auth.master_key"),
+    ] {
+        let output = command(data, &["config"]).env(name, value).output().await.expect("runs");
+        let text = String::from_utf8(output.stderr).expect("UTF-8");
+        assert!(!output.status.success() && text.contains(fault), "{name}={value}: {text}");
+    }
+}
+
+#[tokio::test]
+async fn a_first_start_generates_a_key_and_later_ones_keep_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path();
+    assert!(run(data, &["migrate"]).await.expect("migrated").starts_with("applied"));
+    assert_eq!(run(data, &["migrate"]).await.expect("migrated"), "the schema is up to date\n");
+    let mut keys = Vec::new();
+    for _ in 0..2 {
+        let mut child = command(data, &["serve", "--listen", "127.0.0.1:0"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+        while let Some(line) = lines.next_line().await.expect("output") {
+            if let Some(key) = line.trim().strip_prefix("secret key") {
+                keys.push(key.trim().to_owned());
+                break;
+            }
+        }
+        child.kill().await.expect("killed");
+    }
+    assert!(keys[0].starts_with("tr_dev_"));
+    assert_eq!(keys[0], keys[1]);
+    let mode = |name: &str| {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::metadata(data.join(name)).expect("a file").permissions().mode() & 0o777
+    };
+    assert_eq!((mode("master.key"), mode("metadata.db")), (0o600, 0o600));
+}

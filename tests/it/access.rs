@@ -155,7 +155,8 @@ async fn listing_and_creating_follow_the_tasks_of_the_scopes() {
 
     let create = async |scopes: &[&str], body: Value| {
         let token = server.token(scopes, HOUR).await;
-        let answer = server.send(server.request_as(&token, Method::POST, "/api/v1/sessions").json(&body)).await;
+        let answer =
+            server.send(server.request_as(&token, Method::POST, "/api/v1/sessions").json(&body)).await;
         (answer.status.as_u16(), answer)
     };
     let body = |task: &str, id: &str| json!({"type": "chat", "taskIdentifier": task, "externalId": id});
@@ -171,11 +172,13 @@ async fn a_token_made_for_a_public_caller_never_exceeds_or_outlives_its_own() {
     let server = TestServer::start().await;
     let claims = |token: &str| -> Value {
         let payload = token.split('.').nth(1).expect("a payload");
-        serde_json::from_slice(&data_encoding::BASE64URL_NOPAD.decode(payload.as_bytes()).expect("base64")).expect("JSON")
+        serde_json::from_slice(&data_encoding::BASE64URL_NOPAD.decode(payload.as_bytes()).expect("base64"))
+            .expect("JSON")
     };
     let own = server.token(&["write:sessions", "write:tasks:agent"], Duration::from_secs(60)).await;
     let body = json!({"type": "chat", "taskIdentifier": "agent", "externalId": "pub"});
-    let answer = server.send(server.request_as(&own, Method::POST, "/api/v1/sessions").json(&body)).await.expect(201);
+    let answer =
+        server.send(server.request_as(&own, Method::POST, "/api/v1/sessions").json(&body)).await.expect(201);
     let minted = claims(answer["publicAccessToken"].as_str().expect("a token"));
     assert_eq!(minted["scopes"], json!(["write:sessions:pub"]));
     assert_eq!(minted["exp"], claims(&own)["exp"]);
@@ -220,7 +223,8 @@ async fn the_mint_routes_give_tokens_that_work_and_refuse_what_the_key_lacks() {
         let answer = mint(KEY, json!({"scopes": ["read:sessions"], "expirationTime": expiration})).await;
         assert_eq!(answer.expect(400)["error"], message);
     }
-    let jwt = server.post("/api/v1/auth/jwt", &json!({"claims": {"scopes": ["read:sessions"]}})).await.expect(200);
+    let jwt =
+        server.post("/api/v1/auth/jwt", &json!({"claims": {"scopes": ["read:sessions"]}})).await.expect(200);
     let jwt = jwt["token"].as_str().expect("a token").to_owned();
     server.send(server.request_as(&jwt, Method::GET, "/api/v1/sessions")).await.expect(200);
 

@@ -24,7 +24,8 @@ async fn run(data: &Path, args: &[&str]) -> Result<String, String> {
 }
 
 async fn json_of(data: &Path, args: &[&str]) -> Value {
-    let text = run(data, &[args, &["--json"]].concat()).await.unwrap_or_else(|error| panic!("{args:?}: {error}"));
+    let text =
+        run(data, &[args, &["--json"]].concat()).await.unwrap_or_else(|error| panic!("{args:?}: {error}"));
     serde_json::from_str(&text).expect("JSON")
 }
 
@@ -74,9 +75,11 @@ async fn environments_are_tenants_with_keys_and_tokens_of_their_own() {
     assert!(again.starts_with("sessiond: "), "{again}");
     assert_eq!(json_of(data, &["environments", "list"]).await.as_array().expect("a list").len(), 2);
 
-    let scoped = json_of(data, &["keys", "create", "--environment", "blue", "--scope", "read:sessions"]).await;
+    let scoped =
+        json_of(data, &["keys", "create", "--environment", "blue", "--scope", "read:sessions"]).await;
     assert!(scoped["secretKey"].as_str().expect("a secret").starts_with("tr_stg_sk_"));
-    let token = run(data, &["token", "--scope", "read:sessions", "--environment", "blue"]).await.expect("a token");
+    let token =
+        run(data, &["token", "--scope", "read:sessions", "--environment", "blue"]).await.expect("a token");
     assert_eq!(status(&process, token.trim()).await, 200);
     let token = run(data, &["token", "--scope", "read:sessions:x"]).await.expect("a token");
     assert_eq!(status(&process, token.trim()).await, 403);
@@ -104,7 +107,8 @@ async fn two_terminals_hold_a_conversation() {
     assert!(sent.status.success());
     assert_eq!(lines.next_line().await.expect("output").as_deref(), Some("live"));
 
-    let answer = client(&["send", "talk", "from the agent", "--io", "out", "--json"]).output().await.expect("runs");
+    let answer =
+        client(&["send", "talk", "from the agent", "--io", "out", "--json"]).output().await.expect("runs");
     let answer: Value = serde_json::from_slice(&answer.stdout).expect("JSON");
     assert_eq!(answer, json!({"ok": true, "seq": 0}));
     let close = format!("{}/api/v1/sessions/talk/close", process.url);
@@ -121,7 +125,8 @@ async fn settings_come_from_defaults_file_environment_and_flags_in_that_order() 
     let folder = tempfile::tempdir().expect("a folder");
     let data = folder.path();
     let file = data.join("settings.toml");
-    std::fs::write(&file, "[http]\nmax_connections = 1\nwrite_timeout = \"1s\"\n[log]\nretention = \"1h\"\n").expect("written");
+    std::fs::write(&file, "[http]\nmax_connections = 1\nwrite_timeout = \"1s\"\n[log]\nretention = \"1h\"\n")
+        .expect("written");
     let mut shown = command(data, &["config", "--json", "--config", file.to_str().expect("UTF-8")]);
     shown.env("SESSIOND_HTTP__MAX_CONNECTIONS", "2").env("SESSIOND_SECRET_KEY", "tr_dev_a_secret_to_hide");
     let output = shown.output().await.expect("runs");

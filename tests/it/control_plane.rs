@@ -104,7 +104,10 @@ async fn an_update_replaces_clears_and_moves_the_external_id() {
     let updated = patch(&path, json!({"metadata": null})).await.expect(200);
     assert!(updated["metadata"].is_null());
     let answer = patch(&path, json!({"externalId": "taken"})).await;
-    assert_eq!((answer.expect(409)["code"].as_str(), answer.header("x-should-retry")), (Some("conflict"), Some("false")));
+    assert_eq!(
+        (answer.expect(409)["code"].as_str(), answer.header("x-should-retry")),
+        (Some("conflict"), Some("false"))
+    );
     patch(&path, json!({"externalId": "session_x"})).await.expect(422);
 
     let moved = patch(&path, json!({"externalId": "new"})).await.expect(200);
@@ -155,7 +158,8 @@ async fn the_first_close_wins_and_every_close_answers_its_row() {
 #[tokio::test]
 async fn a_session_expires_at_its_moment_and_stays_expired() {
     let server = TestServer::start().await;
-    let past = json!({"type": "chat", "taskIdentifier": "agent", "externalId": "p", "expiresAt": "2025-01-01"});
+    let past =
+        json!({"type": "chat", "taskIdentifier": "agent", "externalId": "p", "expiresAt": "2025-01-01"});
     assert_eq!(server.post(SESSIONS, &past).await.expect(422)["details"][0]["field"], "expiresAt");
     server.get(&format!("{SESSIONS}/p")).await.expect(404);
     let unset = json!({"type": "chat", "taskIdentifier": "agent", "expiresAt": null});
@@ -163,7 +167,8 @@ async fn a_session_expires_at_its_moment_and_stays_expired() {
 
     server.create(json!({"externalId": "e", "expiresAt": "2026-01-01T00:01:00Z"})).await;
     server.append("e", "in", "in time").await;
-    let expired = async || ids(&server.get(&format!("{SESSIONS}?filter[status]=EXPIRED")).await.expect(200)).len();
+    let expired =
+        async || ids(&server.get(&format!("{SESSIONS}?filter[status]=EXPIRED")).await.expect(200)).len();
     server.clock.advance(Duration::from_millis(59_999));
     assert_eq!(expired().await, 0);
     server.append("e", "in", "just in time").await;
@@ -183,10 +188,13 @@ async fn every_filter_selects_what_it_names() {
     let server = TestServer::start().await;
     let mut made = Vec::new();
     for (index, (kind, task, tags)) in
-        [("chat", "a", vec!["x"]), ("chat", "b", vec!["y", "z,w"]), ("job", "b", vec!["x", "y"])].into_iter().enumerate()
+        [("chat", "a", vec!["x"]), ("chat", "b", vec!["y", "z,w"]), ("job", "b", vec!["x", "y"])]
+            .into_iter()
+            .enumerate()
     {
         server.clock.advance(Duration::from_secs(3600));
-        let body = json!({"type": kind, "taskIdentifier": task, "tags": tags, "externalId": format!("f{index}")});
+        let body =
+            json!({"type": kind, "taskIdentifier": task, "tags": tags, "externalId": format!("f{index}")});
         made.push(server.create(body).await["id"].as_str().expect("an id").to_owned());
     }
     server.post(&format!("{SESSIONS}/f0/close"), &json!({})).await.expect(200);
@@ -218,7 +226,12 @@ async fn paging_goes_both_ways_without_a_skip_or_a_repeat() {
     let server = TestServer::start().await;
     let mut made = Vec::new();
     for index in 0..7 {
-        made.push(server.create(json!({"externalId": format!("p{index}")})).await["id"].as_str().expect("id").to_owned());
+        made.push(
+            server.create(json!({"externalId": format!("p{index}")})).await["id"]
+                .as_str()
+                .expect("id")
+                .to_owned(),
+        );
     }
     made.sort_unstable_by(|a, b| b.cmp(a));
     let page = async |query: &str| server.get(&format!("{SESSIONS}?page[size]=3{query}")).await.expect(200);
@@ -260,7 +273,8 @@ async fn another_environments_session_is_indistinguishable_from_an_unknown_one()
         (Method::POST, "/close", Some(json!({}))),
     ] {
         let answer = async |name: &str| {
-            let mut request = server.request_as(&stranger, method.clone(), &format!("{SESSIONS}/{name}{suffix}"));
+            let mut request =
+                server.request_as(&stranger, method.clone(), &format!("{SESSIONS}/{name}{suffix}"));
             if let Some(body) = &body {
                 request = request.json(body);
             }

@@ -70,7 +70,8 @@ async fn write_until_killed(client: Arc<Client>, session: String, count: Arc<Ato
     let mut told = Told::default();
     loop {
         let number = count.fetch_add(1, Ordering::Relaxed);
-        let (part_id, body) = (format!("part-{session}-{number}"), format!("body {number} {}", "x".repeat(200)));
+        let (part_id, body) =
+            (format!("part-{session}-{number}"), format!("body {number} {}", "x".repeat(200)));
         match client.append(&session, &part_id, &body).await {
             Some((200, answer)) => {
                 told.acked.insert(answer["seq"].as_u64().expect("a number"), body);
@@ -118,7 +119,8 @@ async fn every_acknowledged_record_survives_kill_9_under_load_and_no_retry_doubl
             .iter()
             .flat_map(|session| std::iter::repeat_n(session.clone(), WRITERS_PER_SESSION))
             .map(|session| {
-                let writing = write_until_killed(client.clone(), session.clone(), count.clone(), acks.clone());
+                let writing =
+                    write_until_killed(client.clone(), session.clone(), count.clone(), acks.clone());
                 (session, tokio::spawn(writing))
             })
             .collect();

@@ -16,7 +16,8 @@ fn path(session: &str, io: &str) -> String {
 
 /// The text that an append stored, out of a record of a batch.
 fn text(record: &Value) -> String {
-    let envelope: Value = serde_json::from_str(record["body"].as_str().expect("a body")).expect("an envelope");
+    let envelope: Value =
+        serde_json::from_str(record["body"].as_str().expect("a body")).expect("an envelope");
     envelope["data"].as_str().expect("text").to_owned()
 }
 
@@ -110,7 +111,8 @@ async fn a_stream_has_the_head_and_the_frames_that_clients_need() {
     let (seq, record) = batch.records().remove(0);
     assert_eq!((seq, text(&record)), (0, "one".to_owned()));
     assert!(record.get("headers").is_none(), "empty headers are left out");
-    let id: Vec<u64> = batch.id.expect("an id").split(',').map(|part| part.parse().expect("a number")).collect();
+    let id: Vec<u64> =
+        batch.id.expect("an id").split(',').map(|part| part.parse().expect("a number")).collect();
     let metered = 8 + record["body"].as_str().expect("a body").len() as u64;
     assert_eq!(id, [0, 1, metered]);
     let ping = follower.next().await.expect("a ping");
@@ -189,7 +191,8 @@ async fn a_close_gives_followers_the_rest_and_then_a_clean_end() {
     late.records(2).await;
     ends_clean(&mut late).await;
     for (io, status) in [("in", 409), ("out", 400)] {
-        let answer = server.send(server.request(Method::POST, &format!("{}/append", path("s", io))).body("x")).await;
+        let answer =
+            server.send(server.request(Method::POST, &format!("{}/append", path("s", io))).body("x")).await;
         let error = answer.expect(status);
         assert_eq!(error["ok"], false);
         assert_eq!(error["error"], "Cannot append to a closed session");
@@ -268,7 +271,8 @@ async fn side_channels_are_logs_of_their_own() {
     let side = |name: &str, io: &str| format!("/realtime/v1/sessions/s/channels/{name}/{io}");
     let name = "a.B-9_".to_owned() + &"x".repeat(122);
     for (index, channel) in ["tools", &name].into_iter().enumerate() {
-        let request = server.request(Method::POST, &format!("{}/append", side(channel, "out"))).body(index.to_string());
+        let request =
+            server.request(Method::POST, &format!("{}/append", side(channel, "out"))).body(index.to_string());
         assert_eq!(server.send(request).await.expect(200)["seq"], 0);
         let records = server.get(&format!("{}/records", side(channel, "out"))).await.expect(200);
         assert_eq!(records["records"][0]["data"], index.to_string());
@@ -282,7 +286,8 @@ async fn side_channels_are_logs_of_their_own() {
     let late = server.request(Method::POST, &format!("{}/append", side("tools", "in"))).body("late");
     server.send(late).await.expect(409);
     let token = server.token(&["write:sessions:s"], HOUR).await;
-    let denied = server.request_as(&token, Method::POST, &format!("{}/append", side("tools", "out"))).body("x");
+    let denied =
+        server.request_as(&token, Method::POST, &format!("{}/append", side("tools", "out"))).body("x");
     server.send(denied).await.expect(403);
 }
 
@@ -321,12 +326,17 @@ async fn many_followers_and_writers_see_one_order() {
         }
     });
     let reads = followers.iter_mut().map(|follower| follower.records(400));
-    let (_, seen) = tokio::join!(futures_util::future::join_all(writers), futures_util::future::join_all(reads));
-    let bodies = |records: &Vec<(u64, Value)>| records.iter().map(|(_, record)| text(record)).collect::<Vec<_>>();
+    let (_, seen) =
+        tokio::join!(futures_util::future::join_all(writers), futures_util::future::join_all(reads));
+    let bodies =
+        |records: &Vec<(u64, Value)>| records.iter().map(|(_, record)| text(record)).collect::<Vec<_>>();
     let first = bodies(&seen[0]);
     assert!(seen.iter().all(|records| bodies(records) == first));
     for writer in 0..8 {
         let own: Vec<_> = first.iter().filter(|body| body.starts_with(&format!("{writer}/"))).collect();
-        assert!((0..50).all(|index| own[index] == &format!("{writer}/{index}")), "a writer's own order holds");
+        assert!(
+            (0..50).all(|index| own[index] == &format!("{writer}/{index}")),
+            "a writer's own order holds"
+        );
     }
 }

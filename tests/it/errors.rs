@@ -30,7 +30,15 @@ async fn raw(server: &TestServer, method: Method, path: &str, body: impl Into<re
 #[tokio::test]
 async fn every_limit_of_a_create_holds_at_its_edge() {
     let server = TestServer::start().await;
-    let tags = |count: usize, length: usize| json!(vec!["x".repeat(length); count].iter().enumerate().map(|(i, t)| format!("{}{i}", &t[i.to_string().len()..])).collect::<Vec<_>>());
+    let tags = |count: usize, length: usize| {
+        json!(
+            vec!["x".repeat(length); count]
+                .iter()
+                .enumerate()
+                .map(|(i, t)| format!("{}{i}", &t[i.to_string().len()..]))
+                .collect::<Vec<_>>()
+        )
+    };
     let trigger = |field: &str, value: Value| {
         let mut config = json!({"basePayload": {}});
         config[field] = value;
@@ -50,7 +58,11 @@ async fn every_limit_of_a_create_holds_at_its_edge() {
         ("expiresAt", json!("2026-01-01T00:00:01Z"), json!("2026-01-01T00:00:00Z")),
         ("triggerConfig", trigger("queue", json!("x".repeat(128))), trigger("queue", json!("x".repeat(129)))),
         ("triggerConfig", trigger("maxAttempts", json!(10)), trigger("maxAttempts", json!(11))),
-        ("triggerConfig", trigger("idleTimeoutInSeconds", json!(3600)), trigger("idleTimeoutInSeconds", json!(3601))),
+        (
+            "triggerConfig",
+            trigger("idleTimeoutInSeconds", json!(3600)),
+            trigger("idleTimeoutInSeconds", json!(3601)),
+        ),
     ] {
         let answer = server.post(SESSIONS, &with(field, fits.clone())).await;
         assert!(answer.status.is_success(), "{field} {fits}: {answer:?}");
@@ -92,7 +104,8 @@ async fn oversized_bodies_answer_413_with_and_without_a_length() {
     let server = TestServer::start().await;
     server.create(json!({"externalId": "s"})).await;
     let chunked = |size: usize| {
-        let chunks = (0..size.div_ceil(4096)).map(move |index| Ok::<_, std::io::Error>(vec![b'x'; 4096.min(size - index * 4096)]));
+        let chunks = (0..size.div_ceil(4096))
+            .map(move |index| Ok::<_, std::io::Error>(vec![b'x'; 4096.min(size - index * 4096)]));
         reqwest::Body::wrap_stream(futures_util::stream::iter(chunks))
     };
     let append = "/realtime/v1/sessions/s/in/append";
@@ -119,7 +132,13 @@ async fn oversized_bodies_answer_413_with_and_without_a_length() {
     let message = "Record metered size 1048577 bytes exceeds the S2 per-record limit of 1048576 bytes";
     assert!(answer["error"].as_str().expect("text").starts_with(message), "{answer}");
     send(fits).await.expect(200);
-    assert_eq!(server.get("/realtime/v1/sessions/s/in/records").await.expect(200)["records"].as_array().expect("records").len(), 2);
+    assert_eq!(
+        server.get("/realtime/v1/sessions/s/in/records").await.expect(200)["records"]
+            .as_array()
+            .expect("records")
+            .len(),
+        2
+    );
 }
 
 #[tokio::test]
@@ -147,13 +166,25 @@ async fn bad_lists_answer_400() {
 #[tokio::test]
 async fn strange_addresses_are_either_a_session_or_a_clear_refusal() {
     let server = TestServer::start().await;
-    for (name, path) in [("a/b", "a%2Fb"), ("ü \u{1f600}", "%C3%BC%20%F0%9F%98%80"), ("a:b?c#d", "a%3Ab%3Fc%23d"), ("..", "%2E%2E")] {
+    for (name, path) in [
+        ("a/b", "a%2Fb"),
+        ("ü \u{1f600}", "%C3%BC%20%F0%9F%98%80"),
+        ("a:b?c#d", "a%3Ab%3Fc%23d"),
+        ("..", "%2E%2E"),
+    ] {
         server.create(json!({"externalId": name})).await;
         assert_eq!(server.get(&format!("{SESSIONS}/{path}")).await.expect(200)["externalId"], name);
         server.append(path, "in", "x").await;
     }
     let long = "x".repeat(257);
-    for (path, status) in [("a%00b", 400), ("%FF", 400), (&*long, 400), ("session_%00", 400), ("session_nobody", 404), ("nobody", 404)] {
+    for (path, status) in [
+        ("a%00b", 400),
+        ("%FF", 400),
+        (&*long, 400),
+        ("session_%00", 400),
+        ("session_nobody", 404),
+        ("nobody", 404),
+    ] {
         for suffix in ["", "/close"] {
             let method = if suffix.is_empty() { Method::GET } else { Method::POST };
             let request = server.request(method, &format!("{SESSIONS}/{path}{suffix}"));
@@ -200,7 +231,9 @@ async fn a_preflight_and_every_answer_let_a_page_in() {
     let headers = answer.header("access-control-allow-headers").expect("headers").to_ascii_lowercase();
     assert!(headers.contains("x-trigger-anything") && headers.contains("authorization"));
     assert_eq!(answer.header("access-control-allow-credentials"), None);
-    for (path, key) in [(SESSIONS, KEY), (SESSIONS, "wrong"), ("/api/v1/sessions/nobody", KEY), ("/nothing", KEY)] {
+    for (path, key) in
+        [(SESSIONS, KEY), (SESSIONS, "wrong"), ("/api/v1/sessions/nobody", KEY), ("/nothing", KEY)]
+    {
         let answer = server.send(server.request_as(key, Method::GET, path).header("Origin", origin)).await;
         assert_eq!(answer.header("access-control-allow-origin"), Some(origin), "{path}");
         let exposed = answer.header("access-control-expose-headers").expect("exposed").to_ascii_lowercase();
@@ -265,7 +298,9 @@ async fn slow_heads_and_bodies_are_given_up() {
         let answer = trickle(&server, head).await;
         assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408"), "{head:?}: {answer}");
     }
-    let body = format!("POST {SESSIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 100\r\n\r\n{{");
+    let body = format!(
+        "POST {SESSIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 100\r\n\r\n{{"
+    );
     let answer = trickle(&server, &body).await;
     assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
     server.get(SESSIONS).await.expect(200);
@@ -273,7 +308,8 @@ async fn slow_heads_and_bodies_are_given_up() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_never_reads_is_cut_and_costs_no_memory() {
-    let server = TestServer::start_with(|config| config.http.write_timeout = Duration::from_millis(500)).await;
+    let server =
+        TestServer::start_with(|config| config.http.write_timeout = Duration::from_millis(500)).await;
     server.create(json!({"externalId": "s"})).await;
     let big = "x".repeat(500_000);
     for _ in 0..40 {
@@ -281,7 +317,8 @@ async fn a_client_that_never_reads_is_cut_and_costs_no_memory() {
     }
     let address: SocketAddr = server.url.trim_start_matches("http://").parse().expect("an address");
     let mut socket = TcpStream::connect(address).await.expect("connected");
-    let head = format!("GET /realtime/v1/sessions/s/out HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n\r\n");
+    let head =
+        format!("GET /realtime/v1/sessions/s/out HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n\r\n");
     socket.write_all(head.as_bytes()).await.expect("sent");
     let gone = async {
         loop {
@@ -301,11 +338,33 @@ async fn a_client_that_never_reads_is_cut_and_costs_no_memory() {
 #[tokio::test]
 async fn the_operators_routes_answer() {
     let server = TestServer::start().await;
-    server.http.get(format!("{}/healthz", server.url)).send().await.expect("up").error_for_status().expect("200");
-    server.http.get(format!("{}/readyz", server.url)).send().await.expect("up").error_for_status().expect("200");
+    server
+        .http
+        .get(format!("{}/healthz", server.url))
+        .send()
+        .await
+        .expect("up")
+        .error_for_status()
+        .expect("200");
+    server
+        .http
+        .get(format!("{}/readyz", server.url))
+        .send()
+        .await
+        .expect("up")
+        .error_for_status()
+        .expect("200");
     server.create(json!({"externalId": "s"})).await;
     server.append("s", "in", "x").await;
-    let metrics = server.http.get(format!("{}/metrics", server.url)).send().await.expect("up").text().await.expect("text");
+    let metrics = server
+        .http
+        .get(format!("{}/metrics", server.url))
+        .send()
+        .await
+        .expect("up")
+        .text()
+        .await
+        .expect("text");
     for name in [
         "sessiond_request_duration_seconds",
         "sessiond_append_duration_seconds",
@@ -316,17 +375,41 @@ async fn the_operators_routes_answer() {
         assert!(metrics.contains(name), "{name} in {metrics}");
     }
     assert!(!metrics.contains("session_0") && !metrics.contains("externalId"), "no id is a label");
-    let traced = server.request(Method::GET, SESSIONS).header("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
+    let traced = server
+        .request(Method::GET, SESSIONS)
+        .header("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
     let answer = server.send(traced.header("x-request-id", "req-1")).await;
     assert_eq!(answer.header("x-request-id"), Some("req-1"));
     let parent = answer.header("traceparent").expect("a traceparent");
-    assert!(parent.starts_with("00-4bf92f3577b34da6a3ce929d0e0e4736-") && !parent.contains("00f067aa0ba902b7"), "{parent}");
+    assert!(
+        parent.starts_with("00-4bf92f3577b34da6a3ce929d0e0e4736-") && !parent.contains("00f067aa0ba902b7"),
+        "{parent}"
+    );
 }
 
 #[tokio::test]
 async fn http2_with_prior_knowledge_is_served_on_the_same_port() {
     let server = TestServer::start().await;
     let client = reqwest::Client::builder().http2_prior_knowledge().build().expect("a client");
-    let response = client.get(format!("{}{SESSIONS}", server.url)).bearer_auth(KEY).send().await.expect("an answer");
+    let response =
+        client.get(format!("{}{SESSIONS}", server.url)).bearer_auth(KEY).send().await.expect("an answer");
+    assert_eq!((response.status().as_u16(), response.version()), (200, reqwest::Version::HTTP_2));
+}
+
+#[tokio::test]
+async fn tls_is_served_when_it_is_configured() {
+    let files = tempfile::tempdir().expect("a folder");
+    let own = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate");
+    let (certificate, key) = (files.path().join("cert.pem"), files.path().join("key.pem"));
+    std::fs::write(&certificate, own.cert.pem()).expect("written");
+    std::fs::write(&key, own.signing_key.serialize_pem()).expect("written");
+    let server = TestServer::start_with(|config| {
+        config.http.tls.certificate = Some(certificate);
+        config.http.tls.private_key = Some(key);
+    })
+    .await;
+    assert!(server.url.starts_with("https://"));
+    let client = reqwest::Client::builder().danger_accept_invalid_certs(true).build().expect("a client");
+    let response = client.get(format!("{}/healthz", server.url)).send().await.expect("an answer");
     assert_eq!((response.status().as_u16(), response.version()), (200, reqwest::Version::HTTP_2));
 }

@@ -20,7 +20,35 @@ pub(super) struct Rows {
     cache: Cache<Key, SharedSession>,
     /// Counts invalidations, so that a read that began before one cannot put its stale row back.
     generation: Mutex<u64>,
-    awaited: Mutex<HashMap<(EnvironmentId, ExternalId), Arc<Notify>>>,
+    awaited: Awaited,
+}
+
+type Awaited = Mutex<HashMap<(EnvironmentId, ExternalId), Arc<Notify>>>;
+
+/// One wait for an external id; the last one to give up takes the entry with it.
+struct Awaiting<'a> {
+    awaited: &'a Awaited,
+    key: (EnvironmentId, ExternalId),
+    waiters: Arc<Notify>,
+}
+
+impl<'a> Awaiting<'a> {
+    fn new(awaited: &'a Awaited, key: (EnvironmentId, ExternalId)) -> Self {
+        let waiters =
+            awaited.lock().unwrap_or_else(PoisonError::into_inner).entry(key.clone()).or_default().clone();
+        Self { awaited, key, waiters }
+    }
+}
+
+impl Drop for Awaiting<'_> {
+    fn drop(&mut self) {
+        let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = awaited.get(&self.key).filter(|waiters| Arc::ptr_eq(waiters, &self.waiters));
+        // Two owners are the map and this one.
+        if entry.is_some_and(|waiters| Arc::strong_count(waiters) == 2) {
+            awaited.remove(&self.key);
+        }
+    }
 }
 
 impl Rows {
@@ -74,11 +102,8 @@ impl Rows {
     ) -> Result<SharedSession> {
         let address = SessionRef::External(external.clone());
         loop {
-            let waiters = {
-                let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
-                awaited.entry((environment.clone(), external.clone())).or_default().clone()
-            };
-            let arrival = waiters.notified();
+            let awaiting = Awaiting::new(&self.awaited, (environment.clone(), external.clone()));
+            let arrival = awaiting.waiters.notified();
             if let Some(session) = self.find(environment, &address).await? {
                 return Ok(session);
             }

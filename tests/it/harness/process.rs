@@ -80,6 +80,9 @@ impl Process {
 
     /// Waits for the end.
     pub async fn wait(&mut self) -> ExitStatus {
-        tokio::time::timeout(PATIENCE, self.child.wait()).await.expect("ends in time").expect("an exit status")
+        tokio::time::timeout(PATIENCE, self.child.wait())
+            .await
+            .expect("ends in time")
+            .expect("an exit status")
     }
 }

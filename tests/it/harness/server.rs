@@ -162,7 +162,9 @@ impl TestServer {
     /// Creates a session; `extra` overrides fields of the body.
     pub async fn create(&self, extra: Value) -> Value {
         let mut body = json!({"type": "chat", "taskIdentifier": "agent"});
-        let (Value::Object(fields), Some(all)) = (extra, body.as_object_mut()) else { panic!("not an object") };
+        let (Value::Object(fields), Some(all)) = (extra, body.as_object_mut()) else {
+            panic!("not an object")
+        };
         all.extend(fields);
         let answer = self.post("/api/v1/sessions", &body).await;
         assert!(answer.status.is_success(), "{answer:?}");

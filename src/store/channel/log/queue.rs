@@ -1,0 +1,193 @@
+//! What waits for the writer: bounded in bytes, so that a flood waits in its callers and not in memory.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use super::codec::{self, Unreadable};
+use crate::domain::record::{Command, NewRecord};
+use crate::domain::{
+    AppendAck, AppendInput, ChannelKey, Closure, Error, Result, SeqNum, SessionId, Timestamp,
+};
+
+/// Most bytes that may wait, by [`Request::cost`].
+const QUEUE_BYTES: usize = 32 << 20;
+/// What a request costs besides its records.
+const REQUEST_BYTES: usize = 512;
+
+/// Something for the writer to do, and where its answer goes.
+pub(super) enum Request {
+    Append { key: ChannelKey, append: Append, reply: oneshot::Sender<Result<AppendAck>> },
+    Seal { session: SessionId, closure: Closure, reply: oneshot::Sender<Result<Closure>> },
+    Settle { session: SessionId, reply: oneshot::Sender<Result<()>> },
+    Sweep { sweep: Sweep, reply: oneshot::Sender<Result<()>> },
+}
+
+/// An append, prepared as far as it can be without knowing the channel.
+pub(super) struct Append {
+    pub records: Vec<Prepared>,
+    pub match_seq_num: Option<SeqNum>,
+    pub fencing_token: Option<String>,
+    /// Metered size of all records.
+    pub metered: usize,
+}
+
+/// A record, encoded but for its place.
+pub(super) struct Prepared {
+    pub record: NewRecord,
+    pub value: Vec<u8>,
+    pub metered: usize,
+    /// Of headers and body, if it has a part id.
+    pub hash: Option<[u8; 16]>,
+    pub command: Option<Command>,
+}
+
+/// A slice of background work, found by the sweeper.
+pub(super) enum Sweep {
+    /// Forget records below a number, as a trim command would.
+    Trim { key: ChannelKey, below: SeqNum },
+    /// Delete the records of `from..to`, all trimmed, and what is remembered of their part ids.
+    Remove { key: ChannelKey, from: SeqNum, to: SeqNum, parts: Vec<(Bytes, Timestamp)> },
+    /// Delete part ids whose time has come: keys of `expiries`.
+    Forget { expiries: Vec<Bytes> },
+}
+
+impl Append {
+    pub(super) fn prepare(input: AppendInput) -> Result<Self> {
+        let (match_seq_num, fencing_token) = (input.match_seq_num, input.fencing_token.clone());
+        let records = input.into_records();
+        let records: Vec<_> = records.into_iter().map(Prepared::new).collect::<Result<_>>()?;
+        let metered = records.iter().map(|record| record.metered).sum();
+        Ok(Self { records, match_seq_num, fencing_token, metered })
+    }
+
+    /// What waiting costs.
+    pub(super) fn cost(&self) -> usize {
+        REQUEST_BYTES + self.metered + 128 * self.records.len()
+    }
+}
+
+impl Prepared {
+    fn new(record: NewRecord) -> Result<Self> {
+        let command = Command::parse(&record.headers, &record.body)?;
+        let metered = record.metered_size();
+        let hash = record.part_id.is_some().then(|| content_hash(&record));
+        Ok(Self { value: codec::encode_record(&record, metered), metered, hash, command, record })
+    }
+}
+
+/// Half a SHA-256 of headers and body, each with its length.
+fn content_hash(record: &NewRecord) -> [u8; 16] {
+    let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+    let mut field = |bytes: &[u8]| {
+        context.update(&(bytes.len() as u64).to_be_bytes());
+        context.update(bytes);
+    };
+    for (name, value) in &record.headers {
+        field(name);
+        field(value);
+    }
+    field(&record.body);
+    let digest = context.finish();
+    let mut hash = [0; 16];
+    hash.copy_from_slice(&digest.as_ref()[..16]);
+    hash
+}
+
+/// A request and its share of the queue, given back once it was taken.
+pub(super) struct Queued {
+    pub request: Request,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+/// The queue between callers and the writer.
+pub(super) struct Queue {
+    state: Mutex<State>,
+    arrived: Condvar,
+    room: Arc<Semaphore>,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<Queued>,
+    /// The writer sleeps: only then is waking it worth a system call.
+    idle: bool,
+    closed: bool,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Self { state: Mutex::default(), arrived: Condvar::new(), room: Arc::new(Semaphore::new(QUEUE_BYTES)) }
+    }
+}
+
+impl Queue {
+    /// Queues an append once there is room.
+    pub(super) async fn push(&self, cost: usize, request: Request) -> Result<()> {
+        let cost = u32::try_from(cost.min(QUEUE_BYTES)).unwrap_or(u32::MAX);
+        let permit = self.room.clone().acquire_many_owned(cost).await.map_err(|_| gone())?;
+        self.push_now(request, Some(permit))
+    }
+
+    /// Queues without waiting for room: for the few requests that are not appends.
+    pub(super) fn push_now(&self, request: Request, permit: Option<OwnedSemaphorePermit>) -> Result<()> {
+        let mut state = self.lock();
+        if state.closed {
+            return Err(gone());
+        }
+        state.waiting.push_back(Queued { request, _permit: permit });
+        let wake = std::mem::take(&mut state.idle);
+        drop(state);
+        if wake {
+            self.arrived.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Waits for requests and takes all of them; false when the queue is closed and empty.
+    pub(super) fn take(&self, into: &mut VecDeque<Queued>) -> bool {
+        let mut state = self.lock();
+        while state.waiting.is_empty() {
+            if state.closed {
+                return false;
+            }
+            state.idle = true;
+            state = self.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        into.append(&mut state.waiting);
+        true
+    }
+
+    /// Takes what has come meanwhile, without waiting.
+    pub(super) fn take_more(&self, into: &mut VecDeque<Queued>) {
+        into.append(&mut self.lock().waiting);
+    }
+
+    /// Refuses every later request; those that wait are still taken.
+    pub(super) fn close(&self) {
+        self.room.close();
+        self.lock().closed = true;
+        self.arrived.notify_one();
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The answer to whoever asks a log that does not write any more.
+pub(super) fn gone() -> Error {
+    Error::Unavailable { what: "log", source: None }
+}
+
+impl From<Unreadable> for Error {
+    fn from(error: Unreadable) -> Self {
+        Self::internal(error)
+    }
+}

@@ -1,0 +1,56 @@
+//! The one thread that writes: takes whatever is queued, commits it as one group with one sync, again.
+//! While a group syncs the next one queues up, so the groups grow with the load.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::Shared;
+use super::group::{Group, refuse};
+use super::state::Memory;
+
+/// Metered bytes after which a group is full.
+const GROUP_BYTES: usize = 8 << 20;
+
+/// Runs until the queue is closed and empty.
+pub(super) fn run(shared: &Arc<Shared>, mut memory: Memory) {
+    // However this thread ends, nobody may wait for it.
+    let _last = Last(shared);
+    let mut waiting = VecDeque::new();
+    loop {
+        if waiting.is_empty() {
+            if !shared.queue.take(&mut waiting) {
+                return;
+            }
+        } else {
+            shared.queue.take_more(&mut waiting);
+        }
+        if shared.poisoned.load(Ordering::SeqCst) {
+            waiting.drain(..).for_each(|queued| refuse(queued.request));
+            continue;
+        }
+        memory.trim();
+        let mut group = Group::new(shared, &mut memory);
+        while group.bytes() < GROUP_BYTES
+            && let Some(queued) = waiting.pop_front()
+        {
+            group.add(queued.request);
+        }
+        if let Err(error) = group.commit() {
+            shared.poisoned.store(true, Ordering::SeqCst);
+            tracing::error!(error = %error, "the log could not be written and takes no appends until a restart");
+        }
+    }
+}
+
+struct Last<'a>(&'a Arc<Shared>);
+
+impl Drop for Last<'_> {
+    fn drop(&mut self) {
+        self.0.poisoned.store(true, Ordering::SeqCst);
+        self.0.queue.close();
+        let mut waiting = VecDeque::new();
+        self.0.queue.take_more(&mut waiting);
+        waiting.into_iter().for_each(|queued| refuse(queued.request));
+    }
+}

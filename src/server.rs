@@ -190,7 +190,7 @@ impl Server {
         }
         listening.await?;
         let log = self.log;
-        tokio::task::spawn_blocking(move || log.close()).await??;
+        tokio::task::spawn_blocking(move || log.close()).await?;
         tracing::info!("stopped");
         Ok(())
     }
@@ -215,13 +215,11 @@ pub fn prepare_process() -> anyhow::Result<()> {
 fn open_log(config: &Config, clock: Arc<dyn Clock>, metrics: Arc<Metrics>) -> anyhow::Result<Arc<LogChannels>> {
     let options = LogOptions {
         retention: config.log.retention,
-        cache_bytes: config.log.cache_bytes,
         observer: Arc::new(LogMetrics(metrics)),
         ..LogOptions::default()
     };
     let dir = config.log_dir();
-    let log = LogChannels::open(&dir, options, clock)
-        .with_context(|| format!("cannot open the log in {}", dir.display()))?;
+    let log = LogChannels::open(&dir, options, clock).context("cannot open the log")?;
     Ok(Arc::new(log))
 }
 
@@ -238,9 +236,12 @@ async fn claim_log(control: &Control, log: &LogChannels) -> anyhow::Result<()> {
 struct LogMetrics(Arc<Metrics>);
 
 impl LogObserver for LogMetrics {
-    fn committed(&self, stats: &CommitStats) {
-        self.0.committed(stats.records, stats.bytes, stats.duration);
+    fn committed(&self, stats: CommitStats) {
+        self.0.committed(stats.records, stats.bytes, stats.sync_duration);
     }
+
+    // Counted at the doors, where it is known which door.
+    fn followers(&self, _: i64) {}
 
     fn poisoned(&self) {
         self.0.log_poisoned();

@@ -190,10 +190,10 @@ impl Metrics {
     }
 
     /// The log has committed a group.
-    pub fn committed(&self, records: usize, bytes: u64, elapsed: Duration) {
+    pub fn committed(&self, records: usize, bytes: usize, elapsed: Duration) {
         self.commits.observe(elapsed.as_secs_f64());
         self.commit_records.observe(records as f64);
-        self.commit_bytes.inc_by(bytes);
+        self.commit_bytes.inc_by(bytes as u64);
     }
 
     /// The log takes no appends any more.

@@ -28,8 +28,6 @@ pub struct LogConfig {
     /// Forget records older than this; `None` keeps them for ever.
     #[serde(default, with = "humantime_serde", skip_serializing_if = "Option::is_none")]
     pub retention: Option<Duration>,
-    /// Memory for recently read blocks, in bytes.
-    pub cache_bytes: u64,
 }
 
 /// Protection of keys.

@@ -86,12 +86,15 @@ pub trait LogObserver: Send + Sync {
     fn committed(&self, stats: CommitStats);
     /// Followers came (positive) or went.
     fn followers(&self, delta: i64);
+    /// The log takes no appends any more.
+    fn poisoned(&self);
 }
 
 /// Hears nothing.
 impl LogObserver for () {
     fn committed(&self, _: CommitStats) {}
     fn followers(&self, _: i64) {}
+    fn poisoned(&self) {}
 }
 
 /// What the writer, the sweeper, readers and followers share.

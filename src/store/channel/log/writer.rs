@@ -38,6 +38,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut memory: Memory) {
         }
         if let Err(error) = group.commit() {
             shared.poisoned.store(true, Ordering::SeqCst);
+            shared.observer.poisoned();
             tracing::error!(error = %error, "the log could not be written and takes no appends until a restart");
         }
     }

@@ -39,7 +39,7 @@ pub(crate) fn test(workspace: &Workspace) -> anyhow::Result<()> {
     let dir = workspace.root.join("tests/node");
     process::run(Command::new("npm").args(["ci", "--no-audit", "--no-fund"]).current_dir(&dir))?;
     let mut node = Command::new("node");
-    node.args(["--test", "--test-force-exit", "--test-reporter=tap"])
+    node.args(["--test", "--test-force-exit", "--test-timeout=60000", "--test-reporter=tap"])
         .current_dir(&dir)
         .env("SESSIOND_BIN", workspace.debug_binary("sessiond"));
     let mut counts = Counts::default();

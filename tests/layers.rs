@@ -1,1 +1,220 @@
-//! layers
+//! The one-way rule: which room of `src/` may name which. Reads the source text, so it needs no dependency and
+//! holds for code that does not compile on this machine too.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Who may name whom. A room that is missing here fails the test: a new room is a decision.
+const MAY_NAME: &[(&str, &[&str])] = &[
+    ("lib", &[]),
+    ("main", &["cli"]),
+    ("cli", &["auth", "config", "domain", "server", "shutdown", "store", "telemetry"]),
+    ("server", &["api", "auth", "config", "domain", "listener", "shutdown", "store", "telemetry"]),
+    ("api", &["auth", "config", "domain", "telemetry"]),
+    ("listener", &["config", "shutdown", "telemetry"]),
+    ("auth", &["config", "domain", "telemetry"]),
+    ("store", &["config", "domain", "telemetry"]),
+    ("telemetry", &["config", "domain"]),
+    ("config", &["domain"]),
+    ("shutdown", &[]),
+    ("domain", &[]),
+];
+
+/// Crates that only these rooms may name. The core is in none of them.
+const CRATE_ROOMS: &[(&str, &[&str])] = &[
+    ("axum", &["api", "listener", "telemetry"]),
+    ("utoipa", &["api"]),
+    ("utoipa_axum", &["api"]),
+    ("async_graphql", &["api"]),
+    ("sea_orm", &["store"]),
+    ("sqlx", &["store"]),
+    ("entity", &["store"]),
+    ("migration", &["store"]),
+    ("fjall", &["store"]),
+    ("s2_sdk", &["store"]),
+    ("s2_api", &["store", "api"]),
+    ("s2_common", &["store", "api"]),
+    ("clickhouse", &["store"]),
+    ("jsonwebtoken", &["auth"]),
+    ("reqwest", &["cli"]),
+    ("figment", &["config"]),
+    ("clap", &["cli", "main"]),
+];
+
+/// Adapters, which never name each other.
+const ADAPTERS: &[&str] = &["metadata", "channel::log", "channel::s2", "index::sql", "index::clickhouse"];
+/// The SQL index reads the tables that the SQL metadata store writes, through its connections.
+const SHARED_ADAPTERS: &[(&str, &str)] = &[("index::sql", "metadata")];
+
+#[test]
+fn no_room_names_another_against_the_one_way_rule() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    collect(&src, &mut files);
+    assert!(files.len() > 20, "found only {} files below {}", files.len(), src.display());
+    let offences: Vec<String> = files
+        .iter()
+        .flat_map(|file| {
+            let module = module_path(file.strip_prefix(&src).unwrap());
+            offences(&module, &fs::read_to_string(file).unwrap())
+        })
+        .collect();
+    assert!(offences.is_empty(), "\n{}\n", offences.join("\n"));
+}
+
+#[test]
+fn an_offending_line_is_found_in_every_spelling() {
+    for (file, line) in [
+        ("domain/session.rs", "use crate::store::metadata::SqlMetadata;"),
+        ("domain/session.rs", "use super::super::api::ApiState;"),
+        ("domain/sessions/mod.rs", "use crate::{\n    domain::Error,\n    telemetry::Metrics,\n};"),
+        ("domain/port.rs", "fn row() -> sea_orm::Value { todo() }"),
+        ("api/rest/sessions.rs", "let row = crate::store::metadata::open();"),
+        ("api/rest/sessions.rs", "use super::super::super::store;"),
+        ("store/metadata.rs", "use crate::auth::Auth;"),
+        ("store/metadata.rs", "use crate::store::channel::log::LogChannels;"),
+        ("store/channel/log/mod.rs", "use super::s2::S2Channels;"),
+        ("auth/mod.rs", "use crate::api::ApiState;"),
+        ("config/mod.rs", "use crate::telemetry::Metrics;"),
+        ("api/rest/mod.rs", "use jsonwebtoken::Header;"),
+        ("main.rs", "use sessiond::store::metadata;"),
+        ("cellar.rs", "// a room nobody decided on"),
+    ] {
+        assert!(!offences(&module_path(Path::new(file)), line).is_empty(), "{file}: {line}");
+    }
+}
+
+#[test]
+fn an_allowed_line_is_left_alone() {
+    for (file, line) in [
+        ("domain/session.rs", "use crate::domain::error::Error; // never crate::api"),
+        ("domain/session.rs", "//! [`crate::api`] translates for us."),
+        ("domain/sessions/mod.rs", "use super::super::domain_like::x; use super::store;"),
+        ("api/rest/sessions.rs", "use crate::{auth::Auth, domain::{Error, Sessions}, api::error};"),
+        ("store/index/sql.rs", "use crate::store::metadata::SqlMetadata;"),
+        ("store/channel/log/writer.rs", "use super::keys; use crate::store::channel::log::tail;"),
+        ("main.rs", "match sessiond::cli::run(sessiond::cli::Cli::parse()) {}"),
+    ] {
+        assert_eq!(offences(&module_path(Path::new(file)), line), Vec::<String>::new(), "{file}: {line}");
+    }
+}
+
+fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect(&path, files);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+}
+
+/// `store/channel/log/mod.rs` is `store::channel::log`.
+fn module_path(file: &Path) -> Vec<String> {
+    let mut path: Vec<String> =
+        file.with_extension("").iter().map(|part| part.to_string_lossy().into_owned()).collect();
+    if path.last().is_some_and(|last| last == "mod") {
+        path.pop();
+    }
+    path
+}
+
+fn offences(module: &[String], text: &str) -> Vec<String> {
+    let here = module.join("::");
+    let room = module[0].as_str();
+    let Some((_, allowed)) = MAY_NAME.iter().find(|(name, _)| *name == room) else {
+        return vec![format!("{here}: the one-way rule does not know the room {room:?}")];
+    };
+    let code: String =
+        text.lines().map(|line| line.split("//").next().unwrap_or("")).collect::<Vec<_>>().join("\n");
+    let mut found = BTreeSet::new();
+    for path in named_paths(module, &code) {
+        let other = path[0].as_str();
+        let known = MAY_NAME.iter().any(|(name, _)| *name == other);
+        if known && other != room && !allowed.contains(&other) {
+            found.insert(format!("{here} names {}", path.join("::")));
+        }
+        if let (Some(ours), Some(theirs)) = (adapter(module), adapter(&path))
+            && ours != theirs
+            && !SHARED_ADAPTERS.contains(&(ours, theirs))
+        {
+            found.insert(format!("{here} names its sibling adapter {}", path.join("::")));
+        }
+    }
+    for (name, rooms) in CRATE_ROOMS {
+        if !rooms.contains(&room) && !["server", "lib"].contains(&room) && words(&code, name).next().is_some()
+        {
+            found.insert(format!("{here} names the crate {name}"));
+        }
+    }
+    found.into_iter().collect()
+}
+
+fn adapter(path: &[String]) -> Option<&'static str> {
+    let inside = path.strip_prefix(&["store".to_owned()])?.join("::");
+    let is = |name: &&str| inside == **name || inside.starts_with(&format!("{name}::"));
+    ADAPTERS.iter().copied().find(|name| is(&name))
+}
+
+/// Every path that the code spells from the root of the crate, or from a parent module.
+fn named_paths(module: &[String], code: &str) -> Vec<Vec<String>> {
+    let mut paths = Vec::new();
+    for root in ["crate", "sessiond"] {
+        words(code, root).for_each(|rest| expand(&[], rest, &mut paths));
+    }
+    for mut rest in words(code, "super") {
+        let mut depth = 1;
+        while let Some(further) = rest.strip_prefix("super::") {
+            (rest, depth) = (further, depth + 1);
+        }
+        // Inline test modules are one level deeper than their file, so a chain may reach above the root.
+        let base = &module[..module.len().saturating_sub(depth)];
+        expand(base, rest, &mut paths);
+    }
+    paths
+}
+
+/// What follows each `name::` in the code that is not the tail of a longer word or path.
+fn words<'a>(code: &'a str, name: &str) -> impl Iterator<Item = &'a str> {
+    let needle = format!("{name}::");
+    code.match_indices(&needle)
+        .filter(|(at, _)| !code[..*at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':'))
+        .map(|(at, found)| &code[at + found.len()..])
+        .collect::<Vec<_>>()
+        .into_iter()
+}
+
+/// Reads `a::b`, or each branch of `{a::b, c}`, below `base`.
+fn expand(base: &[String], rest: &str, paths: &mut Vec<Vec<String>>) {
+    let rest = rest.trim_start();
+    if let Some(group) = rest.strip_prefix('{') {
+        let mut depth = 0usize;
+        let mut start = 0;
+        for (at, c) in group.char_indices() {
+            match c {
+                '{' => depth += 1,
+                '}' if depth > 0 => depth -= 1,
+                '}' => return expand(base, &group[start..at], paths),
+                ',' if depth == 0 => {
+                    expand(base, &group[start..at], paths);
+                    start = at + 1;
+                }
+                _ => {}
+            }
+        }
+        return;
+    }
+    let word: String = rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+    if word.is_empty() {
+        return;
+    }
+    let path = [base, std::slice::from_ref(&word)].concat();
+    match rest[word.len()..].strip_prefix("::") {
+        Some(further) if further.starts_with(|c: char| c.is_alphabetic() || c == '_' || c == '{') => {
+            expand(&path, further, paths);
+        }
+        _ => paths.push(path),
+    }
+}

@@ -1,2 +1,48 @@
-//! dev
-fn main() {}
+//! Developer commands: `cargo xtask test | lint | bench`. With `cargo run`, the only commands anyone must know.
+
+mod bench;
+mod lint;
+mod node;
+mod packages;
+mod postgres;
+mod process;
+mod stage;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Developer commands of sessiond.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Prove everything: install what is missing, check, build, run every test
+    Test(test::TestArgs),
+    /// The quick checks: format, clippy, dependencies, the one-way rule
+    Lint,
+    /// Measure a release build
+    Bench(bench::BenchArgs),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Test(args) => test::run(&args),
+        Command::Lint => lint::run(),
+        Command::Bench(args) => bench::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,109 @@
+// Starts, restarts and stops the real binary. Knows nothing of what the tests ask of it.
+
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+import { setTimeout as delay } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
+
+export const SECRET = "tr_dev_clientsuite0123456789abcd";
+
+const BINARY = process.env.SESSIOND_BIN ?? fileURLToPath(new URL("../../../target/debug/sessiond", import.meta.url));
+const READY_WITHIN_MS = 20_000;
+// The harness asks for readiness itself, outside the checks on what the tests ask.
+const rawFetch = globalThis.fetch;
+
+export class Server {
+  #child;
+  #stderr = "";
+  baseUrl;
+
+  static async start() {
+    const server = new Server();
+    server.data = await mkdtemp(join(tmpdir(), "sessiond-node-"));
+    await server.#launch("127.0.0.1:0");
+    return server;
+  }
+
+  /** Starts again on the same data and the same port. */
+  async restart() {
+    await this.#launch(new URL(this.baseUrl).host);
+  }
+
+  /** Stops as an operator does; answers the exit code. */
+  async stop() {
+    return this.#end("SIGTERM");
+  }
+
+  /** Stops as a power cut does. */
+  async kill() {
+    return this.#end("SIGKILL");
+  }
+
+  /** Stops for good and forgets the data. */
+  async remove() {
+    await this.kill();
+    await rm(this.data, { recursive: true, force: true });
+  }
+
+  async #end(signal) {
+    const child = this.#child;
+    if (child.exitCode === null && child.signalCode === null) {
+      const exit = once(child, "exit");
+      child.kill(signal);
+      await exit;
+    }
+    return child.exitCode;
+  }
+
+  async #launch(listen) {
+    const env = {
+      ...Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith("SESSIOND_"))),
+      SESSIOND_SECRET_KEY: SECRET,
+      SESSIOND_HTTP__RATE_LIMIT__KEY_PER_10S: "0",
+      SESSIOND_HTTP__RATE_LIMIT__KEY_BURST: "0",
+      SESSIOND_HTTP__RATE_LIMIT__TOKEN_PER_MINUTE: "0",
+    };
+    const child = spawn(BINARY, ["serve", "--listen", listen, "--data", this.data], {
+      env,
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    this.#child = child;
+    child.stderr.setEncoding("utf8").on("data", (text) => (this.#stderr += text));
+    const gone = once(child, "exit").then(
+      ([code, signal]) => {
+        throw new Error(`the server ended with ${code ?? signal}:\n${this.#stderr}`);
+      },
+      (cause) => {
+        throw new Error(`cannot start ${BINARY}`, { cause });
+      },
+    );
+    gone.catch(() => {});
+    this.baseUrl = await Promise.race([gone, this.#announced(child)]);
+    await Promise.race([gone, this.#ready()]);
+  }
+
+  #announced(child) {
+    return new Promise((resolve) => {
+      // Goes on reading for ever: a full pipe would stop the server.
+      createInterface(child.stdout).on("line", (line) => {
+        const url = line.match(/http:\/\/127\.0\.0\.1:\d+/);
+        if (url) resolve(url[0]);
+      });
+    });
+  }
+
+  async #ready() {
+    const deadline = performance.now() + READY_WITHIN_MS;
+    while (performance.now() < deadline) {
+      const response = await rawFetch(`${this.baseUrl}/readyz`).catch(() => undefined);
+      await response?.arrayBuffer();
+      if (response?.ok) return;
+      await delay(20);
+    }
+    throw new Error(`the server was not ready in ${READY_WITHIN_MS} ms:\n${this.#stderr}`);
+  }
+}

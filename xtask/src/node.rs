@@ -1,0 +1,68 @@
+//! The client suite: the real SDK from npm against the binary that was just built.
+
+use std::process::Command;
+
+use anyhow::ensure;
+
+use crate::process;
+use crate::workspace::Workspace;
+
+/// The counts that close the output of `node --test` (`# pass 12`).
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Counts {
+    pass: u64,
+    fail: u64,
+    cancelled: u64,
+    skipped: u64,
+    todo: u64,
+}
+
+impl Counts {
+    fn see(&mut self, line: &str) {
+        let Some((name, count)) = line.strip_prefix("# ").and_then(|rest| rest.split_once(' ')) else {
+            return;
+        };
+        let Ok(count) = count.parse() else { return };
+        match name {
+            "pass" => self.pass = count,
+            "fail" => self.fail = count,
+            "cancelled" => self.cancelled = count,
+            "skipped" => self.skipped = count,
+            "todo" => self.todo = count,
+            _ => {}
+        }
+    }
+}
+
+/// Installs the locked packages and runs every `*.test.js`.
+pub(crate) fn test(workspace: &Workspace) -> anyhow::Result<()> {
+    let dir = workspace.root.join("tests/node");
+    process::run(Command::new("npm").args(["ci", "--no-audit", "--no-fund"]).current_dir(&dir))?;
+    let mut node = Command::new("node");
+    node.args(["--test", "--test-force-exit", "--test-timeout=60000", "--test-reporter=tap"])
+        .current_dir(&dir)
+        .env("SESSIOND_BIN", workspace.debug_binary("sessiond"));
+    let mut counts = Counts::default();
+    let passed = process::run_seen(&mut node, |line| counts.see(line))?;
+    ensure!(passed && counts.fail == 0 && counts.cancelled == 0, "{} failed", counts.fail + counts.cancelled);
+    ensure!(counts.skipped == 0 && counts.todo == 0, "{} skipped", counts.skipped + counts.todo);
+    ensure!(counts.pass > 0, "no test ran");
+    println!("{} client tests passed, 0 failed, 0 skipped", counts.pass);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_closing_lines_of_node_are_counted() {
+        let mut counts = Counts::default();
+        for line in
+            ["ok 1 - # skipped words", "# tests 9", "# pass 4", "# fail 2", "# cancelled 0", "# skipped 1"]
+        {
+            counts.see(line);
+        }
+        assert_eq!(counts, Counts { pass: 4, fail: 2, cancelled: 0, skipped: 1, todo: 0 });
+    }
+}

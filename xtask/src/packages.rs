@@ -1,0 +1,66 @@
+//! What the tests need from the machine. Debian packages are installed when they are missing; Rust and Node are
+//! the newcomer's own.
+
+use std::process::Command;
+
+use anyhow::{Context, ensure};
+
+use crate::process;
+
+/// Postgres for the contract suites; strace to see that every ack comes after its sync.
+const DEBIAN: [&str; 2] = ["postgresql", "strace"];
+/// The first Node whose test runner can end a process that still holds sockets.
+const NODE_MIN: (u32, u32) = (20, 14);
+
+/// Installs what is missing.
+pub(crate) fn install() -> anyhow::Result<()> {
+    let missing: Vec<&str> = DEBIAN.into_iter().filter(|name| !installed(name)).collect();
+    if !missing.is_empty() {
+        let root = process::answer(Command::new("id").arg("-u")).is_some_and(|uid| uid == "0");
+        process::run(apt_get(root).arg("update"))?;
+        process::run(apt_get(root).args(["install", "--yes", "--no-install-recommends"]).args(&missing))?;
+    }
+    let version = process::answer(Command::new("node").arg("--version")).context("Node is not installed")?;
+    ensure!(
+        node_version(&version).is_some_and(|found| found >= NODE_MIN),
+        "Node {version} is too old; {}.{} or later is needed",
+        NODE_MIN.0,
+        NODE_MIN.1
+    );
+    println!("node {version}; Debian packages {}", DEBIAN.join(", "));
+    Ok(())
+}
+
+fn installed(package: &str) -> bool {
+    let status = process::answer(Command::new("dpkg-query").args(["-W", "-f=${db:Status-Status}", package]));
+    status.is_some_and(|status| status == "installed")
+}
+
+fn apt_get(root: bool) -> Command {
+    if root {
+        let mut command = Command::new("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        command
+    } else {
+        let mut command = Command::new("sudo");
+        command.args(["--non-interactive", "env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]);
+        command
+    }
+}
+
+fn node_version(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.strip_prefix('v')?.split('.');
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_version_is_read_as_two_numbers() {
+        assert_eq!(node_version("v20.14.1"), Some((20, 14)));
+        assert!(node_version("v9.99.0").unwrap() < NODE_MIN);
+        assert_eq!(node_version("20"), None);
+    }
+}

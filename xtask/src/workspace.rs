@@ -1,0 +1,58 @@
+//! Where things are: the checkout, the build output, and the cache outside the checkout.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Context;
+
+/// The paths that every command needs.
+pub(crate) struct Workspace {
+    /// The checkout.
+    pub(crate) root: PathBuf,
+    /// Downloads and tools that outlive a checkout.
+    pub(crate) cache: PathBuf,
+    /// Build output of the child cargo calls.
+    pub(crate) target: PathBuf,
+}
+
+impl Workspace {
+    /// Finds the paths from the environment.
+    ///
+    /// CI clones anew each time, so there the build output goes to the cache unless `CARGO_TARGET_DIR` says
+    /// otherwise.
+    pub(crate) fn locate() -> anyhow::Result<Self> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
+        let base = match set("XDG_CACHE_HOME") {
+            Some(dir) => PathBuf::from(dir),
+            None => {
+                let home = set("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?;
+                Path::new(&home).join(".cache")
+            }
+        };
+        let cache = base.join("sessiond");
+        let target = match set("CARGO_TARGET_DIR") {
+            Some(dir) => root.join(dir),
+            None if set("CI").is_some_and(|ci| ci == "true") => cache.join("target"),
+            None => root.join("target"),
+        };
+        Ok(Self { root: root.to_owned(), cache, target })
+    }
+
+    /// Cargo, in the checkout, building where we said.
+    pub(crate) fn cargo(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        command.args(args).current_dir(&self.root).env("CARGO_TARGET_DIR", &self.target);
+        command
+    }
+
+    /// A binary of the workspace's debug build.
+    pub(crate) fn debug_binary(&self, name: &str) -> PathBuf {
+        self.target.join("debug").join(name)
+    }
+}
+
+/// An environment variable that is set and not empty.
+fn set(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}

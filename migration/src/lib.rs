@@ -1,1 +1,25 @@
-//! Schema history.
+//! Schema history of the metadata store, for SQLite and Postgres.
+//!
+//! A step is frozen once released, so it spells its tables out and does not import `entity`.
+
+mod m20261123_000001_initial;
+
+pub use sea_orm_migration::MigratorTrait;
+use sea_orm_migration::prelude::{MigrationTrait, async_trait};
+
+/// Every step, oldest first.
+pub struct Migrator;
+
+#[async_trait::async_trait]
+impl MigratorTrait for Migrator {
+    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+        vec![Box::new(m20261123_000001_initial::Migration)]
+    }
+}
+
+impl Migrator {
+    /// Names of every step that this binary knows, oldest first.
+    pub fn names() -> Vec<String> {
+        Self::migrations().iter().map(|step| step.name().to_owned()).collect()
+    }
+}

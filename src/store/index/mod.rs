@@ -1,1 +1,3 @@
 //! Adapters of the list port.
+
+pub mod sql;

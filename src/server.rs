@@ -8,9 +8,11 @@ use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use secrecy::{ExposeSecret, SecretString};
+use tokio_util::sync::CancellationToken;
 
 use crate::api::{self, ApiConfig, ApiState};
 use crate::auth::Auth;
@@ -19,7 +21,7 @@ use crate::auth::vault::Vault;
 use crate::config::Config;
 use crate::domain::tenant::{Environment, EnvironmentKind};
 use crate::domain::timer::Timers;
-use crate::domain::{ChannelStore, Clock, MetadataStore, Sessions, SessionsConfig};
+use crate::domain::{Clock, MetadataStore, Sessions, SessionsConfig};
 use crate::listener::Listener;
 use crate::shutdown::Shutdown;
 use crate::store::channel::log::{CommitStats, LogChannels, LogObserver, LogOptions};
@@ -29,6 +31,8 @@ use crate::telemetry::Metrics;
 
 /// The environment that a first start makes.
 const DEFAULT_NAME: &str = "default";
+/// How often expired sessions are marked.
+const SWEEP_EVERY: Duration = Duration::from_secs(5);
 /// Linux's number of the signal that a write past the file size limit raises; unhandled it ends the process.
 const SIGXFSZ: i32 = 25;
 
@@ -50,7 +54,7 @@ impl Control {
     pub async fn open(config: &Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
         std::fs::create_dir_all(&config.data)
             .with_context(|| format!("cannot make the data folder {}", config.data.display()))?;
-        let options = MetadataOptions { connections: config.metadata.connections };
+        let options = MetadataOptions { connections: config.metadata.connections, ..MetadataOptions::default() };
         let store = Arc::new(SqlMetadata::open(&config.metadata_url(), options).await?);
         let master_key = match &config.auth.master_key {
             Some(key) => key.clone(),
@@ -74,7 +78,7 @@ impl Control {
     ) -> anyhow::Result<(Environment, RevealedKey)> {
         let keys = self.keys();
         let Some(environment) = self.store.environments().await?.into_iter().next() else {
-            let kind = secret.as_ref().map_or(EnvironmentKind::Development, |secret| kind_of(secret));
+            let kind = secret.as_ref().map_or(EnvironmentKind::Development, kind_of);
             let new = NewEnvironment {
                 organization: DEFAULT_NAME.to_owned(),
                 project: DEFAULT_NAME.to_owned(),
@@ -121,7 +125,7 @@ impl Server {
         claim_log(&control, &log).await?;
         let (_, key) = control.default_environment(config.secret_key.clone()).await?;
         let timers = Timers::new(clock.clone());
-        let index = Arc::new(SqlIndex::new(&control.store));
+        let index = Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store)));
         let sessions = Sessions::new(
             control.store.clone(),
             log.clone(),
@@ -171,6 +175,7 @@ impl Server {
     /// # Errors
     /// If the log cannot be closed.
     pub async fn run(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let address = self.local_addr()?;
         let draining = self.shutdown.draining().clone();
         let router = api::router(ApiState {
             sessions: self.sessions,
@@ -181,7 +186,9 @@ impl Server {
         });
         let listening = tokio::spawn(self.listener.serve(router, self.shutdown.clone()));
         tokio::spawn(self.timers.run(draining.clone()));
-        tokio::spawn(self.auth.watch_keys(draining));
+        tokio::spawn(self.auth.watch_keys(draining.clone()));
+        tokio::spawn(sweep_expired(self.control.store.clone(), self.control.clock.clone(), draining));
+        tracing::info!(%address, "listening");
         stop.await;
         tracing::info!("stopping");
         let cut = self.shutdown.finish(self.config.http.shutdown_deadline).await;
@@ -191,6 +198,7 @@ impl Server {
         listening.await?;
         let log = self.log;
         tokio::task::spawn_blocking(move || log.close()).await?;
+        self.control.store.close().await;
         tracing::info!("stopped");
         Ok(())
     }
@@ -231,6 +239,16 @@ async fn claim_log(control: &Control, log: &LogChannels) -> anyhow::Result<()> {
         "the log in the data folder (id {ours}) belongs to another metadata store; this one's log has the id {known}"
     );
     Ok(())
+}
+
+/// Keeps lists by status fast; they are exact without it.
+async fn sweep_expired(store: Arc<SqlMetadata>, clock: Arc<dyn Clock>, stop: CancellationToken) {
+    let mut beat = tokio::time::interval(SWEEP_EVERY);
+    while stop.run_until_cancelled(beat.tick()).await.is_some() {
+        if let Err(error) = store.sweep_expired(clock.now()).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "cannot mark expired sessions");
+        }
+    }
 }
 
 struct LogMetrics(Arc<Metrics>);

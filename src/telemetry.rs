@@ -1,5 +1,6 @@
 //! Logs and metrics. Every metric name and label stands here; labels come from enums and route templates only.
 
+use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -233,7 +234,8 @@ pub fn start_logging(config: &TelemetryConfig) -> Result<()> {
     let filter = EnvFilter::try_new(&config.log)
         .map_err(|error| Error::invalid("telemetry.log", format!("is not a filter: {error}")))?;
     let registry = tracing_subscriber::registry().with(filter);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let ansi = std::io::stderr().is_terminal();
+    let lines = tracing_subscriber::fmt::layer().with_ansi(ansi).with_writer(std::io::stderr);
     let started = match config.format {
         LogFormat::Text => registry.with(lines).try_init(),
         LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init(),

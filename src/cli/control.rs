@@ -136,7 +136,7 @@ impl EnvironmentArg {
 pub(super) async fn migrate(common: &Common, output: OutputArgs) -> anyhow::Result<()> {
     let config = common.load(None)?;
     std::fs::create_dir_all(&config.data)?;
-    let applied = crate::store::metadata::migrate(&config.metadata_url()).await?;
+    let applied = crate::store::metadata::migrate(&config.metadata_url()).await?.applied;
     output.print(&json!({ "applied": applied }), || match applied.as_slice() {
         [] => "the schema is up to date".to_owned(),
         names => format!("applied {}", names.join(", ")),

@@ -56,8 +56,8 @@ fn no_room_names_another_against_the_one_way_rule() {
     let offences: Vec<String> = files
         .iter()
         .flat_map(|file| {
-            let module = module_path(file.strip_prefix(&src).unwrap());
-            offences(&module, &fs::read_to_string(file).unwrap())
+            let module = module_path(file.strip_prefix(&src).expect("below src"));
+            offences(&module, &fs::read_to_string(file).expect("readable"))
         })
         .collect();
     assert!(offences.is_empty(), "\n{}\n", offences.join("\n"));
@@ -101,8 +101,8 @@ fn an_allowed_line_is_left_alone() {
 }
 
 fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
+    for entry in fs::read_dir(dir).expect("a folder") {
+        let path = entry.expect("an entry").path();
         if path.is_dir() {
             collect(&path, files);
         } else if path.extension().is_some_and(|extension| extension == "rs") {
@@ -155,7 +155,7 @@ fn offences(module: &[String], text: &str) -> Vec<String> {
 fn adapter(path: &[String]) -> Option<&'static str> {
     let inside = path.strip_prefix(&["store".to_owned()])?.join("::");
     let is = |name: &&str| inside == **name || inside.starts_with(&format!("{name}::"));
-    ADAPTERS.iter().copied().find(|name| is(&name))
+    ADAPTERS.iter().copied().find(|name| is(name))
 }
 
 /// Every path that the code spells from the root of the crate, or from a parent module.

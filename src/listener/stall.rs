@@ -87,7 +87,7 @@ mod tests {
         let reader = async {
             let mut byte = [0; 1];
             for _ in 0..8 {
-                tokio::time::sleep(limit / 4).await;
+                sleep(limit / 4).await;
                 theirs.read_exact(&mut byte).await.expect("a byte");
             }
         };

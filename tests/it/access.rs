@@ -262,13 +262,13 @@ async fn a_revoked_key_cuts_its_streams_and_a_rotated_one_works_through_its_grac
     follower.records(1).await;
     server.clock.advance(grace);
     let (events, end) = follower.rest().await;
-    assert_eq!((events.last().map(|event| event.name.as_str()), end), (Some("error"), &End::Broken));
+    assert_eq!((events.last().map(|event| event.name.as_str()), end), (Some("error"), End::Broken));
     refused_soon(&server, &secret, "/api/v1/sessions/r").await;
 
     let mut follower = server.follow_as(&second_secret, "r", "in", &[]).await.ok();
     keys.revoke(&environment.id, &KeyId::from_stored(second.key.id.as_str())).await.expect("revoked");
     let (events, end) = follower.rest().await;
-    assert_eq!((events.last().map(|event| event.name.as_str()), end), (Some("error"), &End::Broken));
+    assert_eq!((events.last().map(|event| event.name.as_str()), end), (Some("error"), End::Broken));
 }
 
 #[tokio::test]
@@ -282,5 +282,5 @@ async fn a_stream_ends_when_its_token_does() {
     server.clock.advance(Duration::from_secs(30));
     let (events, end) = follower.rest().await;
     assert_eq!(events.len(), 1);
-    assert_eq!((events[0].name.as_str(), end), ("error", &End::Broken));
+    assert_eq!((events[0].name.as_str(), end), ("error", End::Broken));
 }

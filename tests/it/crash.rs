@@ -362,5 +362,5 @@ async fn a_stop_ends_within_its_deadline_and_breaks_followers_instead_of_ending_
     let (status, (events, end)) = tokio::join!(process.terminate(), follower.rest());
     assert!(status.success());
     assert_eq!(events.iter().map(|event| event.name.as_str()).collect::<Vec<_>>(), ["error"]);
-    assert_eq!(end, &crate::harness::sse::End::Broken);
+    assert_eq!(end, crate::harness::sse::End::Broken);
 }

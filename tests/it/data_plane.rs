@@ -171,7 +171,7 @@ async fn a_follower_waits_for_a_session_that_does_not_exist_yet() {
 async fn ends_clean(follower: &mut SseReader) {
     let (events, end) = follower.rest().await;
     let last = events.last().expect("an event");
-    assert_eq!((last.data.as_str(), end), ("[DONE]", &End::Clean));
+    assert_eq!((last.data.as_str(), end), ("[DONE]", End::Clean));
 }
 
 #[tokio::test]

@@ -8,4 +8,4 @@ pub mod sse;
 
 pub use process::Process;
 pub use server::{Answer, TestServer};
-pub use sse::{SseEvent, SseReader};
+pub use sse::SseReader;

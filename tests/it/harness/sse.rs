@@ -36,7 +36,7 @@ impl SseEvent {
 }
 
 /// How a body ended.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// The last chunk came.
     Clean,
@@ -67,14 +67,14 @@ impl SseReader {
     }
 
     /// The next event, or how the body ended.
-    pub async fn next(&mut self) -> Result<SseEvent, &End> {
+    pub async fn next(&mut self) -> Result<SseEvent, End> {
         loop {
             if let Some(end) = self.buffer.windows(2).position(|pair| pair == b"\n\n") {
                 let block: Vec<u8> = self.buffer.drain(..end + 2).collect();
                 return Ok(parse(std::str::from_utf8(&block).expect("UTF-8")));
             }
-            if self.end.is_some() {
-                return Err(self.end.as_ref().expect("it has ended"));
+            if let Some(end) = self.end {
+                return Err(end);
             }
             let chunk = tokio::time::timeout(PATIENCE, self.response.chunk()).await;
             match chunk.expect("something within the patience of a test") {
@@ -86,16 +86,13 @@ impl SseReader {
     }
 
     /// The next event that is not a ping.
-    pub async fn event(&mut self) -> Result<SseEvent, &End> {
+    pub async fn event(&mut self) -> Result<SseEvent, End> {
         loop {
-            // Returning the borrow from inside the loop needs two steps.
-            match self.next().await {
-                Ok(event) if event.name == "ping" => {}
-                Ok(event) => return Ok(event),
-                Err(_) => break,
+            let event = self.next().await?;
+            if event.name != "ping" {
+                return Ok(event);
             }
         }
-        Err(self.end.as_ref().expect("it has ended"))
     }
 
     /// Reads batches until `count` records have come, checking that their numbers follow each other.
@@ -111,12 +108,14 @@ impl SseReader {
     }
 
     /// Reads to the end and gives every event but pings.
-    pub async fn rest(&mut self) -> (Vec<SseEvent>, &End) {
+    pub async fn rest(&mut self) -> (Vec<SseEvent>, End) {
         let mut events = Vec::new();
-        while let Ok(event) = self.event().await {
-            events.push(event);
+        loop {
+            match self.event().await {
+                Ok(event) => events.push(event),
+                Err(end) => return (events, end),
+            }
         }
-        (events, self.end.as_ref().expect("it has ended"))
     }
 }
 

@@ -11,6 +11,7 @@ use sessiond::domain::{
 
 use crate::contract::suite;
 use crate::harness::database::{Sql, at, external, named, session, words};
+use crate::harness::seed::{self, Spread};
 
 suite!("ListIndex": [sqlite = Sql::sqlite, postgres = Sql::postgres], [
     an_empty_environment_has_an_empty_page,
@@ -257,7 +258,7 @@ async fn every_field_filters_and_any_of_its_values_will_do(sql: Sql) {
     let helper = sql.create(Session { task_identifier: "helper".into(), ..session(2) }).await.session.id;
     let mine = sql.create(named("mine")).await.session.id;
     let by_kind = |kinds: &[&str]| Filter { kinds: words(kinds), ..Filter::default() };
-    assert_eq!(all(&sql, &by_kind(&["voice"])).await, [voice.clone()]);
+    assert_eq!(all(&sql, &by_kind(&["voice"])).await, std::slice::from_ref(&voice));
     assert_eq!(all(&sql, &by_kind(&["voice", "chat", "voice"])).await.len(), 3);
     assert!(all(&sql, &by_kind(&["Voice"])).await.is_empty());
     let by_task = Filter { task_identifiers: words(&["helper", "unknown"]), ..Filter::default() };
@@ -364,7 +365,7 @@ async fn environments_are_lists_of_their_own(sql: Sql) {
         Filter { statuses: StatusSet::new(vec![Status::Active]), ..Filter::default() },
     ];
     for filter in filters {
-        assert_eq!(all(&sql, &filter).await, [ours.clone()], "{filter:?}");
+        assert_eq!(all(&sql, &filter).await, std::slice::from_ref(&ours), "{filter:?}");
         assert_eq!(sql.index.count(&sql.here, &filter, NOW).await.expect("counts"), 1, "{filter:?}");
     }
     assert_eq!(tags(&sql, any_tags()).await, ["shared"]);
@@ -403,7 +404,7 @@ async fn a_hundred_values_in_every_field_are_taken(sql: Sql) {
         Filter { task_identifiers: many.clone(), kinds: many.clone(), ..Filter::default() },
         Filter { kinds: many.clone(), task_identifiers: many, external_ids: names, ..Filter::default() },
     ] {
-        assert_eq!(all(&sql, &filter).await, [mine.clone()]);
+        assert_eq!(all(&sql, &filter).await, std::slice::from_ref(&mine));
     }
 }
 
@@ -503,5 +504,23 @@ async fn a_sweep_marks_each_expired_session_once(sql: Sql) {
     sql.create(Session { environment: elsewhere, expires_at: Some(at(1)), ..session(1) }).await;
     for marked in [2, 0] {
         assert_eq!(sql.store.sweep_expired(at(500)).await.expect("sweeps"), marked);
+    }
+}
+
+#[tokio::test]
+async fn seeded_sessions_are_spread_as_they_say() {
+    for (spread, counts) in [
+        (Spread::Uniform, [300, 200, 100]),
+        (Spread::AllExpireLater, [600, 0, 0]),
+        (Spread::AllExpired, [0, 0, 600]),
+    ] {
+        let sql = Sql::sqlite().await;
+        seed::sessions(&sql.database.url, sql.here.as_str(), 600, spread).await.expect("seeds");
+        for (status, count) in Status::ALL.into_iter().zip(counts) {
+            let filter = Filter { statuses: StatusSet::new(vec![status]), ..Filter::default() };
+            let found = sql.index.count(&sql.here, &filter, at(seed::NOW)).await.expect("counts");
+            assert_eq!(found, count, "{spread:?} {status:?}");
+        }
+        assert_eq!(walk(&sql, &Filter::default(), 100, true, at(seed::NOW)).await.len(), 600);
     }
 }

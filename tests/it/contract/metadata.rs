@@ -80,7 +80,7 @@ async fn update(sql: &Sql, session: &Session, patch: SessionPatch) -> Session {
     row.expect("the session is there")
 }
 
-fn object(value: serde_json::Value) -> Option<serde_json::Map<String, serde_json::Value>> {
+fn object(value: &serde_json::Value) -> Option<serde_json::Map<String, serde_json::Value>> {
     value.as_object().cloned()
 }
 
@@ -91,8 +91,8 @@ fn naming(id: Option<&str>) -> SessionPatch {
 async fn a_created_session_comes_back_whole_by_either_id(sql: Sql) {
     let created = Session {
         tags: words(&["b", "a"]),
-        metadata: object(json!({"n": 1.5, "deep": [{"x": null}], "big": u64::MAX, "": "empty key"})),
-        trigger_config: object(json!({})),
+        metadata: object(&json!({"n": 1.5, "deep": [{"x": null}], "big": u64::MAX, "": "empty key"})),
+        trigger_config: object(&json!({})),
         expires_at: Some(at(9_000_000_000_000)),
         closed: Some(closure(4, "was closed before")),
         ..named("mine")
@@ -112,7 +112,7 @@ async fn text_of_every_script_comes_back_unchanged(sql: Sql) {
             kind: text.to_owned(),
             task_identifier: text.to_owned(),
             tags: vec![text.to_owned()],
-            metadata: object(json!({ text: text })),
+            metadata: object(&json!({ text: text })),
             external_id: Some(external(&format!("x{text}x"))),
             ..session(1)
         };
@@ -211,8 +211,8 @@ async fn an_absent_session_is_none(sql: Sql) {
 async fn an_update_changes_only_what_it_names(sql: Sql) {
     let before = Session {
         tags: words(&["a", "b"]),
-        metadata: object(json!({"k": 1})),
-        trigger_config: object(json!({"t": 1})),
+        metadata: object(&json!({"k": 1})),
+        trigger_config: object(&json!({"t": 1})),
         ..named("mine")
     };
     sql.create(before.clone()).await;
@@ -221,10 +221,10 @@ async fn an_update_changes_only_what_it_names(sql: Sql) {
     expected.tags = words(&["c", "a"]);
     let patch = SessionPatch { tags: Some(words(&["c", "a"])), ..SessionPatch::default() };
     assert_eq!(update(&sql, &before, patch).await, expected);
-    expected.metadata = object(json!({"k": 2}));
+    expected.metadata = object(&json!({"k": 2}));
     let patch = SessionPatch { metadata: Some(expected.metadata.clone()), ..SessionPatch::default() };
     assert_eq!(update(&sql, &before, patch).await, expected);
-    expected.trigger_config = object(json!({"t": 2}));
+    expected.trigger_config = object(&json!({"t": 2}));
     let patch = SessionPatch { trigger_config: expected.trigger_config.clone(), ..SessionPatch::default() };
     assert_eq!(update(&sql, &before, patch).await, expected);
     expected.external_id = Some(external("renamed"));
@@ -233,7 +233,7 @@ async fn an_update_changes_only_what_it_names(sql: Sql) {
 }
 
 async fn an_update_clears_metadata_and_external_id(sql: Sql) {
-    let before = sql.create(Session { metadata: object(json!({"k": 1})), ..named("mine") }).await.session;
+    let before = sql.create(Session { metadata: object(&json!({"k": 1})), ..named("mine") }).await.session;
     let patch = SessionPatch { metadata: Some(None), external_id: Some(None), ..SessionPatch::default() };
     let after = update(&sql, &before, patch).await;
     assert_eq!((after.metadata, after.external_id), (None, None));
@@ -266,7 +266,7 @@ async fn an_update_may_name_the_external_id_that_the_session_has(sql: Sql) {
 async fn concurrent_updates_of_different_fields_are_all_kept(sql: Sql) {
     let mine = sql.create(named("mine")).await.session;
     let other = sql.again().await;
-    let metadata = object(json!({"kept": true}));
+    let metadata = object(&json!({"kept": true}));
     let patches = [
         SessionPatch { tags: Some(words(&["kept"])), ..SessionPatch::default() },
         SessionPatch { metadata: Some(metadata.clone()), ..SessionPatch::default() },

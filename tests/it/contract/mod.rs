@@ -22,9 +22,11 @@ macro_rules! suite {
     };
     (@adapter $adapter:ident, $open:ident, [$($case:ident),+ $(,)?]) => {
         mod $adapter {
+            use super::*;
+
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $case() {
-                super::$case(super::$open().await).await;
+                super::$case($open().await).await;
             })+
         }
     };

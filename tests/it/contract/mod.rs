@@ -17,10 +17,10 @@ macro_rules! suite {
             println!("contract of {}: {cases} cases x {adapters} adapters", $port);
         }
     };
-    (@each [$($adapter:ident = $open:ident),+ $(,)?], $cases:tt) => {
+    (@each [$($adapter:ident = $open:path),+ $(,)?], $cases:tt) => {
         $($crate::contract::suite!(@adapter $adapter, $open, $cases);)+
     };
-    (@adapter $adapter:ident, $open:ident, [$($case:ident),+ $(,)?]) => {
+    (@adapter $adapter:ident, $open:path, [$($case:ident),+ $(,)?]) => {
         mod $adapter {
             use super::*;
 
@@ -30,6 +30,6 @@ macro_rules! suite {
             })+
         }
     };
-    (@count [$($name:ident $(= $open:ident)?),+ $(,)?]) => { [$(stringify!($name)),+].len() };
+    (@count [$($name:ident $(= $open:path)?),+ $(,)?]) => { [$(stringify!($name)),+].len() };
 }
 pub(crate) use suite;

@@ -3,6 +3,8 @@
 //! [`domain`] is the core and knows nothing of the rest; [`store`] and [`auth`] serve it, [`api`] translates for
 //! it, [`server`] puts them together. `ARCHITECTURE.md` walks through it.
 
+pub mod api;
 pub mod auth;
 pub mod domain;
 pub mod store;
+pub mod telemetry;

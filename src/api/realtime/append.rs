@@ -58,8 +58,11 @@ pub async fn append(
             Error::TooLarge { size, limit, .. } => Some(error::record_too_large(*size, *limit)),
             _ => None,
         };
-        let failure = refuse(error.into());
-        Failure { message: too_large.unwrap_or_else(|| failure.message.clone()), ..failure }
+        let mut failure = refuse(error.into());
+        if let Some(message) = too_large {
+            failure.message = message;
+        }
+        failure
     })?;
     let seq = ack.seq_nums.first().copied().unwrap_or(ack.start.seq_num);
     Ok(Json(AppendResponse { ok: true, seq }))

@@ -105,7 +105,7 @@ mod tests {
 
     use super::*;
 
-    fn status(config: Value) -> u16 {
+    fn status(config: &Value) -> u16 {
         let mut whole = json!({"basePayload": {}});
         let whole = whole.as_object_mut().expect("an object");
         whole.extend(config.as_object().cloned().expect("an object"));
@@ -142,7 +142,7 @@ mod tests {
             (json!({"ttl": true}), 400),
             (json!({"basePayload": []}), 400),
         ] {
-            assert_eq!(status(config.clone()), expected, "{config}");
+            assert_eq!(status(&config), expected, "{config}");
         }
         assert_eq!(checked(Map::new()).expect_err("no payload").status.as_u16(), 400);
     }

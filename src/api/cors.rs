@@ -3,8 +3,6 @@
 //! Written by hand because the preflight answers 200 with the body `{}` and a request without `Origin` gets no
 //! CORS header at all, which tower-http's layer cannot do.
 
-use std::sync::Arc;
-
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
@@ -105,9 +103,9 @@ mod tests {
 
     #[test]
     fn a_list_of_origins_is_matched_exactly() {
-        let list: Arc<[String]> = Arc::from(["https://a.example".to_owned()]);
-        assert!(is_allowed(&list, &HeaderValue::from_static("https://a.example")));
-        assert!(!is_allowed(&list, &HeaderValue::from_static("https://a.example.evil")));
-        assert!(is_allowed(&Arc::from([]), &HeaderValue::from_static("null")));
+        let list = ["https://a.example".to_owned()];
+        assert!(is_allowed(Some(&list), &HeaderValue::from_static("https://a.example")));
+        assert!(!is_allowed(Some(&list), &HeaderValue::from_static("https://a.example.evil")));
+        assert!(is_allowed(None, &HeaderValue::from_static("null")));
     }
 }

@@ -255,7 +255,11 @@ fn api_config(http: &HttpConfig) -> ApiConfig {
         allowed_origins: (!any).then(|| cors_origins.clone().into()),
         rate_limits: RateLimits {
             environment: Rate::new(rate_limit.key_burst, rate_limit.key_per_10s, Duration::from_secs(10)),
-            token: Rate::new(rate_limit.token_per_minute, rate_limit.token_per_minute, Duration::from_secs(60)),
+            token: Rate::new(
+                rate_limit.token_per_minute,
+                rate_limit.token_per_minute,
+                Duration::from_secs(60),
+            ),
         },
         body_chunk_timeout: http.body_pause_timeout,
         body_timeout: http.body_timeout,

@@ -77,7 +77,8 @@ pub async fn list(
     let from_sdk = headers.contains_key("trigger-version");
     let query = list::parse(query.as_deref().unwrap_or_default(), app.clock.now(), from_sdk)?;
     let page = app.sessions.list(&caller, query.filter, &query.page).await?;
-    let text = |cursor: Option<Cursor>| cursor.map(|cursor| cursor.encode());
+    let step = query.step.saturating_add(1);
+    let text = |cursor: Option<Cursor>| cursor.map(|cursor| list::encode(step, &cursor));
     Ok(Json(ListResponse {
         pagination: Pagination { next: text(page.next()), previous: text(page.previous()) },
         data: page.sessions.iter().map(SessionItem::from).collect(),

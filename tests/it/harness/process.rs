@@ -60,7 +60,6 @@ impl Process {
         self.child.id().expect("still running")
     }
 
-
     /// kill -9, and waits until it is gone.
     pub async fn kill(mut self) {
         self.child.kill().await.expect("killed");

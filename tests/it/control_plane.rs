@@ -33,7 +33,7 @@ async fn a_created_session_shows_every_field_and_is_found_by_both_ids() {
     assert_eq!(session["createdAt"], "2026-01-01T00:00:00.000Z");
     assert_eq!(session["expiresAt"], "2026-01-02T00:00:00.000Z");
     assert_eq!(session["triggerConfig"]["machine"], "micro");
-    assert_eq!(session["isCached"], false);
+    assert_eq!((&session["isCached"], &session["status"]), (&json!(false), &json!("ACTIVE")));
     for field in ["closedAt", "closedReason"] {
         assert!(session[field].is_null() && session.as_object().expect("an object").contains_key(field));
     }
@@ -179,7 +179,7 @@ async fn a_session_expires_at_its_moment_and_stays_expired() {
     let again = json!({"type": "chat", "taskIdentifier": "agent", "externalId": "e"});
     server.post(SESSIONS, &again).await.expect(409);
     let closed = server.post(&format!("{SESSIONS}/e/close"), &json!({})).await.expect(200);
-    assert!(closed["closedAt"].is_string());
+    assert!(closed["closedAt"].is_string() && closed["status"] == "CLOSED");
     assert_eq!(expired().await, 0, "closed wins over expired");
 }
 

@@ -22,7 +22,7 @@ use crate::auth::vault::Vault;
 use crate::config::{Config, HttpConfig};
 use crate::domain::tenant::{Environment, EnvironmentKind};
 use crate::domain::timer::Timers;
-use crate::domain::{Clock, MetadataStore, Sessions, SessionsConfig};
+use crate::domain::{Backends, Clock, MetadataStore, Sessions, SessionsConfig};
 use crate::listener::Listener;
 use crate::shutdown::Shutdown;
 use crate::store::channel::log::{CommitStats, LogChannels, LogObserver, LogOptions};
@@ -128,17 +128,19 @@ impl Server {
         let (_, key) = control.default_environment(config.secret_key.clone()).await?;
         let timers = Timers::new(clock.clone());
         let index = Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store)));
-        let sessions = Sessions::new(
-            control.store.clone(),
-            log.clone(),
-            index,
-            clock.clone(),
-            timers.clone(),
-            SessionsConfig { cached_rows: config.metadata.cached_rows },
-        );
-        sessions.recover().await?;
-        let auth = Auth::new(control.store.clone(), control.vault.clone(), clock);
         let shutdown = Shutdown::default();
+        let backends = Backends {
+            store: control.store.clone(),
+            channels: log.clone(),
+            index,
+            clock: clock.clone(),
+            timers: timers.clone(),
+            stopping: shutdown.draining().clone(),
+        };
+        let rows = SessionsConfig { cached_rows: config.metadata.cached_rows };
+        let sessions = Sessions::new(backends, rows);
+        sessions.recover().await?;
+        let auth = Auth::new(control.store.clone(), control.vault.clone(), clock, timers.clone());
         Ok(Self { control, sessions, auth, timers, log, metrics, listener, shutdown, config, key })
     }
 
@@ -188,12 +190,14 @@ impl Server {
             shutdown: draining.clone(),
         });
         let listening = tokio::spawn(self.listener.serve(router, self.shutdown.clone()));
-        tokio::spawn(self.timers.run(draining.clone()));
+        tokio::spawn(self.timers.clone().run(draining.clone()));
         tokio::spawn(self.auth.watch_keys(draining.clone()));
         tokio::spawn(sweep_expired(self.control.store.clone(), self.control.clock.clone(), draining));
         tracing::info!(%address, "listening");
         stop.await;
         tracing::info!("stopping");
+        self.shutdown.begin();
+        self.timers.wake_all();
         let cut = self.shutdown.finish(self.config.http.shutdown_deadline).await;
         if cut > 0 {
             tracing::warn!(connections = cut, "cut connections that did not end in time");

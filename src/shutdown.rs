@@ -28,11 +28,14 @@ impl Shutdown {
         });
     }
 
-    /// Begins the stop and waits for every task, at most until `deadline`; then cuts the rest.
-    /// Returns how many had to be cut.
-    pub async fn finish(&self, deadline: Duration) -> usize {
+    /// Begins the stop.
+    pub fn begin(&self) {
         self.draining.cancel();
         self.tasks.close();
+    }
+
+    /// Waits for every task, at most until `deadline`; then cuts the rest. Returns how many had to be cut.
+    pub async fn finish(&self, deadline: Duration) -> usize {
         if tokio::time::timeout(deadline, self.tasks.wait()).await.is_ok() {
             return 0;
         }

@@ -4,17 +4,12 @@
 //! CORS header at all, which tower-http's layer cannot do.
 
 use axum::body::Body;
-use axum::extract::{Request, State};
-use axum::middleware::Next;
 use axum::response::Response;
-use http::Method;
 use http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS, CONTENT_TYPE,
     HeaderMap, HeaderValue, ORIGIN, VARY,
 };
-
-use super::App;
 
 const METHODS: HeaderValue = HeaderValue::from_static("GET,HEAD,PUT,PATCH,POST,DELETE");
 const MAX_AGE: HeaderValue = HeaderValue::from_static("300");
@@ -25,23 +20,18 @@ const EXPOSED: HeaderValue = HeaderValue::from_static(
      x-request-id,traceparent,x-should-retry,x-ratelimit-limit,x-ratelimit-remaining,x-ratelimit-reset",
 );
 
-/// Answers preflights and marks every other response.
-pub async fn cors(State(app): State<App>, request: Request, next: Next) -> Response {
-    let origin = request.headers().get(ORIGIN).cloned();
-    let origin = origin.filter(|origin| is_allowed(app.config.allowed_origins.as_deref(), origin));
-    if request.method() == Method::OPTIONS {
-        return preflight(origin, request.headers().get(ACCESS_CONTROL_REQUEST_HEADERS).cloned());
-    }
-    let mut response = next.run(request).await;
-    mark(response.headers_mut(), origin);
-    response
+/// The caller's origin, if it has one and may read answers.
+pub(super) fn allowed_origin(allowed: Option<&[String]>, headers: &HeaderMap) -> Option<HeaderValue> {
+    headers.get(ORIGIN).filter(|origin| is_allowed(allowed, origin)).cloned()
 }
 
 fn is_allowed(allowed: Option<&[String]>, origin: &HeaderValue) -> bool {
     allowed.is_none_or(|allowed| allowed.iter().any(|one| one.as_bytes() == origin.as_bytes()))
 }
 
-fn preflight(origin: Option<HeaderValue>, asked: Option<HeaderValue>) -> Response {
+/// The answer to any OPTIONS request: whatever was asked for is allowed.
+pub(super) fn preflight(origin: Option<HeaderValue>, request: &HeaderMap) -> Response {
+    let asked = request.get(ACCESS_CONTROL_REQUEST_HEADERS).cloned();
     let mut response = Response::new(Body::from("{}"));
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -57,7 +47,8 @@ fn preflight(origin: Option<HeaderValue>, asked: Option<HeaderValue>) -> Respons
     response
 }
 
-fn mark(headers: &mut HeaderMap, origin: Option<HeaderValue>) {
+/// Marks any other answer.
+pub(super) fn mark(headers: &mut HeaderMap, origin: Option<HeaderValue>) {
     headers.append(VARY, HeaderValue::from_static("Origin"));
     let Some(origin) = origin else {
         headers.remove(ACCESS_CONTROL_EXPOSE_HEADERS);
@@ -77,7 +68,9 @@ mod tests {
 
     #[test]
     fn a_preflight_reflects_what_it_was_asked() {
-        let response = preflight(origin(), Some(HeaderValue::from_static("x-a,authorization")));
+        let mut request = HeaderMap::new();
+        request.insert(ACCESS_CONTROL_REQUEST_HEADERS, HeaderValue::from_static("x-a,authorization"));
+        let response = preflight(origin(), &request);
         assert_eq!(response.headers()[ACCESS_CONTROL_ALLOW_ORIGIN], "https://a.example");
         assert_eq!(response.headers()[ACCESS_CONTROL_ALLOW_HEADERS], "x-a,authorization");
         assert_eq!(response.headers()[ACCESS_CONTROL_ALLOW_METHODS], METHODS);

@@ -136,7 +136,6 @@ pub fn router(state: ApiState) -> Router {
         .route("/openapi.json", get(document_json))
         .fallback(|| async { Failure::no_route() })
         .method_not_allowed_fallback(|| async { Failure::method_not_allowed() })
-        .layer(middleware::from_fn_with_state(app.clone(), cors::cors))
         .layer(middleware::from_fn_with_state(app.clone(), trace::observe))
         .with_state(app)
 }

@@ -1,4 +1,4 @@
-//! Request ids, W3C trace context, the access log and request metrics: the outermost layer.
+//! The outermost layer: request ids, W3C trace context, CORS, the access log and request metrics.
 
 use std::time::Instant;
 
@@ -10,6 +10,7 @@ use http::header::{HeaderMap, HeaderName, HeaderValue};
 use tracing::Instrument;
 
 use super::App;
+use super::cors;
 use super::error::Failure;
 
 /// Names a request in logs and answers.
@@ -30,13 +31,8 @@ impl RequestId {
         let sane = |value: &&HeaderValue| {
             (1..=REQUEST_ID_MAX).contains(&value.len()) && value.as_bytes().iter().all(u8::is_ascii_graphic)
         };
-        Self(
-            headers
-                .get(REQUEST_ID)
-                .filter(sane)
-                .cloned()
-                .unwrap_or_else(|| header(&uuid::Uuid::new_v4().simple().to_string())),
-        )
+        let given = headers.get(REQUEST_ID).filter(sane).cloned();
+        Self(given.unwrap_or_else(|| header(uuid::Uuid::new_v4().simple().encode_lower(&mut [0; 32]))))
     }
 
     /// As text.
@@ -49,30 +45,20 @@ fn header(text: &str) -> HeaderValue {
     HeaderValue::from_str(text).expect("hexadecimal digits and dashes make a header value")
 }
 
-/// Where this request stands in a distributed trace.
-struct Trace {
-    trace_id: String,
-    span_id: String,
-    flags: String,
-}
-
-impl Trace {
-    fn of(headers: &HeaderMap) -> Self {
-        let random = uuid::Uuid::new_v4().simple().to_string();
-        let span_id = random[..16].to_owned();
-        let incoming = headers.get(TRACEPARENT).and_then(|value| parent(value.to_str().ok()?));
-        let (trace_id, flags) =
-            incoming.unwrap_or_else(|| (uuid::Uuid::new_v4().simple().to_string(), "00".to_owned()));
-        Self { trace_id, span_id, flags }
-    }
-
-    fn header(&self) -> HeaderValue {
-        header(&format!("00-{}-{}-{}", self.trace_id, self.span_id, self.flags))
-    }
+/// The `traceparent` of this request: the caller's trace or a new one, and a span of ours.
+fn traceparent(headers: &HeaderMap) -> HeaderValue {
+    let incoming = headers.get(TRACEPARENT).and_then(|value| parent(value.to_str().ok()?));
+    let (mut trace, mut span) = ([0; 32], [0; 32]);
+    let (trace, flags) = match incoming {
+        Some(incoming) => incoming,
+        None => (&*uuid::Uuid::new_v4().simple().encode_lower(&mut trace), "00"),
+    };
+    let span = &uuid::Uuid::new_v4().simple().encode_lower(&mut span)[..16];
+    header(&format!("00-{trace}-{span}-{flags}"))
 }
 
 /// Trace id and flags of a well-formed `traceparent`.
-fn parent(text: &str) -> Option<(String, String)> {
+fn parent(text: &str) -> Option<(&str, &str)> {
     let mut parts = text.splitn(5, '-');
     let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
     let hex = |text: &str, len: usize| {
@@ -81,48 +67,50 @@ fn parent(text: &str) -> Option<(String, String)> {
     let known = hex(version, 2) && version != "ff" && (version != "00" || parts.next().is_none());
     let zero = |text: &str| text.bytes().all(|b| b == b'0');
     let valid = known && hex(trace, 32) && hex(span, 16) && hex(flags, 2) && !zero(trace) && !zero(span);
-    valid.then(|| (trace.to_owned(), flags.to_owned()))
+    valid.then_some((trace, flags))
 }
 
-/// Gives the request its id and span, and accounts for the answer.
+/// Around every route: gives the request its identity and span, lets pages of other origins in, accounts for the
+/// answer. One layer for all of it, because every request pays for every layer.
 pub async fn observe(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let begin = Instant::now();
     let id = RequestId::of(request.headers());
-    let trace = Trace::of(request.headers());
+    let traceparent = traceparent(request.headers());
+    let origin = cors::allowed_origin(app.config.allowed_origins.as_deref(), request.headers());
     request.extensions_mut().insert(id.clone());
     let matched = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
     let route = app.route_label(matched).unwrap_or(UNMATCHED);
     let method = method_label(request.method());
-    let span = tracing::info_span!(
-        "request",
-        request.id = id.as_str(),
-        trace.id = trace.trace_id,
-        span.id = trace.span_id,
-        route,
-        method
-    );
-    let response = async {
-        let mut response = next.run(request).await;
+    let span =
+        tracing::debug_span!("request", request.id = id.as_str(), trace.parent = ?traceparent, route, method);
+    let mut response = if request.method() == Method::OPTIONS {
+        cors::preflight(origin, request.headers())
+    } else {
+        let mut response = next.run(request).instrument(span.clone()).await;
         if let Some(failure) = response.extensions_mut().remove::<Failure>() {
-            log_fault(&failure);
-            let headers = std::mem::take(response.headers_mut());
+            log_fault(&failure, &id, &traceparent);
             response = failure.render(Some(id.as_str()));
-            response.headers_mut().extend(headers);
         }
-        let duration_ms = begin.elapsed().as_secs_f64() * 1000.0;
-        tracing::debug!(status = response.status().as_u16(), duration_ms, "answered a request");
+        cors::mark(response.headers_mut(), origin);
         response
     };
-    let mut response = response.instrument(span).await;
-    app.metrics.request(route, method, response.status().as_u16(), begin.elapsed());
+    let elapsed = begin.elapsed();
+    span.in_scope(|| {
+        let duration_ms = elapsed.as_secs_f64() * 1000.0;
+        tracing::debug!(status = response.status().as_u16(), duration_ms, "answered a request");
+    });
+    app.metrics.request(route, method, response.status().as_u16(), elapsed);
     response.headers_mut().insert(REQUEST_ID, id.0);
-    response.headers_mut().insert(TRACEPARENT, trace.header());
+    response.headers_mut().insert(TRACEPARENT, traceparent);
     response
 }
 
-fn log_fault(failure: &Failure) {
+fn log_fault(failure: &Failure, id: &RequestId, traceparent: &HeaderValue) {
     if let Some(cause) = failure.cause() {
-        tracing::error!(error = %Chain(cause), code = failure.code, "cannot answer a request");
+        tracing::error!(
+            request.id = id.as_str(), trace.parent = ?traceparent, error = %Chain(cause), code = failure.code,
+            "cannot answer a request"
+        );
     }
 }
 
@@ -163,7 +151,7 @@ mod tests {
     fn only_a_well_formed_parent_is_continued() {
         let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
         let (trace, flags) = parent(good).expect("well-formed");
-        assert_eq!((trace.as_str(), flags.as_str()), ("4bf92f3577b34da6a3ce929d0e0e4736", "01"));
+        assert_eq!((trace, flags), ("4bf92f3577b34da6a3ce929d0e0e4736", "01"));
         for text in [
             "",
             "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",

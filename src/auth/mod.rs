@@ -15,6 +15,7 @@ use quick_cache::sync::Cache;
 use secrecy::{ExposeSecret, SecretString};
 use tokio_util::sync::CancellationToken;
 
+use crate::domain::timer::Timers;
 use crate::domain::{
     Caller, CallerKind, Clock, EnvironmentId, Error, KeyId, MetadataStore, Result, Scopes, Session, Timestamp,
 };
@@ -50,6 +51,8 @@ pub struct Auth {
     callers: Cache<String, Arc<Caller>>,
     signing: Cache<EnvironmentId, Arc<[SigningKey]>>,
     leases: Leases,
+    /// Wakes the streams that a revocation ends.
+    timers: Arc<Timers>,
     /// The key revision that the caches were filled under.
     revision: AtomicI64,
     /// Counts sweeps, so that a look-up that began before one is not cached after it.
@@ -60,7 +63,12 @@ pub struct Auth {
 
 impl Auth {
     /// Authentication over a store and the vault that seals its keys.
-    pub fn new(store: Arc<dyn MetadataStore>, vault: Arc<Vault>, clock: Arc<dyn Clock>) -> Arc<Self> {
+    pub fn new(
+        store: Arc<dyn MetadataStore>,
+        vault: Arc<Vault>,
+        clock: Arc<dyn Clock>,
+        timers: Arc<Timers>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             store,
             vault,
@@ -68,6 +76,7 @@ impl Auth {
             callers: Cache::new(CACHED_CALLERS),
             signing: Cache::new(CACHED_CALLERS),
             leases: Leases::default(),
+            timers,
             revision: AtomicI64::new(-1),
             sweeps: AtomicU64::new(0),
             next_end: Mutex::new(None),
@@ -230,6 +239,7 @@ impl Auth {
         }
         *self.next_end.lock().unwrap_or_else(PoisonError::into_inner) = next_end;
         self.revision.store(revision, Ordering::Release);
+        self.timers.wake_all();
         Ok(())
     }
 

@@ -13,6 +13,7 @@ use super::output::{OutputArgs, table};
 use crate::auth::Auth;
 use crate::auth::keys::{NewEnvironment, RevealedKey};
 use crate::domain::tenant::{Environment, EnvironmentKind, StoredKey};
+use crate::domain::timer::Timers;
 use crate::domain::{KeyId, MetadataStore, Scopes, Timestamp};
 use crate::server::Control;
 
@@ -219,7 +220,8 @@ pub(super) async fn token(common: &Common, args: TokenArgs) -> anyhow::Result<()
     let environment = args.environment.find(&control).await?;
     let root = control.keys().current_root(&environment.id).await?;
     let root = root.context("the environment has no root key to sign with: create one")?;
-    let auth = Auth::new(control.store.clone(), control.vault.clone(), control.clock.clone());
+    let timers = Timers::new(control.clock.clone());
+    let auth = Auth::new(control.store.clone(), control.vault.clone(), control.clock.clone(), timers);
     let caller = auth.authenticate(root.secret.expose_secret()).await?;
     let expires_at = control.clock.now().plus(args.ttl);
     let token = auth.mint(&caller, Scopes::new(args.scopes), expires_at).await?;

@@ -1,12 +1,11 @@
 //! A follower with everything that can end it: the session's close or expiry, the caller's credentials.
 
 use std::fmt;
-use std::pin::Pin;
 use std::sync::Arc;
 
 use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::stream::{BoxStream, StreamExt};
-use tokio_util::sync::WaitForCancellationFutureOwned;
+use tokio_util::sync::CancellationToken;
 
 use super::access::Caller;
 use super::clock::{Clock, Timestamp};
@@ -39,15 +38,30 @@ pub enum FollowEvent {
     Settled,
     /// The moment given to [`Follow::next`] has been reached.
     Reached,
+    /// The server stops; there may be more. The last event.
+    Stopping,
+}
+
+/// What ends a follower besides its session.
+#[derive(Clone)]
+pub(super) struct Bounds {
+    pub clock: Arc<dyn Clock>,
+    pub timers: Arc<Timers>,
+    /// Cancelled when the server begins to stop.
+    pub stopping: CancellationToken,
 }
 
 /// One caller's live view of one channel.
+///
+/// It waits for two things only, the log and its alarm: revocation and a stop are flags, and whoever raises one
+/// fires every alarm ([`Timers::wake_all`]). Each thing waited for costs a lock with every delivery.
 pub struct Follow {
     stream: BoxStream<'static, Result<Item>>,
-    clock: Arc<dyn Clock>,
-    timers: Arc<Timers>,
+    bounds: Bounds,
     alarm: Option<(Timestamp, BoxFuture<'static, ()>)>,
-    revoked: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Alerts at the last look at the flags.
+    alerts: Option<u64>,
+    revoked: CancellationToken,
     credentials_end: Option<Timestamp>,
     session_end: Option<Timestamp>,
     caught_up: bool,
@@ -59,15 +73,14 @@ impl Follow {
         stream: BoxStream<'static, Result<Item>>,
         caller: &Caller,
         settled: bool,
-        clock: Arc<dyn Clock>,
-        timers: Arc<Timers>,
+        bounds: Bounds,
     ) -> Self {
         Self {
             stream,
-            clock,
-            timers,
+            bounds,
             alarm: None,
-            revoked: Box::pin(caller.revoked.clone().cancelled_owned()),
+            alerts: None,
+            revoked: caller.revoked.clone(),
             credentials_end: caller.expires_at,
             session_end: None,
             caught_up: false,
@@ -85,63 +98,88 @@ impl Follow {
     /// # Errors
     /// [`Error::Unauthenticated`] when the caller's credentials end, or what the log says. Nothing comes
     /// after an error or a last event.
-    pub async fn next(&mut self, until: Option<Timestamp>) -> Result<FollowEvent> {
+    pub async fn next(&mut self, until: Timestamp) -> Result<FollowEvent> {
         loop {
-            let now = self.clock.now();
+            let now = self.bounds.clock.now();
             if self.credentials_end.is_some_and(|at| at <= now) {
                 return Err(Error::Unauthenticated("Public Access Token is expired"));
             }
-            let expired = self.session_end.filter(|at| self.caught_up && *at <= now);
-            if expired.is_none() && until.is_some_and(|at| at <= now) {
+            let session_end = self.session_end.filter(|_| self.caught_up);
+            let expired = session_end.filter(|at| *at <= now);
+            if expired.is_none() && until <= now {
                 return Ok(FollowEvent::Reached);
             }
-            let session_end = self.session_end.filter(|_| self.caught_up);
-            let wake = [self.credentials_end, session_end, until].into_iter().flatten().min();
+            let wake = [self.credentials_end, session_end].into_iter().flatten().fold(until, Ord::min);
             self.arm(wake);
-            let alarm = self.alarm.as_mut().map(|(_, alarm)| alarm);
+            if let Some(end) = self.alerted()? {
+                return Ok(end);
+            }
             let item = if let Some(at) = expired {
                 match self.stream.next().now_or_never() {
                     Some(item) => item,
                     None => return Ok(FollowEvent::Expired(at)),
                 }
             } else {
+                let alarm = self.alarm.as_mut().map(|(_, alarm)| alarm);
+                let ring = async {
+                    match alarm {
+                        Some(alarm) => alarm.await,
+                        None => std::future::pending().await,
+                    }
+                };
                 tokio::select! {
                     biased;
-                    () = self.revoked.as_mut() => {
-                        return Err(Error::Unauthenticated("the key has been revoked"));
-                    }
                     item = self.stream.next() => item,
-                    () = async { match alarm { Some(alarm) => alarm.await, None => std::future::pending().await } } => {
+                    () = ring => {
                         self.alarm = None;
                         continue;
                     }
                 }
             };
-            match item {
-                Some(Ok(Item::Attached(session))) => self.session_end = session.expires_at,
-                Some(Ok(Item::Followed(Followed::Batch(batch)))) => return Ok(FollowEvent::Batch(batch)),
-                Some(Ok(Item::Followed(Followed::CaughtUp(_)))) if self.settled => {
-                    return Ok(FollowEvent::Settled);
-                }
-                Some(Ok(Item::Followed(Followed::CaughtUp(tail)))) => {
-                    self.caught_up = true;
-                    return Ok(FollowEvent::CaughtUp(tail));
-                }
-                Some(Ok(Item::Followed(Followed::Sealed(closure)))) => {
-                    return Ok(FollowEvent::Closed(closure));
-                }
-                Some(Err(error)) => return Err(error),
-                None => return Err(Error::Unavailable { what: "channel", source: None }),
+            if let Some(event) = self.take(item)? {
+                return Ok(event);
             }
         }
     }
 
-    /// Makes sure that something wakes this follower at `wake` or before. An alarm that is too early is
-    /// kept: a deadline that moves with every record must not cost a timer operation for every record.
-    fn arm(&mut self, wake: Option<Timestamp>) {
-        let Some(wake) = wake else { return };
+    /// Looks at the flags if somebody may have raised one since the last look.
+    fn alerted(&mut self) -> Result<Option<FollowEvent>> {
+        let alerts = self.bounds.timers.alerts();
+        if self.alerts.replace(alerts) == Some(alerts) {
+            return Ok(None);
+        }
+        if self.revoked.is_cancelled() {
+            return Err(Error::Unauthenticated("the key has been revoked"));
+        }
+        Ok(self.bounds.stopping.is_cancelled().then_some(FollowEvent::Stopping))
+    }
+
+    fn take(&mut self, item: Option<Result<Item>>) -> Result<Option<FollowEvent>> {
+        let followed = match item {
+            Some(Ok(Item::Attached(session))) => {
+                self.session_end = session.expires_at;
+                return Ok(None);
+            }
+            Some(Ok(Item::Followed(followed))) => followed,
+            Some(Err(error)) => return Err(error),
+            None => return Err(Error::Unavailable { what: "channel", source: None }),
+        };
+        Ok(Some(match followed {
+            Followed::Batch(batch) => FollowEvent::Batch(batch),
+            Followed::CaughtUp(_) if self.settled => FollowEvent::Settled,
+            Followed::CaughtUp(tail) => {
+                self.caught_up = true;
+                FollowEvent::CaughtUp(tail)
+            }
+            Followed::Sealed(closure) => FollowEvent::Closed(closure),
+        }))
+    }
+
+    /// Makes sure that something wakes this follower at `wake` or before. An alarm that is too early is kept: a
+    /// deadline that moves with every record must not cost a timer operation for every record.
+    fn arm(&mut self, wake: Timestamp) {
         if self.alarm.as_ref().is_none_or(|(at, _)| *at > wake) {
-            self.alarm = Some((wake, self.timers.reached(wake).boxed()));
+            self.alarm = Some((wake, self.bounds.timers.reached(wake).boxed()));
         }
     }
 }

@@ -27,4 +27,4 @@ pub use list::{Cursor, Filter, Page, PageRequest, StatusSet, TagQuery};
 pub use port::{ChannelStore, ListIndex, MetadataStore};
 pub use record::{AppendAck, AppendInput, NewRecord, Position, ReadStart, Record, RecordBatch, SeqNum};
 pub use session::{Closure, NewSession, Session, SessionPatch, Status};
-pub use sessions::{CreateSession, Created, FollowOptions, Sessions, SessionsConfig};
+pub use sessions::{Backends, CreateSession, Created, FollowOptions, Sessions, SessionsConfig};

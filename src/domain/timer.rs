@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -20,12 +21,14 @@ pub struct Timers {
     clock: Arc<dyn Clock>,
     /// Waiters by the end of their quarter second.
     slots: Mutex<BTreeMap<i64, Arc<Notify>>>,
+    /// Counts [`Timers::wake_all`].
+    alerts: AtomicU64,
 }
 
 impl Timers {
     /// Timers that follow `clock`. Nothing fires until [`Timers::run`] is polled.
     pub fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
-        Arc::new(Self { clock, slots: Mutex::default() })
+        Arc::new(Self { clock, slots: Mutex::default(), alerts: AtomicU64::new(0) })
     }
 
     /// Completes once `moment` has been reached. It must be created before the caller checks the clock
@@ -44,14 +47,29 @@ impl Timers {
         }
     }
 
+    /// Wakes everybody, so that each looks around: a key was revoked, or the server stops.
+    pub fn wake_all(&self) {
+        // Counted first: who registers too late to be woken sees the new count.
+        self.alerts.fetch_add(1, Ordering::SeqCst);
+        self.fire_before(i64::MAX);
+    }
+
+    /// How often everybody was woken. Cheap; to be read after [`Timers::reached`].
+    pub fn alerts(&self) -> u64 {
+        self.alerts.load(Ordering::SeqCst)
+    }
+
     fn fire(&self) {
-        let now = self.clock.now().millis().div_euclid(RESOLUTION_MS);
-        let later = {
+        self.fire_before(self.clock.now().millis().div_euclid(RESOLUTION_MS) + 1);
+    }
+
+    fn fire_before(&self, slot: i64) {
+        let due = {
             let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-            let later = slots.split_off(&(now + 1));
+            let later = slots.split_off(&slot);
             std::mem::replace(&mut *slots, later)
         };
-        for slot in later.into_values() {
+        for slot in due.into_values() {
             slot.notify_waiters();
         }
     }

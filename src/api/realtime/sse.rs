@@ -18,7 +18,6 @@ use bytes::Bytes;
 use http::HeaderMap;
 use http::header::{ACCESS_CONTROL_EXPOSE_HEADERS, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use http_body::Frame;
-use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use super::event;
 use crate::api::App;
@@ -150,7 +149,6 @@ enum Phase {
 /// The body of a follower: polls [`Follow`] in place, so nothing but its own fields is kept while it waits.
 struct EventStream {
     follow: Follow,
-    shutdown: Pin<Box<WaitForCancellationFutureOwned>>,
     clock: Arc<dyn Clock>,
     gap: Duration,
     ping_every: Duration,
@@ -172,7 +170,6 @@ impl EventStream {
         let ping_every = Duration::from_millis(PING_MIN + spread);
         Self {
             follow,
-            shutdown: Box::pin(app.shutdown.clone().cancelled_owned()),
             clock: app.clock.clone(),
             gap,
             ping_every,
@@ -250,6 +247,7 @@ impl EventStream {
                 let now = self.clock.now();
                 if now >= self.deadline { self.done() } else { self.ping(now) }
             }
+            Ok(FollowEvent::Stopping) => self.stop(),
             Err(error) => self.fail(error),
         })
     }
@@ -288,9 +286,6 @@ impl http_body::Body for EventStream {
             }
             Phase::Ended => return Poll::Ready(None),
         }
-        if this.shutdown.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Some(Ok(Frame::data(this.stop()))));
-        }
         if let Some((batch, from)) = this.pending.take()
             && let Some(bytes) = this.batch(batch, from)
         {
@@ -299,7 +294,7 @@ impl http_body::Body for EventStream {
         loop {
             let until = this.deadline.min(this.ping_at);
             // Cancel safe, so it is made anew for every poll and costs no memory in between.
-            let next = pin!(this.follow.next(Some(until))).poll(cx);
+            let next = pin!(this.follow.next(until)).poll(cx);
             let Poll::Ready(event) = next else { return Poll::Pending };
             if let Some(bytes) = this.event(event) {
                 return Poll::Ready(Some(Ok(Frame::data(bytes))));

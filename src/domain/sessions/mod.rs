@@ -5,6 +5,7 @@ mod rows;
 use std::sync::Arc;
 
 use futures_util::stream::{self, BoxStream, StreamExt, TryStreamExt};
+use tokio_util::sync::CancellationToken;
 use tracing::instrument;
 
 use super::access::{Action, Caller, Resource, UNAUTHORIZED, Verdict};
@@ -12,7 +13,7 @@ use super::channel::{ChannelAddress, ChannelKey, Direction};
 use super::clock::Clock;
 use super::envelope;
 use super::error::{Error, Result};
-use super::follow::{Follow, Item};
+use super::follow::{self, Follow, Item};
 use super::id::SessionRef;
 use super::list::{Filter, Page, PageRequest, TagQuery};
 use super::port::{ChannelStore, ListIndex, MetadataStore};
@@ -61,28 +62,39 @@ pub struct FollowOptions {
     pub peek_settled: bool,
 }
 
+/// What the use cases stand on.
+pub struct Backends {
+    /// Sessions, environments, keys.
+    pub store: Arc<dyn MetadataStore>,
+    /// The log.
+    pub channels: Arc<dyn ChannelStore>,
+    /// Lists.
+    pub index: Arc<dyn ListIndex>,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// Wakes streams.
+    pub timers: Arc<Timers>,
+    /// Cancelled when the server begins to stop; [`Timers::wake_all`] must follow.
+    pub stopping: CancellationToken,
+}
+
 /// Every use case of sessions and channels.
 pub struct Sessions {
     store: Arc<dyn MetadataStore>,
     channels: Arc<dyn ChannelStore>,
     index: Arc<dyn ListIndex>,
     clock: Arc<dyn Clock>,
-    timers: Arc<Timers>,
+    bounds: follow::Bounds,
     rows: Rows,
 }
 
 impl Sessions {
     /// The use cases over a set of adapters. [`Timers::run`] must be running for streams to end on time.
-    pub fn new(
-        store: Arc<dyn MetadataStore>,
-        channels: Arc<dyn ChannelStore>,
-        index: Arc<dyn ListIndex>,
-        clock: Arc<dyn Clock>,
-        timers: Arc<Timers>,
-        config: SessionsConfig,
-    ) -> Arc<Self> {
+    pub fn new(backends: Backends, config: SessionsConfig) -> Arc<Self> {
+        let Backends { store, channels, index, clock, timers, stopping } = backends;
         let rows = Rows::new(store.clone(), config.cached_rows);
-        Arc::new(Self { store, channels, index, clock, timers, rows })
+        let bounds = follow::Bounds { clock: clock.clone(), timers, stopping };
+        Arc::new(Self { store, channels, index, clock, bounds, rows })
     }
 
     /// The clock that every rule is judged by.
@@ -353,7 +365,7 @@ impl Sessions {
             _ => false,
         };
         let stream = self.attach(caller, session, address, channel, options.start).await?;
-        Ok(Follow::new(stream, caller, settled, self.clock.clone(), self.timers.clone()))
+        Ok(Follow::new(stream, caller, settled, self.bounds.clone()))
     }
 
     /// Writes the rows of seals that a crash left without one.

@@ -202,7 +202,8 @@ impl TestServer {
     /// A public token of the first environment.
     pub async fn token(&self, scopes: &[&str], ttl: Duration) -> String {
         let control = self.control().await;
-        let auth = Auth::new(control.store.clone(), control.vault.clone(), control.clock.clone());
+        let timers = sessiond::domain::timer::Timers::new(control.clock.clone());
+        let auth = Auth::new(control.store.clone(), control.vault.clone(), control.clock.clone(), timers);
         let caller = auth.authenticate(KEY).await.expect("the root key");
         let scopes = Scopes::new(scopes.iter().map(|scope| (*scope).to_owned()).collect());
         auth.mint(&caller, scopes, self.clock.now().plus(ttl)).await.expect("a token")

@@ -4,10 +4,6 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Measured against the system's on appends: less time for each, and less memory for an idle follower.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     match sessiond::cli::run(sessiond::cli::Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,12 +7,14 @@ mod tls;
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulConnection;
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -88,7 +90,8 @@ impl Listener {
                 tls: self.tls.clone(),
                 header_timeout: self.config.header_timeout,
                 write_timeout: self.config.write_timeout,
-                draining: stop.clone(),
+                // A token of its own: a shared one would be a lock that every poll of every connection takes.
+                draining: stop.child_token(),
             };
             let gauge = self.metrics.connection();
             shutdown.spawn(async move {
@@ -121,62 +124,65 @@ impl Connection {
             None => {
                 let deadline = Instant::now() + self.header_timeout;
                 match timeout_at(deadline, speaks_http2(&socket)).await {
-                    Ok(Ok(true)) => self.serve_http2(socket).await,
-                    Ok(Ok(false)) => self.serve_http1(socket).await,
+                    Ok(Ok(true)) => drive(self.http2(socket), &self.draining).await,
+                    Ok(Ok(false)) => drive(self.http1(socket), &self.draining).await,
                     Ok(Err(_)) | Err(_) => {}
                 }
             }
             Some(tls) => {
-                let Ok(Ok(socket)) = timeout(self.header_timeout, tls.accept(socket)).await else { return };
+                let handshake = Box::pin(timeout(self.header_timeout, tls.accept(socket)));
+                let Ok(Ok(socket)) = handshake.await else { return };
                 if socket.get_ref().1.alpn_protocol() == Some(tls::H2) {
-                    Box::pin(self.serve_http2(socket)).await;
+                    drive(self.http2(socket), &self.draining).await;
                 } else {
-                    Box::pin(self.serve_http1(socket)).await;
+                    drive(self.http1(socket), &self.draining).await;
                 }
             }
         }
     }
 
-    async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, socket: S) {
+    /// Built outside the task, which would keep room for what only passes through it.
+    fn http1<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+        &self,
+        socket: S,
+    ) -> Pin<Box<impl GracefulConnection<Error = hyper::Error>>> {
         let io = TokioIo::new(StallGuard::new(socket, self.write_timeout));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.header_timeout)
             .max_buf_size(READ_BUFFER_MAX)
-            .serve_connection(io, TowerToHyperService::new(self.router))
-            .with_upgrades();
-        let mut connection = Box::pin(connection);
-        let ended = tokio::select! {
-            ended = connection.as_mut() => ended,
-            () = self.draining.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                connection.await
-            }
-        };
-        log_end(ended);
+            .serve_connection(io, TowerToHyperService::new(self.router.clone()));
+        Box::pin(connection)
     }
 
-    async fn serve_http2<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, socket: S) {
+    fn http2<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+        &self,
+        socket: S,
+    ) -> Pin<Box<impl GracefulConnection<Error = hyper::Error>>> {
         let io = TokioIo::new(StallGuard::new(socket, self.write_timeout));
         let connection = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .keep_alive_interval(self.header_timeout)
             .keep_alive_timeout(self.header_timeout)
             .max_concurrent_streams(STREAMS_MAX)
-            .serve_connection(io, TowerToHyperService::new(self.router));
-        let mut connection = Box::pin(connection);
-        let ended = tokio::select! {
-            ended = connection.as_mut() => ended,
-            () = self.draining.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                connection.await
-            }
-        };
-        log_end(ended);
+            .serve_connection(io, TowerToHyperService::new(self.router.clone()));
+        Box::pin(connection)
     }
 }
 
-fn log_end(ended: hyper::Result<()>) {
+/// Serves a connection to its end; once the server stops, to the end of what is under way.
+async fn drive<C>(mut connection: Pin<Box<C>>, draining: &CancellationToken)
+where
+    C: GracefulConnection<Error = hyper::Error>,
+{
+    let ended = tokio::select! {
+        biased;
+        ended = connection.as_mut() => ended,
+        () = draining.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
     if let Err(error) = ended {
         tracing::debug!(error = &error as &dyn std::error::Error, "connection ended early");
     }

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -22,10 +23,9 @@ impl Shutdown {
 
     /// Runs a task that a stop waits for, and drops it at the deadline.
     pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let cut = self.cut.clone();
-        self.tasks.spawn(async move {
-            cut.run_until_cancelled(task).await;
-        });
+        // Boxed, because every async layer around a future keeps room for it twice.
+        let task = Box::pin(task);
+        self.tasks.spawn(self.cut.clone().run_until_cancelled_owned(task).map(drop));
     }
 
     /// Begins the stop.

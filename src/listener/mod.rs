@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::HttpConfig;
 use crate::shutdown::Shutdown;
-use crate::telemetry::Metrics;
+use crate::telemetry::{GaugeGuard, Metrics};
 use stall::StallGuard;
 
 /// What a client that speaks HTTP/2 without asking sends first (RFC 9113, section 3.4).
@@ -92,12 +92,9 @@ impl Listener {
                 write_timeout: self.config.write_timeout,
                 // A token of its own: a shared one would be a lock that every poll of every connection takes.
                 draining: stop.child_token(),
+                _held: (permit, self.metrics.connection()),
             };
-            let gauge = self.metrics.connection();
-            shutdown.spawn(async move {
-                let _held = (permit, gauge);
-                connection.serve(socket).await;
-            });
+            shutdown.spawn(connection.serve(socket));
         }
     }
 
@@ -115,6 +112,8 @@ struct Connection {
     header_timeout: Duration,
     write_timeout: Duration,
     draining: CancellationToken,
+    /// Counted for as long as it lives.
+    _held: (OwnedSemaphorePermit, GaugeGuard),
 }
 
 impl Connection {
@@ -129,15 +128,16 @@ impl Connection {
                     Ok(Err(_)) | Err(_) => {}
                 }
             }
-            Some(tls) => {
-                let handshake = Box::pin(timeout(self.header_timeout, tls.accept(socket)));
-                let Ok(Ok(socket)) = handshake.await else { return };
-                if socket.get_ref().1.alpn_protocol() == Some(tls::H2) {
-                    drive(self.http2(socket), &self.draining).await;
-                } else {
-                    drive(self.http1(socket), &self.draining).await;
-                }
-            }
+            Some(tls) => Box::pin(self.serve_tls(tls, socket)).await,
+        }
+    }
+
+    async fn serve_tls(&self, tls: &TlsAcceptor, socket: TcpStream) {
+        let Ok(Ok(socket)) = timeout(self.header_timeout, tls.accept(socket)).await else { return };
+        if socket.get_ref().1.alpn_protocol() == Some(tls::H2) {
+            drive(self.http2(socket), &self.draining).await;
+        } else {
+            drive(self.http1(socket), &self.draining).await;
         }
     }
 

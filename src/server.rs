@@ -54,7 +54,8 @@ impl Control {
     pub async fn open(config: &Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
         std::fs::create_dir_all(&config.data)
             .with_context(|| format!("cannot make the data folder {}", config.data.display()))?;
-        let options = MetadataOptions { connections: config.metadata.connections, ..MetadataOptions::default() };
+        let options =
+            MetadataOptions { connections: config.metadata.connections, ..MetadataOptions::default() };
         let store = Arc::new(SqlMetadata::open(&config.metadata_url(), options).await?);
         let master_key = match &config.auth.master_key {
             Some(key) => key.clone(),
@@ -220,7 +221,11 @@ pub fn prepare_process() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn open_log(config: &Config, clock: Arc<dyn Clock>, metrics: Arc<Metrics>) -> anyhow::Result<Arc<LogChannels>> {
+fn open_log(
+    config: &Config,
+    clock: Arc<dyn Clock>,
+    metrics: Arc<Metrics>,
+) -> anyhow::Result<Arc<LogChannels>> {
     let options = LogOptions {
         retention: config.log.retention,
         observer: Arc::new(LogMetrics(metrics)),

@@ -106,7 +106,13 @@ impl Client {
         Ok(url)
     }
 
-    fn channel_url(&self, session: &str, args: &ServerArgs, io: Io, verb: Option<&str>) -> anyhow::Result<Url> {
+    fn channel_url(
+        &self,
+        session: &str,
+        args: &ServerArgs,
+        io: Io,
+        verb: Option<&str>,
+    ) -> anyhow::Result<Url> {
         let mut segments = vec!["realtime", "v1", "sessions", session];
         if let Some(channel) = &args.channel {
             segments.extend(["channels", channel]);
@@ -220,7 +226,8 @@ impl Record {
     fn line(&self, whole: bool) -> String {
         if whole {
             let Self { seq_num, timestamp, headers, body } = self;
-            return json!({"seqNum": seq_num, "timestamp": timestamp, "headers": headers, "body": body}).to_string();
+            return json!({"seqNum": seq_num, "timestamp": timestamp, "headers": headers, "body": body})
+                .to_string();
         }
         let envelope: Value = serde_json::from_str(&self.body).unwrap_or(Value::Null);
         match &envelope["data"] {
@@ -249,7 +256,9 @@ impl Events {
             if let Some(event) = self.ready.pop_front() {
                 return Ok(Some(event));
             }
-            let Some(chunk) = self.response.chunk().await.context("the stream broke")? else { return Ok(None) };
+            let Some(chunk) = self.response.chunk().await.context("the stream broke")? else {
+                return Ok(None);
+            };
             self.buffer.extend_from_slice(&chunk);
             while let Some(end) = self.buffer.windows(2).position(|pair| pair == b"\n\n") {
                 let block = self.buffer.split_to(end);

@@ -143,7 +143,8 @@ pub struct AppendInput {
     records: Vec<NewRecord>,
     /// Refuse unless the tail is exactly here.
     pub match_seq_num: Option<SeqNum>,
-    /// Refuse if a fence is set to another token. Absent: the fence is not checked (S2's cooperative rule).
+    /// Refuse unless this is the token that is set; an unfenced channel has the empty one. Absent: not checked
+    /// (S2's cooperative rule).
     pub fencing_token: Option<String>,
 }
 

@@ -8,3 +8,4 @@ mod crash;
 mod data_plane;
 mod errors;
 mod harness;
+mod log;

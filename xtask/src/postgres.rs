@@ -142,7 +142,13 @@ fn owner() -> Result<Option<(u32, u32)>> {
         return Ok(None);
     }
     if id("-u", Some(USER)).is_err() {
-        run(Command::new("useradd").args(["--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER]))?;
+        run(Command::new("useradd").args([
+            "--system",
+            "--no-create-home",
+            "--shell",
+            "/usr/sbin/nologin",
+            USER,
+        ]))?;
     }
     Ok(Some((id("-u", Some(USER))?, id("-g", Some(USER))?)))
 }

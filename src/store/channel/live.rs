@@ -15,7 +15,7 @@ use crate::domain::{ChannelAddress, ChannelKey, Closure, SessionId};
 /// Most batches a window holds.
 const WINDOW_BATCHES: usize = 64;
 /// Most metered bytes a window holds; the newest batch is always kept.
-const WINDOW_BYTES: u64 = 256 * 1024;
+const WINDOW_BYTES: u64 = 64 * 1024;
 
 /// Every followed channel.
 #[derive(Debug, Default)]

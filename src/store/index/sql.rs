@@ -210,7 +210,12 @@ impl Sql<'_> {
     }
 
     /// Selects of (`created_at`, `id`), one per value of the leading field, and how to join them.
-    fn branches(&mut self, filter: &Filter, window: &Window<'_>, now: Timestamp) -> (Vec<String>, &'static str) {
+    fn branches(
+        &mut self,
+        filter: &Filter,
+        window: &Window<'_>,
+        now: Timestamp,
+    ) -> (Vec<String>, &'static str) {
         let lead = Lead::of(filter);
         let led: Vec<(Walk<'_>, String)> = match lead {
             Lead::ExternalId => {
@@ -231,7 +236,12 @@ impl Sql<'_> {
         (branches.collect(), union)
     }
 
-    fn equals(&mut self, index: &'static str, column: &str, values: &[String]) -> Vec<(Walk<'static>, String)> {
+    fn equals(
+        &mut self,
+        index: &'static str,
+        column: &str,
+        values: &[String],
+    ) -> Vec<(Walk<'static>, String)> {
         let mut branch = |value: &String| {
             let place = self.bind(value.as_str());
             (Walk::Sessions(index), format!(" AND s.{column} = {place}"))
@@ -311,10 +321,8 @@ impl Sql<'_> {
     /// Conditions on columns of `sessions` that do not lead.
     fn column_conditions(&mut self, lead: Lead, filter: &Filter, now: Timestamp) -> String {
         let mut conditions = String::new();
-        let words = [
-            (Lead::Task, "task_identifier", &filter.task_identifiers),
-            (Lead::Kind, "kind", &filter.kinds),
-        ];
+        let words =
+            [(Lead::Task, "task_identifier", &filter.task_identifiers), (Lead::Kind, "kind", &filter.kinds)];
         for (field, column, values) in words {
             if lead != field && !values.is_empty() {
                 let places = self.bind_all(values.iter().map(String::as_str));
@@ -323,7 +331,8 @@ impl Sql<'_> {
         }
         if lead != Lead::Status && !filter.statuses.is_any() {
             let at = self.bind(now.millis());
-            let any: Vec<String> = filter.statuses.as_slice().iter().map(|s| status_condition(*s, &at)).collect();
+            let any: Vec<String> =
+                filter.statuses.as_slice().iter().map(|s| status_condition(*s, &at)).collect();
             conditions.push_str(&format!(" AND ({})", any.join(" OR ")));
         }
         conditions

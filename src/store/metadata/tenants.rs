@@ -26,7 +26,9 @@ pub(super) async fn insert_environment(db: &impl ConnectionTrait, environment: E
 /// Every environment, oldest first.
 pub(super) async fn environments(db: &impl ConnectionTrait) -> Result<Vec<Environment>> {
     let mut select = environments::Entity::find().into_query();
-    select.order_by(environments::Column::CreatedAt, Order::Asc).order_by(environments::Column::Id, Order::Asc);
+    select
+        .order_by(environments::Column::CreatedAt, Order::Asc)
+        .order_by(environments::Column::Id, Order::Asc);
     db.query_all(&select).await.map_err(fault)?.iter().map(rows::environment).collect()
 }
 

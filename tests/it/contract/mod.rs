@@ -17,10 +17,10 @@ macro_rules! suite {
             println!("contract of {}: {cases} cases x {adapters} adapters", $port);
         }
     };
-    (@each [$($adapter:ident = $open:path),+ $(,)?], $cases:tt) => {
+    (@each [$($adapter:ident = $open:ident),+ $(,)?], $cases:tt) => {
         $($crate::contract::suite!(@adapter $adapter, $open, $cases);)+
     };
-    (@adapter $adapter:ident, $open:path, [$($case:ident),+ $(,)?]) => {
+    (@adapter $adapter:ident, $open:ident, [$($case:ident),+ $(,)?]) => {
         mod $adapter {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $case() {
@@ -28,6 +28,6 @@ macro_rules! suite {
             })+
         }
     };
-    (@count [$($name:ident $(= $open:path)?),+ $(,)?]) => { [$(stringify!($name)),+].len() };
+    (@count [$($name:ident $(= $open:ident)?),+ $(,)?]) => { [$(stringify!($name)),+].len() };
 }
 pub(crate) use suite;

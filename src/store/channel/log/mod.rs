@@ -325,3 +325,31 @@ impl ChannelStore for LogChannels {
             .await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{Direction, NewRecord, SystemClock};
+
+    #[tokio::test]
+    async fn a_poisoned_log_refuses_every_write_at_once_and_still_reads() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let log =
+            LogChannels::open(folder.path(), LogOptions::default(), Arc::new(SystemClock)).expect("opens");
+        let key = ChannelKey::main(SessionId::from_stored("session_a"), Direction::In);
+        let input = || AppendInput::one(NewRecord::data("a")).expect("fits");
+        log.append(&key, input()).await.expect("appends");
+        log.shared.poisoned.store(true, Ordering::SeqCst);
+        let closure = Closure { at: SystemClock.now(), reason: None };
+        for refused in [
+            log.append(&key, input()).await.map(drop),
+            log.seal(&key.session, closure).await.map(drop),
+            log.settle(&key.session).await,
+            log.ping().await,
+        ] {
+            assert!(matches!(refused, Err(Error::Unavailable { what: "log", .. })), "{refused:?}");
+        }
+        let read = log.read(&key, ReadStart::SeqNum(0), ReadLimit::BATCH).await.expect("reads");
+        assert_eq!(read.records.len(), 1);
+    }
+}

@@ -68,8 +68,6 @@ pub enum OpenError {
 /// The open folder. Cheap reads aside, its methods may wait for the disk.
 pub(super) struct Store {
     pub db: Database,
-    /// `format`, `log_id`.
-    meta: Keyspace,
     /// Channel key -> number.
     pub channels: Keyspace,
     /// (number, sequence number) -> record.
@@ -119,6 +117,7 @@ impl Store {
             })
             .map_err(fault)
         };
+        // `format` and `log_id`.
         let meta = open("meta", SMALL_MEMTABLE)?;
         let log_id = claim_format(&db, &meta).map_err(fault)?.map_err(|found| match found {
             Some(found) => OpenError::Version { found, supported: FORMAT },
@@ -133,18 +132,10 @@ impl Store {
             removals: open("removals", SMALL_MEMTABLE)?,
             seals: open("seals", SMALL_MEMTABLE)?,
             unsettled: open("unsettled", SMALL_MEMTABLE)?,
-            meta,
             db,
             log_id,
             _lock: lock,
         })
-    }
-
-    /// Writes a format of the future, as a newer version would.
-    #[cfg(test)]
-    pub(super) fn set_format(&self, format: u32) -> fjall::Result<()> {
-        self.meta.insert("format", format.to_be_bytes())?;
-        self.db.persist(PersistMode::SyncAll)
     }
 
     /// The number that the next new channel gets.

@@ -140,7 +140,7 @@ INSERT INTO sessions SELECT
     CASE WHEN value % 97 >= 39 AND value % 101 < 25 THEN 1 ELSE 0 END
     FROM generate_series(1, {SESSIONS}), place;
 INSERT INTO session_tags
-    SELECT environment_id, json_each.value, created_at, id FROM sessions, json_each(sessions.tags)
+    SELECT environment_id, json_each.value, created_at, sessions.id FROM sessions, json_each(sessions.tags)
     ORDER BY 1, 2, 3, 4;
 COMMIT;
 PRAGMA wal_checkpoint(TRUNCATE);

@@ -145,6 +145,7 @@ impl<'a> Window<'a> {
 }
 
 /// What a branch walks.
+#[derive(Clone, Copy)]
 enum Walk<'a> {
     /// Rows of `sessions`, by one of its indexes.
     Sessions(&'static str),

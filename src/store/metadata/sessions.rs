@@ -14,7 +14,7 @@ use crate::domain::{EnvironmentId, SessionId, SessionRef, Timestamp};
 /// How often a create looks again when the row it lost against has given up the id in between.
 const CREATE_ATTEMPTS: usize = 8;
 /// Rows that one step of a sweep marks, so that it never holds SQLite's write lock for long.
-const SWEEP_BATCH: u64 = 1000;
+const SWEEP_BATCH: u64 = 200;
 
 /// Sessions of one environment: where every query begins.
 fn scoped(environment: &EnvironmentId) -> SelectStatement {
@@ -176,8 +176,12 @@ fn mark_lapsed(environment: &EnvironmentId, now: Timestamp) -> UpdateStatement {
         .and_where(Expr::cust("lapsed = 0"))
         .and_where(Expr::col(sessions::Column::ExpiresAt).lte(now.millis()))
         .limit(SWEEP_BATCH);
-    let mut update = scoped_update(environment);
-    update.value(sessions::Column::Lapsed, 1).and_where(Expr::col(sessions::Column::Id).in_subquery(due));
+    // Only by id: naming the environment again would tempt SQLite to walk all of it.
+    let mut update = Query::update();
+    update
+        .table(sessions::Entity)
+        .value(sessions::Column::Lapsed, 1)
+        .and_where(Expr::col(sessions::Column::Id).in_subquery(due));
     update
 }
 

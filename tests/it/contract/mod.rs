@@ -17,17 +17,19 @@ macro_rules! suite {
             println!("contract of {}: {cases} cases x {adapters} adapters", $port);
         }
     };
-    (@each [$($adapter:ident = $open:ident),+ $(,)?], $cases:tt) => {
+    (@each [$($adapter:ident = $open:path),+ $(,)?], $cases:tt) => {
         $($crate::contract::suite!(@adapter $adapter, $open, $cases);)+
     };
-    (@adapter $adapter:ident, $open:ident, [$($case:ident),+ $(,)?]) => {
+    (@adapter $adapter:ident, $open:path, [$($case:ident),+ $(,)?]) => {
         mod $adapter {
+            use super::*;
+
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $case() {
-                super::$case(super::$open().await).await;
+                super::$case($open().await).await;
             })+
         }
     };
-    (@count [$($name:ident $(= $open:ident)?),+ $(,)?]) => { [$(stringify!($name)),+].len() };
+    (@count [$($name:ident $(= $open:path)?),+ $(,)?]) => { [$(stringify!($name)),+].len() };
 }
 pub(crate) use suite;

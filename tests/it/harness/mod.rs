@@ -1,8 +1,10 @@
 //! What tests share: a real server in this process with a clock of its own, the real binary as a process of its
-//! own, and readers for what comes back.
+//! own, databases, and readers for what comes back.
 
+pub mod database;
 pub mod openapi;
 pub mod process;
+pub mod seed;
 pub mod server;
 pub mod sse;
 

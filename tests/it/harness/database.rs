@@ -1,0 +1,144 @@
+//! A fresh database of either kind for one test, and sessions to put into it.
+
+use std::sync::Arc;
+
+use sea_orm::{ConnectionTrait, Database, DatabaseConnection};
+use sessiond::domain::port::Inserted;
+use sessiond::domain::tenant::{Environment, EnvironmentKind};
+use sessiond::domain::{EnvironmentId, ExternalId, MetadataStore, RunId, Session, SessionId, Timestamp};
+use sessiond::store::index::sql::SqlIndex;
+use sessiond::store::metadata::{OpenOptions, SqlMetadata};
+use tempfile::TempDir;
+
+/// The environment that cases work in.
+pub const HERE: &str = "env_here";
+/// Another one, which must never be seen from the first.
+pub const ELSEWHERE: &str = "env_elsewhere";
+
+/// An empty database.
+pub struct TestDatabase {
+    /// What [`SqlMetadata::open`] takes.
+    pub url: String,
+    _folder: Option<Arc<TempDir>>,
+}
+
+impl TestDatabase {
+    /// A SQLite file that does not exist yet.
+    pub fn sqlite() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let url = format!("sqlite:{}", folder.path().join("metadata.sqlite").display());
+        Self { url, _folder: Some(Arc::new(folder)) }
+    }
+
+    /// A database of its own on the test server.
+    pub async fn postgres() -> Self {
+        let admin = std::env::var("SESSIOND_TEST_POSTGRES").expect(
+            "SESSIOND_TEST_POSTGRES is not set: `cargo xtask test` starts a Postgres and sets it, so run the tests through it",
+        );
+        let name = format!("test_{}", uuid::Uuid::new_v4().simple());
+        let connection = Database::connect(&admin).await.expect("the test server answers");
+        connection.execute_unprepared(&format!("CREATE DATABASE {name}")).await.expect("a new database");
+        connection.close().await.expect("closes");
+        let (server, _) = admin.rsplit_once('/').expect("the URL names a database");
+        Self { url: format!("{server}/{name}"), _folder: None }
+    }
+
+    /// A connection that knows nothing of the adapters.
+    pub async fn connect(&self) -> DatabaseConnection {
+        Database::connect(&self.url).await.expect("connects")
+    }
+}
+
+/// The SQL adapters on a fresh database with two environments.
+pub struct Sql {
+    /// Where they keep their rows.
+    pub database: TestDatabase,
+    /// The metadata port.
+    pub store: SqlMetadata,
+    /// The list port.
+    pub index: SqlIndex,
+    /// [`HERE`].
+    pub here: EnvironmentId,
+    /// [`ELSEWHERE`].
+    pub elsewhere: EnvironmentId,
+}
+
+impl Sql {
+    pub async fn sqlite() -> Self {
+        Self::on(TestDatabase::sqlite()).await
+    }
+
+    pub async fn postgres() -> Self {
+        Self::on(TestDatabase::postgres().await).await
+    }
+
+    async fn on(database: TestDatabase) -> Self {
+        let store = open(&database.url).await;
+        for id in [HERE, ELSEWHERE] {
+            store.create_environment(environment(id, "main", id)).await.expect("a new environment");
+        }
+        let [here, elsewhere] = [HERE, ELSEWHERE].map(EnvironmentId::from_stored);
+        Self { database, index: SqlIndex::new(store.clone()), store, here, elsewhere }
+    }
+
+    /// The same database through connections of its own, as another process would have it.
+    pub async fn again(&self) -> SqlMetadata {
+        open(&self.database.url).await
+    }
+
+    pub async fn create(&self, session: Session) -> Inserted {
+        self.store.create_session(session, None).await.expect("created")
+    }
+}
+
+async fn open(url: &str) -> SqlMetadata {
+    SqlMetadata::open(url, OpenOptions { connections: 4, ..OpenOptions::default() }).await.expect("opens")
+}
+
+pub fn at(millis: i64) -> Timestamp {
+    Timestamp::from_millis(millis)
+}
+
+pub fn external(text: &str) -> ExternalId {
+    ExternalId::parse(text).expect("an external id")
+}
+
+pub fn environment(id: &str, project: &str, slug: &str) -> Environment {
+    Environment {
+        id: EnvironmentId::from_stored(id),
+        organization: "acme".to_owned(),
+        project: project.to_owned(),
+        slug: slug.to_owned(),
+        kind: EnvironmentKind::Production,
+        created_at: at(1),
+    }
+}
+
+/// A plain session of [`HERE`].
+pub fn session(created_at: i64) -> Session {
+    Session {
+        id: SessionId::generate(at(created_at)),
+        environment: EnvironmentId::from_stored(HERE),
+        external_id: None,
+        kind: "chat".to_owned(),
+        task_identifier: "agent".to_owned(),
+        tags: Vec::new(),
+        metadata: None,
+        trigger_config: None,
+        current_run_id: RunId::generate(at(created_at)),
+        created_at: at(created_at),
+        updated_at: at(created_at),
+        expires_at: None,
+        closed: None,
+    }
+}
+
+/// A plain session with an external id.
+pub fn named(name: &str) -> Session {
+    Session { external_id: Some(external(name)), ..session(1000) }
+}
+
+/// The words as owned strings.
+pub fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|&word| word.to_owned()).collect()
+}

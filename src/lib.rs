@@ -3,10 +3,13 @@
 //! [`domain`] is the core and knows nothing of the rest; [`store`] and [`auth`] serve it, [`api`] translates for
 //! it, [`server`] puts them together. `ARCHITECTURE.md` walks through it.
 
+pub mod api;
 pub mod auth;
+pub mod cli;
 pub mod config;
 pub mod domain;
 pub mod listener;
+pub mod server;
 pub mod shutdown;
 pub mod store;
 pub mod telemetry;

@@ -14,11 +14,12 @@ use anyhow::Context;
 use secrecy::{ExposeSecret, SecretString};
 use tokio_util::sync::CancellationToken;
 
+use crate::api::rate_limit::{Rate, RateLimits};
 use crate::api::{self, ApiConfig, ApiState};
 use crate::auth::Auth;
 use crate::auth::keys::{Keys, NewEnvironment, RevealedKey};
 use crate::auth::vault::Vault;
-use crate::config::Config;
+use crate::config::{Config, HttpConfig};
 use crate::domain::tenant::{Environment, EnvironmentKind};
 use crate::domain::timer::Timers;
 use crate::domain::{Clock, MetadataStore, Sessions, SessionsConfig};
@@ -182,7 +183,8 @@ impl Server {
             sessions: self.sessions,
             auth: self.auth.clone(),
             metrics: self.metrics,
-            config: ApiConfig::from(&self.config.http),
+            clock: self.control.clock.clone(),
+            config: api_config(&self.config.http),
             shutdown: draining.clone(),
         });
         let listening = tokio::spawn(self.listener.serve(router, self.shutdown.clone()));
@@ -244,6 +246,24 @@ async fn claim_log(control: &Control, log: &LogChannels) -> anyhow::Result<()> {
         "the log in the data folder (id {ours}) belongs to another metadata store; this one's log has the id {known}"
     );
     Ok(())
+}
+
+fn api_config(http: &HttpConfig) -> ApiConfig {
+    let HttpConfig { rate_limit, cors_origins, .. } = http;
+    let any = cors_origins.iter().any(|origin| origin == "*");
+    ApiConfig {
+        allowed_origins: (!any).then(|| cors_origins.clone().into()),
+        rate_limits: RateLimits {
+            environment: Rate::new(rate_limit.key_burst, rate_limit.key_per_10s, Duration::from_secs(10)),
+            token: Rate::new(
+                rate_limit.token_per_minute,
+                rate_limit.token_per_minute,
+                Duration::from_secs(60),
+            ),
+        },
+        body_chunk_timeout: http.body_pause_timeout,
+        body_timeout: http.body_timeout,
+    }
 }
 
 /// Keeps lists by status fast; they are exact without it.

@@ -250,9 +250,9 @@ async fn a_revoked_key_cuts_its_streams_and_a_rotated_one_works_through_its_grac
     let keys = control.keys();
     let first = keys.create(&environment, "second root", None, None).await.expect("a key");
     let secret = secrecy::ExposeSecret::expose_secret(&first.secret).to_owned();
-    let mut follower = server.follow_as(&secret, "r", "out", &[]).await.ok();
+    let mut follower = server.follow_as(&secret, "r", "out", &[("Timeout-Seconds", "600")]).await.ok();
 
-    let grace = Duration::from_secs(600);
+    let grace = Duration::from_secs(300);
     let second = keys.rotate(&environment, &first.key.id, grace).await.expect("rotated");
     let second_secret = secrecy::ExposeSecret::expose_secret(&second.secret).to_owned();
     for bearer in [&secret, &second_secret] {

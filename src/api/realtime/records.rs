@@ -1,0 +1,159 @@
+//! Reads stored records: all of them, streamed in bounded memory, or one page.
+
+use std::io::Write;
+
+use axum::body::Body;
+use axum::extract::{Extension, RawQuery, State};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt};
+use http::header::{CONTENT_TYPE, HeaderValue};
+
+use super::event::{write_headers, write_text};
+use crate::api::App;
+use crate::api::error::{Failure, Route};
+use crate::api::extract::{Asker, ChannelPath};
+use crate::api::trace::{Chain, RequestId};
+use crate::domain::record::{BATCH_RECORDS_MAX, ReadLimit};
+use crate::domain::{ReadStart, Record, Result, SeqNum, Violation, envelope};
+
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+/// Every record after a cursor, without commands; one page and a `next` cursor when `limit` is given.
+#[utoipa::path(get, path = "/realtime/v1/sessions/{session}/{io}/records", tag = "realtime",
+    operation_id = "readRecords",
+    params(("session" = String, Path), ("io" = String, Path),
+        ("afterEventId" = Option<String>, Query, description = "Digits; exclusive"),
+        ("limit" = Option<u32>, Query, description = "1 to 1000; the whole answer without it")),
+    responses((status = 200, description = "records: {data, id, seqNum, headers?}; next?", body = Object)))]
+pub async fn records(
+    State(app): State<App>,
+    Asker(caller): Asker,
+    Extension(id): Extension<RequestId>,
+    path: ChannelPath,
+    RawQuery(query): RawQuery,
+) -> std::result::Result<Response, Failure> {
+    let in_load = |error| Failure::from(error).on(Route::Load);
+    let (start, limit) = parse(query.as_deref().unwrap_or_default())?;
+    let Some(limit) = limit else {
+        let batches =
+            app.sessions.drain(&caller, &path.session, &path.channel, start).await.map_err(in_load)?;
+        let mut first = true;
+        let chunks = batches.map(move |batch| match batch {
+            Ok(batch) => Ok(chunk(&batch.records, &mut first)),
+            Err(error) => {
+                tracing::error!(request.id = id.as_str(), error = %Chain(&error), "cannot go on reading records");
+                Err(error)
+            }
+        });
+        let open = stream::iter([Ok(Bytes::from_static(b"{\"records\":["))]);
+        let body = open.chain(chunks).chain(stream::iter([Result::Ok(Bytes::from_static(b"]}"))]));
+        // After an error nothing follows: the body ends uncleanly.
+        return Ok(([(CONTENT_TYPE, JSON)], Body::from_stream(body)).into_response());
+    };
+    let limit = ReadLimit::count(limit);
+    let read =
+        app.sessions.read(&caller, &path.session, &path.channel, ReadStart::SeqNum(start), limit).await;
+    let batch = read.map_err(in_load)?;
+    let mut out = b"{\"records\":[".to_vec();
+    out.extend_from_slice(&chunk(&batch.records, &mut true));
+    out.push(b']');
+    if let (None, Some(last)) = (batch.tail, batch.records.last()) {
+        let _ = write!(out, ",\"next\":\"{}\"", last.position.seq_num);
+    }
+    out.push(b'}');
+    Ok(([(CONTENT_TYPE, JSON)], out).into_response())
+}
+
+/// As for the main channel.
+#[utoipa::path(get, path = "/realtime/v1/sessions/{session}/channels/{channel}/{io}/records",
+    tag = "realtime", operation_id = "readNamedRecords",
+    params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path),
+        ("afterEventId" = Option<String>, Query, description = "Digits; exclusive"),
+        ("limit" = Option<u32>, Query, description = "1 to 1000; the whole answer without it")),
+    responses((status = 200, description = "records: {data, id, seqNum, headers?}; next?", body = Object)))]
+pub async fn records_named(
+    app: State<App>,
+    asker: Asker,
+    id: Extension<RequestId>,
+    path: ChannelPath,
+    query: RawQuery,
+) -> std::result::Result<Response, Failure> {
+    records(app, asker, id, path, query).await
+}
+
+fn parse(query: &str) -> std::result::Result<(SeqNum, Option<usize>), Failure> {
+    let fault = |field: &str, message: &str| {
+        Failure::query(&[Violation { field: field.to_owned(), message: message.to_owned() }])
+    };
+    let (mut start, mut limit) = (0, None);
+    for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
+        if name == "afterEventId" {
+            let digits = !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit());
+            let after: Option<u64> = digits.then(|| value.parse().ok()).flatten();
+            start =
+                after.ok_or_else(|| fault("afterEventId", "must be a sequence number"))?.saturating_add(1);
+        } else if name == "limit" {
+            let count = value.parse().ok().filter(|count| (1..=BATCH_RECORDS_MAX).contains(count));
+            limit = Some(count.ok_or_else(|| fault("limit", "must be 1 to 1000"))?);
+        }
+    }
+    Ok((start, limit))
+}
+
+/// Records as members of a JSON array.
+fn chunk(records: &[Record], first: &mut bool) -> Bytes {
+    let mut out = Vec::with_capacity(records.iter().map(|record| record.body.len() + 64).sum());
+    for record in records.iter().filter(|record| !record.is_command()) {
+        if !std::mem::take(first) {
+            out.push(b',');
+        }
+        out.extend_from_slice(b"{\"data\":");
+        let envelope = envelope::unwrap(record);
+        out.extend_from_slice(envelope.as_ref().map_or("\"\"", |envelope| envelope.data.get()).as_bytes());
+        out.extend_from_slice(b",\"id\":");
+        write_text(&mut out, envelope.as_ref().map_or("", |envelope| envelope.id.as_str()).as_bytes());
+        let _ = write!(out, ",\"seqNum\":{}", record.position.seq_num);
+        if !record.headers.is_empty() {
+            out.extend_from_slice(b",\"headers\":");
+            write_headers(&mut out, record);
+        }
+        out.push(b'}');
+    }
+    Bytes::from(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Position;
+
+    #[test]
+    fn a_cursor_is_digits_and_exclusive() {
+        assert_eq!(parse("").expect("reads"), (0, None));
+        assert_eq!(parse("afterEventId=4&limit=1000").expect("reads"), (5, Some(1000)));
+        for query in ["afterEventId=", "afterEventId=-1", "afterEventId=1,2,3", "limit=0", "limit=1001"] {
+            assert_eq!(parse(query).expect_err(query).message, "Query Error", "{query}");
+        }
+    }
+
+    #[test]
+    fn envelopes_are_unwrapped_and_commands_dropped() {
+        let record = |seq_num, headers: &[(&'static str, &'static str)], body: &'static str| Record {
+            position: Position { seq_num, ..Position::default() },
+            headers: headers.iter().map(|(n, v)| (Bytes::from(*n), Bytes::from(*v))).collect(),
+            body: Bytes::from(body),
+            metered_end: 0,
+        };
+        let records = [
+            record(0, &[], r#"{"data":{"a": 1},"id":"p"}"#),
+            record(1, &[("", "trim")], "12345678"),
+            record(2, &[("trigger-control", "turn-complete")], ""),
+        ];
+        let expected = concat!(
+            r#"{"data":{"a": 1},"id":"p","seqNum":0},"#,
+            r#"{"data":"","id":"","seqNum":2,"headers":[["trigger-control","turn-complete"]]}"#
+        );
+        assert_eq!(chunk(&records, &mut true), expected);
+    }
+}

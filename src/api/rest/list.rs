@@ -1,0 +1,231 @@
+//! The query of the list route.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use crate::api::error::Failure;
+use crate::domain::list::{Anchor, PAGE_SIZE_DEFAULT};
+use crate::domain::{
+    Cursor, Error, ExternalId, Filter, PageRequest, Status, StatusSet, Timestamp, Violation,
+};
+
+/// A read query.
+#[derive(Debug, PartialEq)]
+pub struct ListQuery {
+    /// What to list.
+    pub filter: Filter,
+    /// Which page of it.
+    pub page: PageRequest,
+}
+
+type Faults = Vec<Violation>;
+
+/// Reads the query. `both_cursors`: the SDK sends both when it pages back, and means `before`.
+pub fn parse(query: &str, now: Timestamp, both_cursors: bool) -> Result<ListQuery, Failure> {
+    let mut fields: HashMap<String, Vec<String>> = HashMap::new();
+    for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
+        let name = name.strip_suffix("[]").unwrap_or(&name).to_owned();
+        fields.entry(name).or_default().push(value.into_owned());
+    }
+    let mut faults = Faults::new();
+    let filter = filter(&fields, now, &mut faults);
+    let page = note(page(&fields, both_cursors), &mut faults);
+    match page {
+        Some(page) if faults.is_empty() => Ok(ListQuery { filter, page }),
+        _ => Err(Failure::query(&faults)),
+    }
+}
+
+fn one<'a>(fields: &'a HashMap<String, Vec<String>>, name: &str) -> Option<&'a str> {
+    fields.get(name).and_then(|values| values.last()).map(String::as_str).filter(|value| !value.is_empty())
+}
+
+/// The parts of comma-joined values, and each whole value too, whose comma may be its own.
+fn many(fields: &HashMap<String, Vec<String>>, name: &str) -> Vec<String> {
+    let mut values = Vec::new();
+    for whole in fields.get(name).into_iter().flatten() {
+        let parts = whole.split(',').map(str::trim).chain([whole.as_str()]);
+        for part in parts.filter(|part| !part.is_empty()) {
+            if !values.iter().any(|value| value == part) {
+                values.push(part.to_owned());
+            }
+        }
+    }
+    values
+}
+
+fn note<T>(result: crate::domain::Result<T>, faults: &mut Faults) -> Option<T> {
+    match result {
+        Ok(value) => Some(value),
+        Err(Error::Malformed(fault)) => {
+            faults.push(fault);
+            None
+        }
+        Err(other) => {
+            faults.push(Violation { field: String::new(), message: other.detail() });
+            None
+        }
+    }
+}
+
+fn filter(fields: &HashMap<String, Vec<String>>, now: Timestamp, faults: &mut Faults) -> Filter {
+    let mut statuses = Vec::new();
+    for word in fields.get("filter[status]").into_iter().flatten().flat_map(|value| value.split(',')) {
+        let word = word.trim();
+        match Status::parse(word) {
+            Some(status) => statuses.push(status),
+            None if word.is_empty() => {}
+            None => faults.push(Violation {
+                field: "filter[status]".to_owned(),
+                message: "must be ACTIVE, CLOSED or EXPIRED".to_owned(),
+            }),
+        }
+    }
+    let asked = many(fields, "filter[externalId]");
+    let external_ids: Vec<_> = asked.iter().filter_map(|text| ExternalId::parse(text).ok()).collect();
+    if external_ids.is_empty() && !asked.is_empty() {
+        faults.push(Violation {
+            field: "filter[externalId]".to_owned(),
+            message: "is not an external id".to_owned(),
+        });
+    }
+    let mut date = |name: &str| {
+        let text = one(fields, name)?;
+        let read = text.parse().ok().map(Timestamp::from_millis).or_else(|| Timestamp::parse(text));
+        if read.is_none() {
+            faults.push(Violation { field: name.to_owned(), message: "is not a date".to_owned() });
+        }
+        read
+    };
+    let (from, created_to) = (date("filter[createdAt][from]"), date("filter[createdAt][to]"));
+    let since = one(fields, "filter[createdAt][period]").and_then(|text| {
+        let period = period(text);
+        if period.is_none() {
+            faults.push(Violation {
+                field: "filter[createdAt][period]".to_owned(),
+                message: "must be a number and one of s, m, h, d, w".to_owned(),
+            });
+        }
+        period.map(|period| now.minus(period))
+    });
+    Filter {
+        kinds: many(fields, "filter[type]"),
+        tags_any: many(fields, "filter[tags]"),
+        tags_all: Vec::new(),
+        task_identifiers: many(fields, "filter[taskIdentifier]"),
+        external_ids,
+        statuses: StatusSet::new(statuses),
+        created_from: from.max(since),
+        created_to,
+    }
+}
+
+fn page(fields: &HashMap<String, Vec<String>>, both: bool) -> crate::domain::Result<PageRequest> {
+    let size = match one(fields, "page[size]") {
+        None => PAGE_SIZE_DEFAULT,
+        Some(text) => text.parse().unwrap_or(0),
+    };
+    let cursor = |name| one(fields, name).map(|text| Cursor::decode(name, text)).transpose();
+    let anchor = match (cursor("page[after]")?, cursor("page[before]")?) {
+        (Some(_), Some(_)) if !both => {
+            return Err(Error::malformed("page", "takes either \"after\" or \"before\""));
+        }
+        (_, Some(before)) => Anchor::Before(Some(before)),
+        (after, None) => Anchor::After(after),
+    };
+    PageRequest::new(size, anchor)
+}
+
+/// `45s`, `30m`, `12h`, `7d`, `2w`.
+pub fn period(text: &str) -> Option<Duration> {
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let seconds: u64 = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        "w" => 604_800,
+        _ => return None,
+    };
+    if !number.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    Some(Duration::from_secs(number.parse::<u64>().ok()?.checked_mul(seconds)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::SessionId;
+
+    const NOW: Timestamp = Timestamp::from_millis(1_000_000_000);
+
+    fn read(query: &str) -> Result<ListQuery, Failure> {
+        parse(query, NOW, false)
+    }
+
+    fn cursor(millis: i64) -> Cursor {
+        Cursor { created_at: Timestamp::from_millis(millis), id: SessionId::from_stored("session_a") }
+    }
+
+    #[test]
+    fn joined_repeated_and_bracketed_values_are_all_read() {
+        for query in
+            ["filter[tags]=a,b", "filter%5Btags%5D=a&filter[tags]=b", "filter[tags][]=a&filter[tags][]=b"]
+        {
+            let tags = read(query).expect(query).filter.tags_any;
+            assert!(tags.starts_with(&["a".to_owned(), "b".to_owned()]), "{query}: {tags:?}");
+        }
+        assert_eq!(read("filter[tags]=a,b").expect("reads").filter.tags_any, ["a", "b", "a,b"]);
+        let statuses = read("filter[status]=ACTIVE,CLOSED").expect("reads").filter.statuses;
+        assert_eq!(statuses.as_slice(), [Status::Active, Status::Closed]);
+    }
+
+    #[test]
+    fn both_cursors_are_read_only_from_the_sdk_and_before_wins() {
+        let query = format!("page[after]={}&page[before]={}", cursor(1).encode(), cursor(2).encode());
+        assert_eq!(read(&query).expect_err("both").status.as_u16(), 400);
+        let page = parse(&query, NOW, true).expect("reads").page;
+        assert_eq!(page.anchor, Anchor::Before(Some(cursor(2))));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_refused() {
+        for query in [
+            "page[size]=0",
+            "page[size]=101",
+            "page[size]=x",
+            "page[after]=x",
+            "filter[status]=active",
+            "filter[createdAt][period]=soon",
+            "filter[createdAt][from]=soon",
+            "filter[externalId]=session_a",
+        ] {
+            let failure = read(query).expect_err(query);
+            assert_eq!((failure.status.as_u16(), failure.message.as_str()), (400, "Query Error"), "{query}");
+        }
+        assert_eq!(read("").expect("reads").page, PageRequest::first(20));
+    }
+
+    #[test]
+    fn times_are_milliseconds_dates_or_periods() {
+        let filter =
+            read("filter[createdAt][from]=5&filter[createdAt][to]=1970-01-01").expect("reads").filter;
+        assert_eq!(filter.created_from, Some(Timestamp::from_millis(5)));
+        assert_eq!(filter.created_to, Some(Timestamp::from_millis(0)));
+        let filter = read("filter[createdAt][period]=1h").expect("reads").filter;
+        assert_eq!(filter.created_from, Some(NOW.minus(Duration::from_secs(3600))));
+    }
+
+    #[test]
+    fn a_period_is_a_number_and_a_unit() {
+        for (text, seconds) in
+            [("45s", 45), ("30m", 1800), ("12h", 43_200), ("7d", 604_800), ("2w", 1_209_600)]
+        {
+            assert_eq!(period(text), Some(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in ["", "d", "7", "7x", "-1d", "+1d", "1.5d", "7ä", "99999999999999999999d"] {
+            assert_eq!(period(text), None, "{text}");
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! Sessions over REST: create, list, get, change, close.
+
+use axum::Json;
+use axum::extract::{RawQuery, State};
+use http::{HeaderMap, StatusCode};
+
+use super::list;
+use super::model::{
+    self, CloseBody, CreateBody, CreatedResponse, ListResponse, Pagination, SessionItem, UpdateBody,
+};
+use crate::api::App;
+use crate::api::error::{Failure, Route};
+use crate::api::extract::{ApiAsker, JsonObject, SessionPath};
+use crate::domain::Cursor;
+
+/// Largest body of a create or a change.
+const BODY_MAX: usize = 32_768;
+/// Largest body of a close.
+const CLOSE_MAX: usize = 1024;
+/// Longest request key taken over; a longer one is nobody's.
+const REQUEST_KEY_MAX: usize = 256;
+
+fn in_load(error: crate::domain::Error) -> Failure {
+    Failure::from(error).on(Route::Load)
+}
+
+fn in_change(error: crate::domain::Error) -> Failure {
+    Failure::from(error).on(Route::Change)
+}
+
+/// Creates a session, or answers the one that has the same external id.
+#[utoipa::path(post, path = "/api/v1/sessions", tag = "sessions", operation_id = "createSession",
+    request_body = CreateBody,
+    params(("x-trigger-request-idempotency-key" = Option<String>, Header,
+        description = "Makes a retry find the first attempt's session when there is no externalId")),
+    responses((status = 201, description = "Created", body = CreatedResponse),
+        (status = 200, description = "Was there before", body = CreatedResponse)))]
+pub async fn create(
+    State(app): State<App>,
+    ApiAsker(caller): ApiAsker,
+    headers: HeaderMap,
+    JsonObject(body): JsonObject<BODY_MAX>,
+) -> Result<(StatusCode, Json<CreatedResponse>), Failure> {
+    let key = headers.get("x-trigger-request-idempotency-key").and_then(|value| value.to_str().ok());
+    let key = key.filter(|key| (1..=REQUEST_KEY_MAX).contains(&key.len())).map(str::to_owned);
+    let created = app.sessions.create(&caller, model::create(&body, key)?).await?;
+    let session = &created.session;
+    let response = CreatedResponse {
+        session: session.into(),
+        run_id: session.current_run_id.to_string(),
+        public_access_token: app.auth.session_token(&caller, session).await?,
+        is_cached: created.is_cached,
+    };
+    let status = if created.is_cached { StatusCode::OK } else { StatusCode::CREATED };
+    Ok((status, Json(response)))
+}
+
+/// Lists sessions, newest first. Filters are ANDed; several values of one are ORed, joined with commas or
+/// repeated.
+#[utoipa::path(get, path = "/api/v1/sessions", tag = "sessions", operation_id = "listSessions",
+    params(("page[size]" = Option<u32>, Query, description = "1 to 100; 20 by default"),
+        ("page[after]" = Option<String>, Query, description = "Cursor: older than"),
+        ("page[before]" = Option<String>, Query, description = "Cursor: newer than"),
+        ("filter[type]" = Option<String>, Query), ("filter[tags]" = Option<String>, Query),
+        ("filter[taskIdentifier]" = Option<String>, Query), ("filter[externalId]" = Option<String>, Query),
+        ("filter[status]" = Option<String>, Query, description = "ACTIVE, CLOSED, EXPIRED"),
+        ("filter[createdAt][period]" = Option<String>, Query, description = "Such as 7d, 12h, 30m"),
+        ("filter[createdAt][from]" = Option<String>, Query, description = "Milliseconds or a date, inclusive"),
+        ("filter[createdAt][to]" = Option<String>, Query, description = "Milliseconds or a date, inclusive")),
+    responses((status = 200, description = "A page", body = ListResponse)))]
+pub async fn list(
+    State(app): State<App>,
+    ApiAsker(caller): ApiAsker,
+    headers: HeaderMap,
+    RawQuery(query): RawQuery,
+) -> Result<Json<ListResponse>, Failure> {
+    let from_sdk = headers.contains_key("trigger-version");
+    let query = list::parse(query.as_deref().unwrap_or_default(), app.clock.now(), from_sdk)?;
+    let page = app.sessions.list(&caller, query.filter, &query.page).await?;
+    let text = |cursor: Option<Cursor>| cursor.map(|cursor| cursor.encode());
+    Ok(Json(ListResponse {
+        pagination: Pagination { next: text(page.next()), previous: text(page.previous()) },
+        data: page.sessions.iter().map(SessionItem::from).collect(),
+    }))
+}
+
+/// One session.
+#[utoipa::path(get, path = "/api/v1/sessions/{session}", tag = "sessions", operation_id = "getSession",
+    params(("session" = String, Path, description = "session_... or an external id")),
+    responses((status = 200, description = "The session", body = SessionItem)))]
+pub async fn retrieve(
+    State(app): State<App>,
+    ApiAsker(caller): ApiAsker,
+    SessionPath(session): SessionPath,
+) -> Result<Json<SessionItem>, Failure> {
+    let session = app.sessions.get(&caller, &session).await.map_err(in_load)?;
+    Ok(Json(session.as_ref().into()))
+}
+
+/// Changes tags, metadata or external id; allowed on closed and expired sessions.
+#[utoipa::path(patch, path = "/api/v1/sessions/{session}", tag = "sessions", operation_id = "updateSession",
+    request_body = UpdateBody,
+    params(("session" = String, Path, description = "session_... or an external id")),
+    responses((status = 200, description = "The session", body = SessionItem)))]
+pub async fn update(
+    State(app): State<App>,
+    ApiAsker(caller): ApiAsker,
+    SessionPath(session): SessionPath,
+    JsonObject(body): JsonObject<BODY_MAX>,
+) -> Result<Json<SessionItem>, Failure> {
+    let patch = model::update(&body)?;
+    let session = app.sessions.update(&caller, &session, patch).await.map_err(in_change)?;
+    Ok(Json((&session).into()))
+}
+
+/// Closes a session for ever; of several closes the first wins.
+#[utoipa::path(post, path = "/api/v1/sessions/{session}/close", tag = "sessions",
+    operation_id = "closeSession", request_body = CloseBody,
+    params(("session" = String, Path, description = "session_... or an external id")),
+    responses((status = 200, description = "The session", body = SessionItem)))]
+pub async fn close(
+    State(app): State<App>,
+    ApiAsker(caller): ApiAsker,
+    SessionPath(session): SessionPath,
+    JsonObject(body): JsonObject<CLOSE_MAX>,
+) -> Result<Json<SessionItem>, Failure> {
+    let reason = model::close(&body)?;
+    let session = app.sessions.close(&caller, &session, reason).await.map_err(in_change)?;
+    Ok(Json((&session).into()))
+}

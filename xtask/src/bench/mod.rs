@@ -61,6 +61,9 @@ pub(crate) struct BenchArgs {
     /// Seconds of one measurement
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=60))]
     seconds: u64,
+    /// Alternating rounds of the ack rows; the median counts
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=9))]
+    rounds: u32,
     /// Where the servers keep their data; must be on a disk [default: bench in the target folder]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -106,7 +109,13 @@ fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Resu
     let (mut targets, extra) = targets(args, workspace);
     let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let time = Duration::from_secs(args.seconds);
-    let mut bench = Bench { runtime: &runtime, home: home.to_owned(), time, samples: Samples::default() };
+    let mut bench = Bench {
+        runtime: &runtime,
+        home: home.to_owned(),
+        time,
+        rounds: args.rounds,
+        samples: Samples::default(),
+    };
     let mut head = machine.lines;
     for target in &mut targets {
         let version = target.prepare()?;
@@ -181,7 +190,7 @@ fn report(head: &[String], floors: &[Spread], samples: &Samples) -> anyhow::Resu
         range.join(", ")
     ));
     text.push_str("Records are 256 bytes of JSON; loopback; every ack is after fsync. ");
-    text.push_str("Ack rows are the median of three alternating rounds. A ratio is ours over theirs.\n\n");
+    text.push_str("Ack rows are the median of the alternating rounds. A ratio is ours over theirs.\n\n");
     text.push_str(&samples.tables());
     text.push_str("\n## Goals\n\n");
     text.push_str(&goals::table(samples, floor));

@@ -19,8 +19,6 @@ use super::target::Target;
 
 /// Sessions of the ack rows.
 const SESSIONS: [usize; 3] = [1, 64, 1000];
-/// Rounds of the ack rows, of which the median counts.
-const ROUNDS: usize = 3;
 /// Channels, followers of each, appends a second over all.
 const DELIVERIES: [(usize, usize, f64); 4] =
     [(1, 1, 50.0), (1, 100, 50.0), (1, 1000, 10.0), (1000, 1, 500.0)];
@@ -65,6 +63,8 @@ pub(crate) struct Bench<'a> {
     pub(crate) home: PathBuf,
     /// Time of one measurement.
     pub(crate) time: Duration,
+    /// Rounds of the ack rows, of which the median counts.
+    pub(crate) rounds: u32,
     pub(crate) samples: Samples,
 }
 
@@ -83,7 +83,7 @@ impl Bench<'_> {
         extra: &[Box<dyn Target>],
         floors: &mut Vec<Spread>,
     ) -> anyhow::Result<()> {
-        for _ in 0..ROUNDS {
+        for _ in 0..self.rounds {
             for target in targets {
                 self.ack_round(target.as_ref(), &SESSIONS)?;
             }

@@ -43,17 +43,18 @@ impl Shutdown {
     }
 }
 
-/// Completes at SIGTERM or SIGINT.
+/// From this call on SIGTERM and SIGINT no longer end the process; what it returns completes at the first one.
 ///
 /// # Errors
 /// If the handlers cannot be installed.
-pub async fn signalled() -> std::io::Result<()> {
+pub fn signalled() -> std::io::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    Ok(())
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
 }

@@ -121,7 +121,7 @@ impl Metrics {
         };
         metrics.log_healthy.set(1.0);
         // A gauge that was never touched is not shown.
-        metrics.followers.get_or_create(&FollowerLabels { door: Door::Sse });
+        drop(metrics.followers.get_or_create(&FollowerLabels { door: Door::Sse }));
         let Self { registry, requests, appends, followers, connections, commits, .. } = &mut metrics;
         let seconds = || Unit::Seconds;
         registry.register_with_unit(

@@ -24,6 +24,7 @@ pub(super) async fn serve(common: &Common, args: ServeArgs) -> anyhow::Result<()
     let config = common.load(args.listen)?;
     telemetry::start_logging(&config.telemetry)?;
     prepare_process()?;
+    let stop = shutdown::signalled()?;
     let data = config.data.display().to_string();
     let server = Server::start(config, Arc::new(SystemClock)).await?;
     let banner = banner(&server.base_url()?, server.secret_key().expose_secret(), &data);
@@ -31,11 +32,6 @@ pub(super) async fn serve(common: &Common, args: ServeArgs) -> anyhow::Result<()
     stdout.write_all(banner.as_bytes())?;
     stdout.flush()?;
     drop(stdout);
-    let stop = async {
-        if let Err(error) = shutdown::signalled().await {
-            tracing::error!(error = &error as &dyn std::error::Error, "cannot listen for signals; stopping");
-        }
-    };
     server.run(stop).await
 }
 

@@ -165,6 +165,20 @@ impl Caller {
         !matches!(self.kind, CallerKind::Public(_))
     }
 
+    /// Refuses once the credentials have ended, for whatever outlives the request that showed them.
+    ///
+    /// # Errors
+    /// [`Error::Unauthenticated`].
+    pub fn require_current(&self, now: Timestamp) -> Result<()> {
+        if self.revoked.is_cancelled() {
+            return Err(Error::Unauthenticated("the key has been revoked"));
+        }
+        if self.expires_at.is_some_and(|at| at <= now) {
+            return Err(Error::Unauthenticated("Public Access Token is expired"));
+        }
+        Ok(())
+    }
+
     /// The scopes that bound this caller; `None` for a root key.
     pub fn scopes(&self) -> Option<&Scopes> {
         match &self.kind {

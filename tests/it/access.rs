@@ -284,3 +284,23 @@ async fn a_stream_ends_when_its_token_does() {
     assert_eq!(events.len(), 1);
     assert_eq!((events[0].name.as_str(), end), ("error", End::Broken));
 }
+
+#[tokio::test]
+async fn a_long_read_of_records_breaks_off_when_its_token_ends() {
+    let server = TestServer::start().await;
+    server.create(json!({"externalId": "t"})).await;
+    let big = "x".repeat(500_000);
+    for _ in 0..60 {
+        server.append("t", "out", &big).await;
+    }
+    let token = server.token(&["read:sessions:t"], Duration::from_secs(30)).await;
+    let path = "/realtime/v1/sessions/t/out/records";
+    let mut slow = server.request_as(&token, Method::GET, path).send().await.expect("an answer");
+    assert!(slow.chunk().await.expect("a first piece").is_some());
+    server.clock.advance(Duration::from_secs(30));
+    let rest = async {
+        while slow.chunk().await?.is_some() {}
+        Ok::<_, reqwest::Error>(())
+    };
+    rest.await.expect_err("more than the sockets hold was left, and nobody may read it now");
+}

@@ -33,7 +33,7 @@ async fn a_created_session_shows_every_field_and_is_found_by_both_ids() {
     assert_eq!(session["createdAt"], "2026-01-01T00:00:00.000Z");
     assert_eq!(session["expiresAt"], "2026-01-02T00:00:00.000Z");
     assert_eq!(session["triggerConfig"]["machine"], "micro");
-    assert_eq!(session["isCached"], false);
+    assert_eq!((&session["isCached"], &session["status"]), (&json!(false), &json!("ACTIVE")));
     for field in ["closedAt", "closedReason"] {
         assert!(session[field].is_null() && session.as_object().expect("an object").contains_key(field));
     }
@@ -179,7 +179,7 @@ async fn a_session_expires_at_its_moment_and_stays_expired() {
     let again = json!({"type": "chat", "taskIdentifier": "agent", "externalId": "e"});
     server.post(SESSIONS, &again).await.expect(409);
     let closed = server.post(&format!("{SESSIONS}/e/close"), &json!({})).await.expect(200);
-    assert!(closed["closedAt"].is_string());
+    assert!(closed["closedAt"].is_string() && closed["status"] == "CLOSED");
     assert_eq!(expired().await, 0, "closed wins over expired");
 }
 
@@ -248,16 +248,25 @@ async fn paging_goes_both_ways_without_a_skip_or_a_repeat() {
     assert_eq!(ids(&back), ids(&second));
     let short = page(&format!("&page[before]={}", cursor(&back, "previous").expect("more"))).await;
     assert_eq!(ids(&short), ids(&first));
-    assert_eq!(cursor(&short, "next"), cursor(&first, "next"), "a backward page knows what follows it");
+    let again = page(&format!(
+        "&page[after]={}",
+        cursor(&short, "next").expect("a backward page knows what follows")
+    ))
+    .await;
+    assert_eq!(ids(&again), ids(&second));
 
-    let both = format!(
-        "{SESSIONS}?page[size]=3&page[after]={0}&page[before]={1}",
-        cursor(&first, "next").expect("more"),
-        cursor(&third, "previous").expect("more")
-    );
-    server.get(&both).await.expect(400);
-    let sdk = server.request(Method::GET, &both).header("trigger-version", "4.8.3");
-    assert_eq!(ids(&server.send(sdk).await.expect(200)), ids(&second), "the SDK sends both; before wins");
+    let both = |after: &Value, before: &Value| {
+        let [after, before] =
+            [cursor(after, "next"), cursor(before, "previous")].map(|one| one.expect("more"));
+        format!("{SESSIONS}?page[size]=3&page[after]={after}&page[before]={before}")
+    };
+    let sdk = async |path: &str| {
+        let request = server.request(Method::GET, path).header("trigger-version", "4.8.3");
+        ids(&server.send(request).await.expect(200))
+    };
+    server.get(&both(&first, &third)).await.expect(400);
+    assert_eq!(sdk(&both(&first, &third)).await, ids(&second), "the SDK sends both, and means the newer one");
+    assert_eq!(sdk(&both(&back, &third)).await, ids(&third));
 }
 
 #[tokio::test]

@@ -1,24 +1,24 @@
 // Who may do what: tokens minted by the SDK, tokens signed by hand, and keys that are none.
 
 import assert from "node:assert/strict";
-import { before, test } from "node:test";
+import { test } from "node:test";
 
 import { auth, AuthenticationError, NotFoundError, PermissionDeniedError, sessions } from "@trigger.dev/sdk";
 
 import { EventReader } from "./lib/sse.js";
 import { drain, SECRET, sessionBody, signToken, suite, take, unique } from "./lib/suite.js";
 
-const context = suite();
+const context = suite(prepare);
 const [mine, other] = [unique("mine"), unique("other")];
 let session;
 let environment;
 
-before(async () => {
+async function prepare() {
   session = await sessions.start(sessionBody({ externalId: mine }));
   await sessions.start(sessionBody({ externalId: other }));
   environment = (await context.json(200, "POST", "/api/v1/auth/jwt/claims")).sub;
   await context.append(mine, "out", "hello");
-});
+}
 
 const as = (token, act) => auth.withAuth({ baseURL: context.url, accessToken: token }, act);
 const scoped = (scopes, act) => auth.createPublicToken({ scopes }).then((token) => as(token, act));

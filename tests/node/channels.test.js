@@ -12,10 +12,12 @@ import { drain, eventually, sessionBody, suite, take, unique } from "./lib/suite
 const context = suite();
 let manager;
 
-/** The manager that the SDK installs inside a run; outside one it has none. */
+/** The manager that the SDK installs inside a run; outside one it has none. The first one registered stays. */
 function manage() {
-  manager = new StandardSessionStreamManager(apiClientManager.clientOrThrow(), context.url);
-  sessionStreams.setGlobalManager(manager);
+  if (!manager) {
+    manager = new StandardSessionStreamManager(apiClientManager.clientOrThrow(), context.url);
+    sessionStreams.setGlobalManager(manager);
+  }
   return manager;
 }
 

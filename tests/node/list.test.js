@@ -1,13 +1,13 @@
 // Listing as the SDK drives it: every filter, and pages in both directions.
 
 import assert from "node:assert/strict";
-import { before, test } from "node:test";
+import { test } from "node:test";
 
 import { BadRequestError, sessions } from "@trigger.dev/sdk";
 
 import { eventually, sessionBody, suite, unique } from "./lib/suite.js";
 
-const context = suite();
+const context = suite(prepare);
 const COUNT = 23;
 /** Newest first, as the server lists them. */
 let all = [];
@@ -19,7 +19,7 @@ const listed = async (options) => {
 };
 const expected = (matches) => ids(all.filter(matches));
 
-before(async () => {
+async function prepare() {
   for (let i = 0; i < COUNT; i++) {
     const session = await sessions.start(
       sessionBody({
@@ -39,7 +39,7 @@ before(async () => {
   all.sort((a, b) => b.createdAt - a.createdAt || (a.id < b.id ? 1 : -1));
   const expiring = all.filter(({ status }) => status === "EXPIRED").length;
   await eventually("expiry", async () => (await listed({ status: "EXPIRED" })).length === expiring);
-});
+}
 
 test("without a filter the newest come first, twenty of them", async () => {
   const page = await sessions.list();

@@ -48,6 +48,7 @@ pub async fn append(
     let part_id = part_id.filter(|id| !id.is_empty());
     let result = app.sessions.append_text(&caller, &path.session, &path.channel, text, part_id).await;
     let outcome = match &result {
+        Ok(ack) if ack.repeated => Outcome::Repeated,
         Ok(_) => Outcome::Stored,
         Err(Error::Unavailable { .. } | Error::Internal(_)) => Outcome::Failed,
         Err(_) => Outcome::Refused,

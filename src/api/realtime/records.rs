@@ -8,6 +8,8 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use http::header::{CONTENT_TYPE, HeaderValue};
+use serde_json::Value;
+use utoipa::ToSchema;
 
 use super::event::{write_headers, write_text};
 use crate::api::App;
@@ -19,13 +21,42 @@ use crate::domain::{ReadStart, Record, Result, SeqNum, Violation, envelope};
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
+/// What the answer holds; it is written as it is read.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "documents what `chunk` writes")]
+struct RecordsResponse {
+    /// In order, without commands.
+    records: Vec<RecordItem>,
+    /// With `limit`, where more remain: for `afterEventId`.
+    #[schema(nullable = false)]
+    next: Option<String>,
+}
+
+/// One record.
+#[derive(ToSchema)]
+#[schema(rename_all = "camelCase")]
+#[allow(dead_code, reason = "documents what `chunk` writes")]
+struct RecordItem {
+    /// What the writer put into the envelope: a string from the append route, any JSON from direct writers, an
+    /// empty string for a control record.
+    #[schema(value_type = Value)]
+    data: Value,
+    /// Part id; empty for a control record.
+    id: String,
+    /// Place in the channel.
+    seq_num: u64,
+    /// Pairs of name and value; absent without any.
+    #[schema(nullable = false)]
+    headers: Option<Vec<(String, String)>>,
+}
+
 /// Every record after a cursor, without commands; one page and a `next` cursor when `limit` is given.
 #[utoipa::path(get, path = "/realtime/v1/sessions/{session}/{io}/records", tag = "realtime",
     operation_id = "readRecords",
     params(("session" = String, Path), ("io" = String, Path),
         ("afterEventId" = Option<String>, Query, description = "Digits; exclusive"),
         ("limit" = Option<u32>, Query, description = "1 to 1000; the whole answer without it")),
-    responses((status = 200, description = "records: {data, id, seqNum, headers?}; next?", body = Object)))]
+    responses((status = 200, description = "Records in order", body = RecordsResponse)))]
 pub async fn records(
     State(app): State<App>,
     Asker(caller): Asker,
@@ -71,7 +102,7 @@ pub async fn records(
     params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path),
         ("afterEventId" = Option<String>, Query, description = "Digits; exclusive"),
         ("limit" = Option<u32>, Query, description = "1 to 1000; the whole answer without it")),
-    responses((status = 200, description = "records: {data, id, seqNum, headers?}; next?", body = Object)))]
+    responses((status = 200, description = "Records in order", body = RecordsResponse)))]
 pub async fn records_named(
     app: State<App>,
     asker: Asker,

@@ -16,11 +16,39 @@ pub struct ListQuery {
     pub filter: Filter,
     /// Which page of it.
     pub page: PageRequest,
+    /// How many pages the caller has come through; see [`Step`].
+    pub step: u64,
+}
+
+/// A cursor as this route writes it: how many pages led here, a dot, the place.
+///
+/// The SDK keeps the cursors of every page it went through and sends the last one of each way together, going
+/// forward as well as back. The greater number tells which one is meant.
+#[derive(Debug, PartialEq)]
+struct Step {
+    number: u64,
+    cursor: Cursor,
+}
+
+impl Step {
+    fn decode(field: &str, text: &str) -> crate::domain::Result<Self> {
+        let (number, cursor) = text.split_once('.').unwrap_or(("", text));
+        let cursor = Cursor::decode(field, cursor)?;
+        match number.parse() {
+            Ok(number) => Ok(Self { number, cursor }),
+            Err(_) => Err(Error::malformed(field, "is not a cursor of this list")),
+        }
+    }
+}
+
+/// The text of a cursor on the page that `step` pages led to.
+pub fn encode(step: u64, cursor: &Cursor) -> String {
+    format!("{step}.{}", cursor.encode())
 }
 
 type Faults = Vec<Violation>;
 
-/// Reads the query. `both_cursors`: the SDK sends both when it pages back, and means `before`.
+/// Reads the query. `both_cursors`: from the SDK, which sends both and means the newer one.
 pub fn parse(query: &str, now: Timestamp, both_cursors: bool) -> Result<ListQuery, Failure> {
     let mut fields: HashMap<String, Vec<String>> = HashMap::new();
     for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
@@ -31,7 +59,7 @@ pub fn parse(query: &str, now: Timestamp, both_cursors: bool) -> Result<ListQuer
     let filter = filter(&fields, now, &mut faults);
     let page = note(page(&fields, both_cursors), &mut faults);
     match page {
-        Some(page) if faults.is_empty() => Ok(ListQuery { filter, page }),
+        Some((page, step)) if faults.is_empty() => Ok(ListQuery { filter, page, step }),
         _ => Err(Failure::query(&faults)),
     }
 }
@@ -120,20 +148,23 @@ fn filter(fields: &HashMap<String, Vec<String>>, now: Timestamp, faults: &mut Fa
     }
 }
 
-fn page(fields: &HashMap<String, Vec<String>>, both: bool) -> crate::domain::Result<PageRequest> {
+fn page(fields: &HashMap<String, Vec<String>>, both: bool) -> crate::domain::Result<(PageRequest, u64)> {
     let size = match one(fields, "page[size]") {
         None => PAGE_SIZE_DEFAULT,
         Some(text) => text.parse().unwrap_or(0),
     };
-    let cursor = |name| one(fields, name).map(|text| Cursor::decode(name, text)).transpose();
-    let anchor = match (cursor("page[after]")?, cursor("page[before]")?) {
+    let cursor = |name| one(fields, name).map(|text| Step::decode(name, text)).transpose();
+    let (after, before) = (cursor("page[after]")?, cursor("page[before]")?);
+    let step = after.iter().chain(&before).map(|step| step.number).max().unwrap_or_default();
+    let anchor = match (after, before) {
         (Some(_), Some(_)) if !both => {
             return Err(Error::malformed("page", "takes either \"after\" or \"before\""));
         }
-        (_, Some(before)) => Anchor::Before(Some(before)),
-        (after, None) => Anchor::After(after),
+        (Some(after), Some(before)) if after.number > before.number => Anchor::After(Some(after.cursor)),
+        (_, Some(before)) => Anchor::Before(Some(before.cursor)),
+        (after, None) => Anchor::After(after.map(|after| after.cursor)),
     };
-    PageRequest::new(size, anchor)
+    Ok((PageRequest::new(size, anchor)?, step))
 }
 
 /// `45s`, `30m`, `12h`, `7d`, `2w`.
@@ -182,11 +213,22 @@ mod tests {
     }
 
     #[test]
-    fn both_cursors_are_read_only_from_the_sdk_and_before_wins() {
-        let query = format!("page[after]={}&page[before]={}", cursor(1).encode(), cursor(2).encode());
-        assert_eq!(read(&query).expect_err("both").status.as_u16(), 400);
-        let page = parse(&query, NOW, true).expect("reads").page;
-        assert_eq!(page.anchor, Anchor::Before(Some(cursor(2))));
+    fn both_cursors_are_read_only_from_the_sdk_and_the_newer_one_wins() {
+        let query = |after, before| {
+            format!("page[after]={}&page[before]={}", encode(after, &cursor(1)), encode(before, &cursor(2)))
+        };
+        assert_eq!(read(&query(1, 2)).expect_err("both").status.as_u16(), 400);
+        for (after, before, anchor) in [
+            (1, 2, Anchor::Before(Some(cursor(2)))),
+            (3, 2, Anchor::After(Some(cursor(1)))),
+            (2, 2, Anchor::Before(Some(cursor(2)))),
+        ] {
+            let read = parse(&query(after, before), NOW, true).expect("reads");
+            assert_eq!((read.page.anchor, read.step), (anchor, after.max(before)));
+        }
+        for text in ["", "1", "1.", "x.AQ", &cursor(1).encode(), &format!("-1.{}", cursor(1).encode())] {
+            assert!(Step::decode("page[after]", text).is_err(), "{text}");
+        }
     }
 
     #[test]

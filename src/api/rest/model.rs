@@ -8,7 +8,7 @@ use utoipa::{PartialSchema, ToSchema};
 use super::read::Reader;
 use super::trigger;
 use crate::api::error::Failure;
-use crate::domain::{CreateSession, NewSession, Session, SessionPatch};
+use crate::domain::{CreateSession, NewSession, Session, SessionPatch, Timestamp};
 
 /// A session, as every route shows it.
 #[derive(Debug, Serialize, ToSchema)]
@@ -19,6 +19,8 @@ pub struct SessionItem {
     /// The caller's own id.
     #[schema(required)]
     pub external_id: Option<String>,
+    /// `ACTIVE`, `CLOSED` or `EXPIRED`, at the moment of the answer.
+    pub status: &'static str,
     /// What kind of session.
     #[serde(rename = "type")]
     pub kind: String,
@@ -52,12 +54,14 @@ pub struct SessionItem {
     pub updated_at: String,
 }
 
-impl From<&Session> for SessionItem {
-    fn from(session: &Session) -> Self {
+impl SessionItem {
+    /// A session as it stands at `now`.
+    pub fn new(session: &Session, now: Timestamp) -> Self {
         let closed = session.closed.as_ref();
         Self {
             id: session.id.to_string(),
             external_id: session.external_id.as_ref().map(ToString::to_string),
+            status: session.status(now).as_str(),
             kind: session.kind.clone(),
             task_identifier: session.task_identifier.clone(),
             tags: session.tags.clone(),
@@ -245,7 +249,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::domain::Timestamp;
 
     fn object(value: &Value) -> Map<String, Value> {
         value.as_object().cloned().expect("an object")

@@ -46,7 +46,7 @@ pub async fn create(
     let created = app.sessions.create(&caller, model::create(&body, key)?).await?;
     let session = &created.session;
     let response = CreatedResponse {
-        session: session.into(),
+        session: SessionItem::new(session, app.clock.now()),
         run_id: session.current_run_id.to_string(),
         public_access_token: app.auth.session_token(&caller, session).await?,
         is_cached: created.is_cached,
@@ -75,12 +75,14 @@ pub async fn list(
     RawQuery(query): RawQuery,
 ) -> Result<Json<ListResponse>, Failure> {
     let from_sdk = headers.contains_key("trigger-version");
-    let query = list::parse(query.as_deref().unwrap_or_default(), app.clock.now(), from_sdk)?;
+    let now = app.clock.now();
+    let query = list::parse(query.as_deref().unwrap_or_default(), now, from_sdk)?;
     let page = app.sessions.list(&caller, query.filter, &query.page).await?;
-    let text = |cursor: Option<Cursor>| cursor.map(|cursor| cursor.encode());
+    let step = query.step.saturating_add(1);
+    let text = |cursor: Option<Cursor>| cursor.map(|cursor| list::encode(step, &cursor));
     Ok(Json(ListResponse {
         pagination: Pagination { next: text(page.next()), previous: text(page.previous()) },
-        data: page.sessions.iter().map(SessionItem::from).collect(),
+        data: page.sessions.iter().map(|session| SessionItem::new(session, now)).collect(),
     }))
 }
 
@@ -94,7 +96,7 @@ pub async fn retrieve(
     SessionPath(session): SessionPath,
 ) -> Result<Json<SessionItem>, Failure> {
     let session = app.sessions.get(&caller, &session).await.map_err(in_load)?;
-    Ok(Json(session.as_ref().into()))
+    Ok(Json(SessionItem::new(&session, app.clock.now())))
 }
 
 /// Changes tags, metadata or external id; allowed on closed and expired sessions.
@@ -110,7 +112,7 @@ pub async fn update(
 ) -> Result<Json<SessionItem>, Failure> {
     let patch = model::update(&body)?;
     let session = app.sessions.update(&caller, &session, patch).await.map_err(in_change)?;
-    Ok(Json((&session).into()))
+    Ok(Json(SessionItem::new(&session, app.clock.now())))
 }
 
 /// Closes a session for ever; of several closes the first wins.
@@ -126,5 +128,5 @@ pub async fn close(
 ) -> Result<Json<SessionItem>, Failure> {
     let reason = model::close(&body)?;
     let session = app.sessions.close(&caller, &session, reason).await.map_err(in_change)?;
-    Ok(Json((&session).into()))
+    Ok(Json(SessionItem::new(&session, app.clock.now())))
 }

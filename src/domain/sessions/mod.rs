@@ -300,13 +300,14 @@ impl Sessions {
         };
         let key = ChannelKey { session: session.id.clone(), address: channel.clone() };
         let end = self.channels.bounds(&key).await?.tail.seq_num;
-        let channels = self.channels.clone();
-        let batches = stream::try_unfold((channels, key, start), move |(channels, key, next)| async move {
+        let drain = (self.clone(), caller.clone(), key, start);
+        let batches = stream::try_unfold(drain, move |(this, caller, key, next)| async move {
             if next >= end {
                 return Ok(None);
             }
-            let batch = channels.read(&key, ReadStart::SeqNum(next), ReadLimit::BATCH).await?;
-            Ok(batch.next_seq_num().map(|next| (batch, (channels, key, next))))
+            caller.require_current(this.clock.now())?;
+            let batch = this.channels.read(&key, ReadStart::SeqNum(next), ReadLimit::BATCH).await?;
+            Ok(batch.next_seq_num().map(|next| (batch, (this, caller, key, next))))
         });
         Ok(batches.boxed())
     }

@@ -31,6 +31,7 @@ impl Process {
 
     /// Starts `serve` through a prepared command, which may be a wrapper that takes the binary's arguments.
     pub async fn start(command: &mut Command, data: &Path) -> Self {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         command
             .args(["serve", "--listen", "127.0.0.1:0", "--data"])
             .arg(data)
@@ -59,14 +60,6 @@ impl Process {
         self.child.id().expect("still running")
     }
 
-    /// Sends a signal to the process.
-    #[expect(unsafe_code, reason = "kill(2) takes two numbers")]
-    pub fn signal(&self, signal: i32) {
-        let id = i32::try_from(self.id()).expect("a process id");
-        // SAFETY: kill takes no pointers; the child has not been waited for, so the id is still its own.
-        assert_eq!(unsafe { libc::kill(id, signal) }, 0);
-    }
-
     /// kill -9, and waits until it is gone.
     pub async fn kill(mut self) {
         self.child.kill().await.expect("killed");
@@ -74,7 +67,16 @@ impl Process {
 
     /// SIGTERM, and waits for the end.
     pub async fn terminate(mut self) -> ExitStatus {
-        self.signal(libc::SIGTERM);
+        terminate(self.id());
+        self.wait().await
+    }
+
+    /// As [`Process::terminate`], where the process is a wrapper that ends with its only child.
+    pub async fn terminate_traced(mut self) -> ExitStatus {
+        let id = self.id();
+        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"));
+        let child = children.expect("a running wrapper").trim().parse().expect("one child");
+        terminate(child);
         self.wait().await
     }
 
@@ -85,4 +87,12 @@ impl Process {
             .expect("ends in time")
             .expect("an exit status")
     }
+}
+
+/// Sends SIGTERM.
+#[expect(unsafe_code, reason = "kill(2) takes two numbers")]
+fn terminate(id: u32) {
+    let id = i32::try_from(id).expect("a process id");
+    // SAFETY: kill takes no pointers, and the caller has not waited for the process, so the id is still its own.
+    assert_eq!(unsafe { libc::kill(id, libc::SIGTERM) }, 0);
 }

@@ -15,10 +15,14 @@ for (const name of Object.keys(process.env)) {
 const { configure } = await import("@trigger.dev/sdk");
 const rawFetch = globalThis.fetch;
 
-/** Registers the hooks of a test file and answers what its tests use. */
-export function suite() {
+/** Registers the hooks of a test file and answers what its tests use. `prepare` runs once the server is up. */
+export function suite(prepare = async () => {}) {
   const context = new Context();
-  before(() => context.start());
+  // One hook, because several do not wait for each other.
+  before(async () => {
+    await context.start();
+    await prepare();
+  });
   afterEach(() => context.settle());
   after(() => context.end());
   return context;

@@ -42,10 +42,11 @@ impl Goal {
     }
 }
 
-/// The goals as a table.
+/// The goals of which this run has measured something, as a table.
 pub(crate) fn table(samples: &Samples, floor: Spread) -> String {
     let mut lines = vec![["goal", "wanted", "measured", ""].map(str::to_owned).to_vec()];
-    lines.extend(goals(samples, floor).into_iter().map(Goal::line));
+    let told = goals(samples, floor).into_iter().filter(|goal| goal.measured.is_some());
+    lines.extend(told.map(Goal::line));
     align(&lines)
 }
 

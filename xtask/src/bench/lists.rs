@@ -55,6 +55,8 @@ impl Bench<'_> {
         let mut stream = server.connect()?;
         let middle = format!("filter[createdAt][to]={}", middle(&server, &mut stream)?);
         for (row, filter) in FILTERS {
+            let found = page(&server, &mut stream, filter)?["data"].as_array().map_or(0, Vec::len);
+            ensure!(found == if row == "externalId" { 1 } else { 50 }, "{row}: {found} sessions on a page");
             let first = self.time_page(&server, &mut stream, filter)?;
             let to_middle = page(&server, &mut stream, &format!("{filter}&{middle}"))?;
             let cursor = to_middle["pagination"]["next"].as_str();

@@ -171,9 +171,11 @@ fn targets(args: &BenchArgs, workspace: &Workspace) -> (Targets, Targets) {
 /// No path of this machine goes into the report.
 fn without(line: &str, home: &Path) -> String {
     let line = line.replace(&home.display().to_string(), "DIR");
-    let words: Vec<_> =
-        line.split(' ').map(|word| word.rsplit_once("/bin/").map_or(word, |(_, name)| name)).collect();
-    words.join(" ")
+    let name = |word: &str| match word.strip_prefix('/') {
+        Some(path) => path.rsplit('/').next().unwrap_or(path).to_owned(),
+        None => word.to_owned(),
+    };
+    line.split(' ').map(name).collect::<Vec<_>>().join(" ")
 }
 
 fn report(head: &[String], floors: &[Spread], samples: &Samples) -> anyhow::Result<String> {

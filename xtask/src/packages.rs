@@ -12,14 +12,9 @@ const DEBIAN: [&str; 2] = ["postgresql", "strace"];
 /// The first Node whose test runner can end a process that still holds sockets.
 const NODE_MIN: (u32, u32) = (20, 14);
 
-/// Installs what is missing.
+/// Installs what the tests miss.
 pub(crate) fn install() -> anyhow::Result<()> {
-    let missing: Vec<&str> = DEBIAN.into_iter().filter(|name| !installed(name)).collect();
-    if !missing.is_empty() {
-        let root = process::answer(Command::new("id").arg("-u")).is_some_and(|uid| uid == "0");
-        process::run(apt_get(root).arg("update"))?;
-        process::run(apt_get(root).args(["install", "--yes", "--no-install-recommends"]).args(&missing))?;
-    }
+    debian(&DEBIAN)?;
     let version = process::answer(Command::new("node").arg("--version")).context("Node is not installed")?;
     ensure!(
         node_version(&version).is_some_and(|found| found >= NODE_MIN),
@@ -28,6 +23,17 @@ pub(crate) fn install() -> anyhow::Result<()> {
         NODE_MIN.1
     );
     println!("node {version}; Debian packages {}", DEBIAN.join(", "));
+    Ok(())
+}
+
+/// Installs those Debian packages that are missing.
+pub(crate) fn debian(packages: &[&str]) -> anyhow::Result<()> {
+    let missing: Vec<&str> = packages.iter().copied().filter(|name| !installed(name)).collect();
+    if !missing.is_empty() {
+        let root = process::answer(Command::new("id").arg("-u")).is_some_and(|uid| uid == "0");
+        process::run(apt_get(root).arg("update"))?;
+        process::run(apt_get(root).args(["install", "--yes", "--no-install-recommends"]).args(&missing))?;
+    }
     Ok(())
 }
 

@@ -1,0 +1,116 @@
+//! What the numbers should be, and whether they are.
+
+use super::report::{Metric, Samples, Table, align};
+use super::rows;
+use super::stats::Spread;
+
+const OURS: &str = "sessiond";
+
+/// One goal and what the run says to it.
+struct Goal {
+    what: &'static str,
+    wanted: String,
+    measured: Option<String>,
+    reached: bool,
+}
+
+impl Goal {
+    fn new(
+        what: &'static str,
+        wanted: Option<(String, f64)>,
+        measured: Option<f64>,
+        unit: &str,
+        reached: impl Fn(f64, f64) -> bool,
+    ) -> Self {
+        let verdict = wanted.as_ref().zip(measured).is_some_and(|((_, bound), value)| reached(value, *bound));
+        Self {
+            what,
+            wanted: wanted.map_or("needs --peers".to_owned(), |(text, _)| text),
+            measured: measured.map(|value| format!("{value:.2} {unit}")),
+            reached: verdict,
+        }
+    }
+
+    fn line(self) -> Vec<String> {
+        let judged = self.wanted != "needs --peers" && self.measured.is_some();
+        let verdict = match (judged, self.reached) {
+            (false, _) => "not measured",
+            (true, true) => "reached",
+            (true, false) => "MISSED",
+        };
+        vec![self.what.to_owned(), self.wanted, self.measured.unwrap_or_default(), verdict.to_owned()]
+    }
+}
+
+/// The goals of which this run has measured something, as a table.
+pub(crate) fn table(samples: &Samples, floor: Spread) -> String {
+    let mut lines = vec![["goal", "wanted", "measured", ""].map(str::to_owned).to_vec()];
+    let told = goals(samples, floor).into_iter().filter(|goal| goal.measured.is_some());
+    lines.extend(told.map(Goal::line));
+    align(&lines)
+}
+
+fn goals(samples: &Samples, floor: Spread) -> Vec<Goal> {
+    let at_most = |value: f64, bound: f64| value <= bound;
+    let at_least = |value: f64, bound: f64| value >= bound;
+    let ours = |table, row: &str, metric| samples.value(table, row, OURS, metric);
+    let peers = |table, row: &str, metric| -> Vec<f64> {
+        let servers = samples.servers(table, row);
+        let peers = servers.into_iter().filter(|server| !server.starts_with(OURS));
+        peers.filter_map(|peer| samples.value(table, row, peer, metric)).collect()
+    };
+    let (ack, serial, fan) = (rows::ack(64), rows::ack(1), rows::delivery(1, 1000));
+    let best_rate = peers(Table::Ack, &ack, Metric::PerSecond).into_iter().reduce(f64::max);
+    let best_p99 = peers(Table::Delivery, &fan, Metric::P99).into_iter().reduce(f64::min);
+    let read = |server| samples.value(Table::CatchUp, rows::CATCH_UP, server, Metric::MegabytesPerSecond);
+    let catch_up = |what, peer: Option<f64>| {
+        let wanted =
+            peer.map(|peer| (format!(">= {:.0} MB/s (0.75 x durable-streams)", 0.75 * peer), 0.75 * peer));
+        Goal::new(what, wanted, read("sessiond, SSE"), "MB/s", at_least)
+    };
+    let bound = |text: &str, value: f64| Some((text.to_owned(), value));
+    let floor_bound = floor.p50 + 0.15;
+    let per_follower = rows::MEMORY.iter().map(|row| ours(Table::Memory, row, Metric::KibPerFollower));
+    let per_follower = per_follower.flatten().reduce(f64::max);
+    vec![
+        Goal::new(
+            "acks a second, 64 sessions",
+            best_rate.map(|best| (format!(">= {best:.0} (better peer)"), best)),
+            ours(Table::Ack, &ack, Metric::PerSecond),
+            "",
+            at_least,
+        ),
+        Goal::new(
+            "serial ack p50",
+            bound(&format!("<= {floor_bound:.2} ms (floor {:.2} + 0.15)", floor.p50), floor_bound),
+            ours(Table::Ack, &serial, Metric::P50),
+            "ms",
+            at_most,
+        ),
+        Goal::new(
+            "server CPU per append, 64 sessions",
+            bound("<= 20 us", 20.0),
+            ours(Table::Ack, &ack, Metric::ServerUs),
+            "us",
+            at_most,
+        ),
+        Goal::new(
+            "delivery p99, 1 channel x 1000",
+            best_p99.map(|best| (format!("<= {best:.2} ms (better peer)"), best)),
+            ours(Table::Delivery, &fan, Metric::P99),
+            "ms",
+            at_most,
+        ),
+        Goal::new(
+            "server CPU per delivery, 1 channel x 1000",
+            bound("<= 10 us", 10.0),
+            ours(Table::Delivery, &fan, Metric::ServerUs),
+            "us",
+            at_most,
+        ),
+        catch_up("catch-up over SSE, their SSE", read("durable-streams, SSE")),
+        catch_up("catch-up over SSE, their plain read", read("durable-streams, plain read")),
+        Goal::new("memory of an idle SSE follower", bound("<= 13 KiB", 13.0), per_follower, "KiB", at_most),
+        Goal::new("the same, stretch", bound("<= 8 KiB", 8.0), per_follower, "KiB", at_most),
+    ]
+}

@@ -1,0 +1,148 @@
+//! Writers: one connection and one append at a time each.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use super::record::Request;
+use super::server::{Server, own_cpu};
+use super::stats::{Latency, Spread};
+use super::target::Target;
+
+/// Time before anything is counted.
+const WARM_UP: Duration = Duration::from_secs(1);
+/// Writers that fill a channel before it is read.
+const FILLERS: u64 = 64;
+
+/// A connection that appends.
+pub(crate) struct Writer {
+    stream: TcpStream,
+    buffer: Vec<u8>,
+}
+
+impl Writer {
+    pub(crate) async fn connect(server: &Server) -> anyhow::Result<Self> {
+        let stream = TcpStream::connect(server.address).await?;
+        stream.set_nodelay(true)?;
+        Ok(Self { stream, buffer: vec![0; 4096] })
+    }
+
+    /// Appends record `number` and waits for the ack.
+    pub(crate) async fn append(&mut self, request: &mut Request, number: u64) -> anyhow::Result<()> {
+        self.stream.write_all(request.stamp(number)).await?;
+        let mut filled = 0;
+        loop {
+            let read = self.stream.read(&mut self.buffer[filled..]).await?;
+            ensure!(read > 0, "the server hung up on an append");
+            filled += read;
+            if (request.answered)(&self.buffer[..filled])?.is_some() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// What a row of acks came to.
+pub(crate) struct Acks {
+    pub(crate) per_second: f64,
+    pub(crate) spread: Spread,
+    pub(crate) server_us: f64,
+    pub(crate) client_us: f64,
+}
+
+/// One sequential writer per session, for `time` after warming up.
+pub(crate) async fn acks(
+    target: &dyn Target,
+    server: &Server,
+    sessions: &[String],
+    time: Duration,
+) -> anyhow::Result<Acks> {
+    let mut writers = Vec::with_capacity(sessions.len());
+    for session in sessions {
+        writers.push((Writer::connect(server).await?, target.append(server, session)));
+    }
+    let start = Instant::now() + WARM_UP;
+    let end = start + time;
+    let mut tasks = JoinSet::new();
+    for (writer, request) in writers {
+        tasks.spawn(write(writer, request, start, end));
+    }
+    tokio::time::sleep_until(start.into()).await;
+    let (began, server_before, client_before) = (Instant::now(), server.cpu()?, own_cpu()?);
+    tokio::time::sleep_until(end.into()).await;
+    let (took, server_after, client_after) = (began.elapsed(), server.cpu()?, own_cpu()?);
+    let mut latency = Latency::default();
+    while let Some(done) = tasks.join_next().await {
+        latency.join(done??);
+    }
+    let spread = latency.spread()?;
+    let count = spread.count.max(1) as f64;
+    // A busy machine wakes us late, so the rates are over the time that really passed.
+    let stretch = took.as_secs_f64() / time.as_secs_f64();
+    Ok(Acks {
+        per_second: count / time.as_secs_f64(),
+        spread,
+        server_us: micros(server_after - server_before) / (count * stretch),
+        client_us: micros(client_after - client_before) / (count * stretch),
+    })
+}
+
+async fn write(
+    mut writer: Writer,
+    mut request: Request,
+    start: Instant,
+    end: Instant,
+) -> anyhow::Result<Latency> {
+    let mut latency = Latency::default();
+    for number in 0.. {
+        let sent = Instant::now();
+        if sent >= end {
+            break;
+        }
+        writer.append(&mut request, number).await?;
+        let answered = Instant::now();
+        if sent >= start && answered <= end {
+            latency.record(answered - sent);
+        }
+    }
+    Ok(latency)
+}
+
+/// Appends records 0 to `count` to one session, in no particular order.
+pub(crate) async fn fill(
+    target: &dyn Target,
+    server: &Server,
+    session: &str,
+    count: u64,
+) -> anyhow::Result<()> {
+    let next = Arc::new(AtomicU64::new(0));
+    let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    for _ in 0..FILLERS {
+        let mut writer = Writer::connect(server).await?;
+        let mut request = target.append(server, session);
+        let next = Arc::clone(&next);
+        tasks.spawn(async move {
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                if number >= count {
+                    return Ok(());
+                }
+                writer.append(&mut request, number).await?;
+            }
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done?.context("cannot fill the session")?;
+    }
+    Ok(())
+}
+
+/// Microseconds as the tables show them.
+pub(crate) fn micros(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}

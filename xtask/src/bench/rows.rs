@@ -1,0 +1,213 @@
+//! The rows: which load, on which servers, in which order. Every row of a round gets a server of its own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use tokio::runtime::Runtime;
+
+use super::catchup::catch_up;
+use super::delivery::{Followers, Plan, deliver};
+use super::load;
+use super::machine::sync_floor;
+use super::report::{Metric, Sample, Samples, Table};
+use super::server::Server;
+use super::stats::Spread;
+use super::target::Target;
+
+/// Sessions of the ack rows.
+const SESSIONS: [usize; 3] = [1, 64, 1000];
+/// Channels, followers of each, appends a second over all.
+const DELIVERIES: [(usize, usize, f64); 4] =
+    [(1, 1, 50.0), (1, 100, 50.0), (1, 1000, 10.0), (1000, 1, 500.0)];
+/// Records of the catch-up row.
+const RECORDS: u64 = 100_000;
+/// The memory rows.
+pub(crate) const MEMORY: [&str; 2] = ["1 channel x 1000", "1000 channels x 1"];
+/// The catch-up row.
+pub(crate) const CATCH_UP: &str = "100,000 records";
+/// How long a server may settle before its memory is read.
+const SETTLE: Duration = Duration::from_millis(1500);
+
+/// A group of rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Row {
+    /// Append to ack at 1, 64 and 1000 sessions
+    Ack,
+    /// Append to delivery at 1, 100 and 1000 followers and 1000 x 1
+    Delivery,
+    /// Reading 100,000 records
+    CatchUp,
+    /// Memory of idle followers
+    Memory,
+    /// List queries over 1,000,000 sessions, ours only
+    Lists,
+}
+
+/// Name of an ack row.
+pub(crate) fn ack(sessions: usize) -> String {
+    format!("{sessions} session{}", if sessions == 1 { "" } else { "s" })
+}
+
+/// Name of a delivery row.
+pub(crate) fn delivery(channels: usize, followers: usize) -> String {
+    format!("{channels} channel{} x {followers}", if channels == 1 { "" } else { "s" })
+}
+
+/// What every row needs.
+pub(crate) struct Bench<'a> {
+    pub(crate) runtime: &'a Runtime,
+    /// Folder of the servers' data.
+    pub(crate) home: PathBuf,
+    /// Time of one measurement.
+    pub(crate) time: Duration,
+    /// Rounds of the ack rows, of which the median counts.
+    pub(crate) rounds: u32,
+    pub(crate) samples: Samples,
+}
+
+impl Bench<'_> {
+    /// A fresh server in a folder of its own.
+    pub(crate) fn start(&self, target: &dyn Target) -> anyhow::Result<Server> {
+        let home = fresh(&self.home, "server")?;
+        target.start(&home)
+    }
+
+    /// Every round sees all targets, so that a busy moment of the disk does not hit one alone; `extra` get one
+    /// row. The floor is measured beside each round.
+    pub(crate) fn ack(
+        &mut self,
+        targets: &[Box<dyn Target>],
+        extra: &[Box<dyn Target>],
+        floors: &mut Vec<Spread>,
+    ) -> anyhow::Result<()> {
+        for _ in 0..self.rounds {
+            for target in targets {
+                self.ack_round(target.as_ref(), &SESSIONS)?;
+            }
+            for target in extra {
+                self.ack_round(target.as_ref(), &[64])?;
+            }
+            floors.push(sync_floor(&self.home)?);
+        }
+        Ok(())
+    }
+
+    fn ack_round(&mut self, target: &dyn Target, counts: &[usize]) -> anyhow::Result<()> {
+        let server = self.start(target)?;
+        for count in counts {
+            let sessions = names("ack", *count);
+            target.create(&server, &sessions)?;
+            let acks = self.runtime.block_on(load::acks(target, &server, &sessions, self.time))?;
+            self.samples.push(Sample {
+                table: Table::Ack,
+                row: ack(*count),
+                server: target.name().to_owned(),
+                values: vec![
+                    (Metric::PerSecond, acks.per_second),
+                    (Metric::P50, acks.spread.p50),
+                    (Metric::P99, acks.spread.p99),
+                    (Metric::ServerUs, acks.server_us),
+                    (Metric::ClientUs, acks.client_us),
+                ],
+            });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn delivery(&mut self, targets: &[Box<dyn Target>]) -> anyhow::Result<()> {
+        for (channels, followers, rate) in DELIVERIES {
+            for target in targets {
+                let server = self.start(target.as_ref())?;
+                let plan = Plan { channels: names("deliver", channels), followers, rate, time: self.time };
+                target.create(&server, &plan.channels)?;
+                let delivered = self.runtime.block_on(deliver(target.as_ref(), &server, &plan))?;
+                self.samples.push(Sample {
+                    table: Table::Delivery,
+                    row: delivery(channels, followers),
+                    server: target.name().to_owned(),
+                    values: vec![
+                        (Metric::P50, delivered.spread.p50),
+                        (Metric::P99, delivered.spread.p99),
+                        (Metric::ServerUs, delivered.server_us),
+                        (Metric::ClientUs, delivered.client_us),
+                        (Metric::Lost, delivered.lost as f64),
+                    ],
+                });
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn catch_up(&mut self, targets: &[Box<dyn Target>]) -> anyhow::Result<()> {
+        for target in targets {
+            let server = self.start(target.as_ref())?;
+            let sessions = names("history", 1);
+            target.create(&server, &sessions)?;
+            self.runtime.block_on(load::fill(target.as_ref(), &server, &sessions[0], RECORDS))?;
+            let ways = target.catch_up(&server, &sessions[0]).len();
+            for way in 0..ways {
+                let (name, _) = target.catch_up(&server, &sessions[0]).swap_remove(way);
+                let reader = || target.catch_up(&server, &sessions[0]).swap_remove(way).1;
+                let caught_up = catch_up(&server, RECORDS, self.time, reader)?;
+                self.samples.push(Sample {
+                    table: Table::CatchUp,
+                    row: CATCH_UP.to_owned(),
+                    server: format!("{}, {name}", target.name()),
+                    values: vec![
+                        (Metric::MegabytesPerSecond, caught_up.rate),
+                        (Metric::PerSecond, caught_up.rate * 1e6 / caught_up.bytes as f64 * RECORDS as f64),
+                        (Metric::ServerUs, caught_up.server_us),
+                        (Metric::BytesPerRecord, caught_up.bytes as f64 / RECORDS as f64),
+                    ],
+                });
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn memory(&mut self, targets: &[Box<dyn Target>]) -> anyhow::Result<()> {
+        for (row, (channels, followers)) in MEMORY.into_iter().zip([(1, 1000), (1000, 1)]) {
+            for target in targets {
+                let server = self.start(target.as_ref())?;
+                thread::sleep(SETTLE);
+                let empty = server.rss()?;
+                let channels = names("idle", channels);
+                target.create(&server, &channels)?;
+                thread::sleep(SETTLE);
+                let before = server.rss()?;
+                let follow = Followers::connect(target.as_ref(), &server, &channels, followers);
+                let connected = self.runtime.block_on(follow)?;
+                thread::sleep(SETTLE);
+                let grown = server.rss()?.saturating_sub(before);
+                self.runtime.block_on(connected.leave())?;
+                self.samples.push(Sample {
+                    table: Table::Memory,
+                    row: row.to_owned(),
+                    server: target.name().to_owned(),
+                    values: vec![
+                        (Metric::KibPerFollower, grown as f64 / 1000.0),
+                        (Metric::EmptyMib, empty as f64 / 1024.0),
+                    ],
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An empty folder below `home`.
+pub(crate) fn fresh(home: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let folder = home.join(name);
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
+
+fn names(prefix: &str, count: usize) -> Vec<String> {
+    (0..count).map(|number| format!("{prefix}-{count}-{number}")).collect()
+}

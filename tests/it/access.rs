@@ -118,8 +118,13 @@ async fn bad_credentials_answer_401_in_the_words_that_clients_know() {
     let none = format!("{}..", data_encoding::BASE64URL_NOPAD.encode(br#"{"alg":"none"}"#));
     let none = none.replacen("..", &format!(".{}.", parts[1]), 1);
     let tampered = format!("{}.{}.{}", parts[0], parts[1], parts[2].chars().rev().collect::<String>());
+    let end = crate::harness::server::START.plus(Duration::from_secs(60));
+    let own = server.first_environment().await.id;
+    let scopes = sessiond::domain::Scopes::new(vec!["read:sessions".to_owned()]);
+    let foreign = sessiond::auth::token::sign(&foreign_key, &own, &scopes, None, end, end).expect("a token");
     server.clock.advance(Duration::from_secs(2));
     for (bearer, message) in [
+        (foreign.as_str(), "Public Access Token is invalid"),
         ("tr_dev_nobodys_key_at_all", "Invalid API key"),
         ("pk_dev_x", "Invalid API key"),
         (&KEY[..KEY.len() - 1], "Invalid API key"),

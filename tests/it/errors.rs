@@ -142,6 +142,36 @@ async fn oversized_bodies_answer_413_with_and_without_a_length() {
 }
 
 #[tokio::test]
+async fn ten_thousand_tags_are_refused_whichever_limit_they_meet() {
+    let server = TestServer::start().await;
+    for (count, status) in [(10_000, 413), (5000, 422), (11, 422)] {
+        let answer = server.post(SESSIONS, &with("tags", json!(vec!["t"; count]))).await;
+        assert_eq!(answer.status.as_u16(), status, "{count}");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_over_the_cap_waits_for_its_turn() {
+    let server = TestServer::start_with(|config| config.http.max_connections = 1).await;
+    let address: SocketAddr = server.url.trim_start_matches("http://").parse().expect("an address");
+    let ask = async |socket: &mut TcpStream| {
+        socket.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.expect("sent");
+        let mut answer = [0; 15];
+        socket.read_exact(&mut answer).await.expect("an answer");
+        assert_eq!(&answer, b"HTTP/1.1 200 OK");
+    };
+    let mut first = TcpStream::connect(address).await.expect("connected");
+    ask(&mut first).await;
+    let mut second = TcpStream::connect(address).await.expect("queued");
+    let early = tokio::time::timeout(Duration::from_millis(300), ask(&mut second)).await;
+    assert!(early.is_err(), "one at a time");
+    drop(first);
+    let mut answer = [0; 15];
+    second.read_exact(&mut answer).await.expect("its turn has come");
+    assert_eq!(&answer, b"HTTP/1.1 200 OK");
+}
+
+#[tokio::test]
 async fn bad_lists_answer_400() {
     let server = TestServer::start().await;
     for query in [

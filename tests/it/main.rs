@@ -4,6 +4,7 @@ mod access;
 mod cli;
 mod contract;
 mod control_plane;
+mod core;
 mod crash;
 mod data_plane;
 mod errors;

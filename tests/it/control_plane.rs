@@ -6,6 +6,7 @@ use std::time::Duration;
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use crate::harness::database::TestDatabase;
 use crate::harness::{Answer, TestServer};
 
 const SESSIONS: &str = "/api/v1/sessions";
@@ -309,4 +310,28 @@ async fn what_was_written_is_there_after_a_restart() {
     assert_eq!((&found["metadata"], &found["closedReason"]), (&session["metadata"], &json!("done")));
     let late = server.request(Method::POST, "/realtime/v1/sessions/kept/in/append").body("late");
     assert_eq!(server.send(late).await.expect(409)["code"], "session_closed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_same_server_runs_on_postgres() {
+    let database = TestDatabase::postgres().await;
+    let server = TestServer::start_with(|config| {
+        config.metadata.url = Some(database.url.clone().into());
+        config.auth.master_key = Some("5e".repeat(32).into());
+    })
+    .await;
+    let session = server
+        .create(json!({"externalId": "p", "tags": ["a"], "metadata": {"deep": [1, {"x": null}]}}))
+        .await;
+    server.append("p", "in", "one").await;
+    server.json(Method::PATCH, &at(&session), &json!({"tags": ["b"]})).await.expect(200);
+    let listed = server.get(&format!("{SESSIONS}?filter[tags]=b&filter[status]=ACTIVE")).await.expect(200);
+    assert_eq!(ids(&listed), [session["id"].as_str().expect("an id")]);
+    assert_eq!(listed["data"][0]["metadata"], session["metadata"]);
+    server.post(&format!("{SESSIONS}/p/close"), &json!({"reason": "done"})).await.expect(200);
+    let late = server.request(Method::POST, "/realtime/v1/sessions/p/in/append").body("late");
+    server.send(late).await.expect(409);
+    let again = json!({"type": "chat", "taskIdentifier": "agent", "externalId": "p"});
+    server.post(SESSIONS, &again).await.expect(409);
+    assert!(!server.data().join("metadata.db").exists() && !server.data().join("master.key").exists());
 }

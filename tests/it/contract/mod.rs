@@ -14,7 +14,9 @@ macro_rules! suite {
         #[test]
         fn prints_cases_x_adapters() {
             let (cases, adapters) = ($crate::contract::suite!(@count $cases), $crate::contract::suite!(@count $adapters));
-            println!("contract of {}: {cases} cases x {adapters} adapters", $port);
+            // Past the runner's capture, which would swallow what a passing test prints.
+            let line = format!("contract of {}: {cases} cases x {adapters} adapters\n", $port);
+            std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).expect("printed");
         }
     };
     (@each [$($adapter:ident = $open:path),+ $(,)?], $cases:tt) => {

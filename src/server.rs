@@ -3,7 +3,7 @@
 
 use std::fs::OpenOptions;
 use std::future::Future;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -300,21 +300,25 @@ fn kind_of(secret: &SecretString) -> EnvironmentKind {
     kind.and_then(EnvironmentKind::parse).unwrap_or(EnvironmentKind::Development)
 }
 
-/// Reads the generated master key, or makes one that only its owner can read.
+/// Reads the generated master key, or makes one that only its owner can read. The file appears whole or not at
+/// all: half a key after a crash would lock every secret away.
 fn master_key_file(path: &Path) -> anyhow::Result<SecretString> {
-    let created = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-    match created {
-        Ok(mut file) => {
-            let key = Vault::generate_master_key()?;
-            file.write_all(key.expose_secret().as_bytes())?;
-            file.sync_all()?;
-            Ok(key)
+    if !path.exists() {
+        let draft = path.with_extension(format!("{}.new", std::process::id()));
+        let key = Vault::generate_master_key()?;
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
+        file.write_all(key.expose_secret().as_bytes())?;
+        file.sync_all()?;
+        // Unlike a rename it fails if another process was faster, whose key then counts.
+        let linked = std::fs::hard_link(&draft, path);
+        std::fs::remove_file(&draft)?;
+        match linked {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                return Err(error).with_context(|| format!("cannot make {}", path.display()));
+            }
+            _ => {}
         }
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            let mut text = String::new();
-            OpenOptions::new().read(true).open(path)?.read_to_string(&mut text)?;
-            Ok(text.into())
-        }
-        Err(error) => Err(error).with_context(|| format!("cannot make {}", path.display())),
     }
+    let key = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(key.into())
 }

@@ -33,7 +33,7 @@ use crate::telemetry::Metrics;
 /// The environment that a first start makes.
 const DEFAULT_NAME: &str = "default";
 /// How often expired sessions are marked.
-const SWEEP_EVERY: Duration = Duration::from_secs(1);
+const SWEEP_EVERY: Duration = Duration::from_secs(5);
 /// Linux's number of the signal that a write past the file size limit raises; unhandled it ends the process.
 const SIGXFSZ: i32 = 25;
 

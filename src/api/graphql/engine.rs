@@ -7,9 +7,9 @@ use std::sync::Arc;
 use async_graphql::parser::parse_query;
 use async_graphql::parser::types::{
     DocumentOperations, ExecutableDocument, FragmentDefinition, OperationDefinition, OperationType,
-    Selection, SelectionSet,
+    Selection, SelectionSet, VariableDefinition,
 };
-use async_graphql::{Name, Positioned, Request, Response, Value};
+use async_graphql::{Name, Positioned, Request, Response, Value, Variables};
 use futures_util::stream::{self, BoxStream, StreamExt};
 use http::StatusCode;
 
@@ -108,6 +108,10 @@ impl Engine {
         let name = request.operation_name.as_deref();
         let measure = guard::measure(&document, name, &self.limits).map_err(|refusal| too_large(&refusal))?;
         admit(app, &measure, &asked)?;
+        let kind = measure.operation;
+        check_copies(&measure, &request.variables)?;
+        let operation = guard::choose(&document.operations, name).map_err(|refusal| too_large(&refusal))?;
+        require_variables(&operation.node, &request.variables)?;
         if let Lookup::Offered(offer) = persisted {
             self.persisted.keep(offer, &request.query);
         }
@@ -118,7 +122,7 @@ impl Engine {
         if let Some(Credentials { caller, .. }) = &asked.credentials {
             request = request.data(schema::session_loader(app, caller)).data(caller.clone());
         }
-        Ok(Prepared { request, kind: measure.kind, cost, asked })
+        Ok(Prepared { request, kind, cost, asked })
     }
 
     /// Executes a query or a mutation.
@@ -214,22 +218,51 @@ fn until_failed(answers: impl stream::Stream<Item = Answer> + Send + 'static) ->
 }
 
 /// What is asked of anybody before anything is executed.
-fn admit(app: &App, measure: &Measure, asked: &Asked) -> Result<(), Failure> {
-    if measure.kind == OperationType::Mutation && !asked.may_change {
+fn admit(app: &App, measure: &Measure<'_>, asked: &Asked) -> Result<(), Failure> {
+    if measure.operation == OperationType::Mutation && !asked.may_change {
         let message = "mutations must be sent with POST";
         return Err(protocol(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message));
     }
-    if measure.is_introspection {
+    if measure.is_introspection_only() {
         return Ok(());
     }
     let Some(Credentials { caller, bearer }) = &asked.credentials else {
         return Err(Error::Unauthenticated("Invalid or Missing API key").into());
     };
     caller.require_current(app.clock.now())?;
-    let limited = measure.kind != OperationType::Subscription
-        && !measure.root_fields.iter().all(|field| UNLIMITED.contains(&field.as_str()));
+    let limited = measure.operation != OperationType::Subscription
+        && !measure.root_fields.iter().all(|field| UNLIMITED.contains(field));
     if limited {
         app.rate_limiter.check(caller, bearer, app.clock.as_ref())?;
+    }
+    Ok(())
+}
+
+/// The validator copies a variable's whole value wherever it is named.
+fn check_copies(measure: &Measure<'_>, variables: &Variables) -> Result<(), Failure> {
+    const FEW: usize = 50;
+    const COPIED_MAX: usize = 50 * 1024 * 1024;
+    // A body of 1 MiB cannot exceed the limit in few places.
+    if measure.variable_uses <= FEW {
+        return Ok(());
+    }
+    let bytes = serde_json::to_vec(variables).map_or(0, |text| text.len());
+    if bytes.saturating_mul(measure.variable_uses) > COPIED_MAX {
+        let message = format!("variables of {bytes} bytes are named {} times", measure.variable_uses);
+        return Err(protocol(StatusCode::BAD_REQUEST, "query_too_large", message));
+    }
+    Ok(())
+}
+
+/// Refuses before anything is executed; the executor would miss a variable only where it meets it.
+fn require_variables(operation: &OperationDefinition, given: &Variables) -> Result<(), Fault> {
+    for definition in &operation.variable_definitions {
+        let VariableDefinition { name, var_type, default_value, .. } = &definition.node;
+        let absent = given.get(&name.node).is_none_or(|value| *value == Value::Null);
+        if absent && !var_type.node.nullable && default_value.is_none() {
+            let message = format!("the variable ${} of type {} has no value", name.node, var_type.node);
+            return Err(Fault::invalid(message, definition.pos));
+        }
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Refusals as GraphQL shows them. What a code means on the wire is decided in [`crate::api::error`]; here it only
 //! gets its GraphQL spelling, its place in the document and its path in the data.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use async_graphql::{Enum, PathSegment, Pos, ServerError};
@@ -9,6 +10,9 @@ use serde_json::{Map, Value, json};
 
 use crate::api::error::Failure;
 use crate::domain::{Code, Error};
+
+/// Longest message, in characters.
+const MESSAGE_MAX: usize = 500;
 
 /// The stable word of a refusal: in `errors[].extensions.code` and in `userErrors[].code`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Enum)]
@@ -143,6 +147,12 @@ impl Fault {
         Self { failure, locations, path: Vec::new() }
     }
 
+    /// A document that does not fit the schema, or variables that do not fit the document.
+    pub fn invalid(message: String, at: Pos) -> Self {
+        let failure = protocol(StatusCode::BAD_REQUEST, "graphql_validation_failed", message);
+        Self { failure, locations: vec![at], path: Vec::new() }
+    }
+
     /// True if a field was being resolved, so that the rest of the data stands.
     pub fn is_in_data(&self) -> bool {
         !self.path.is_empty()
@@ -151,7 +161,7 @@ impl Fault {
     /// One member of `errors`.
     pub fn to_json(&self, request_id: &str) -> Value {
         let mut error = Map::new();
-        error.insert("message".to_owned(), json!(self.failure.message));
+        error.insert("message".to_owned(), json!(shortened(&self.failure.message)));
         if !self.locations.is_empty() {
             error.insert("locations".to_owned(), json!(self.locations));
         }
@@ -165,6 +175,14 @@ impl Fault {
         }
         error.insert("extensions".to_owned(), Value::Object(extensions));
         Value::Object(error)
+    }
+}
+
+/// A message may repeat what it was given.
+fn shortened(message: &str) -> Cow<'_, str> {
+    match message.char_indices().nth(MESSAGE_MAX) {
+        Some((end, _)) => Cow::Owned(format!("{}...", &message[..end])),
+        None => Cow::Borrowed(message),
     }
 }
 

@@ -8,6 +8,9 @@ use super::cost::COST_MAX;
 use super::error::Fault;
 use crate::api::trace::{Chain, RequestId};
 
+/// Most errors in one result: a short document can be wrong in ten thousand places.
+const ERRORS_MAX: usize = 20;
+
 /// One execution result.
 #[derive(Debug)]
 pub(super) struct Reply {
@@ -58,7 +61,7 @@ impl Reply {
 
 /// The member `errors`; absent when there is none.
 pub(super) fn errors(faults: &[Fault], id: &RequestId) -> Option<String> {
-    let list: Vec<_> = faults.iter().map(|fault| fault.to_json(id.as_str())).collect();
+    let list: Vec<_> = faults.iter().take(ERRORS_MAX).map(|fault| fault.to_json(id.as_str())).collect();
     (!list.is_empty()).then(|| serde_json::Value::Array(list).to_string())
 }
 

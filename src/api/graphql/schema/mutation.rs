@@ -205,8 +205,8 @@ pub struct CreatePublicTokenInput {
     /// What the token may do, such as `read:sessions:chat-1`: at least one, and nothing that you may not do yourself.
     scopes: Vec<String>,
     /// Validity in seconds: 1 to 2,592,000 (30 days), 900 by default. Never longer than your own credentials.
-    #[graphql(default_with = "TOKEN_SECONDS")]
-    expires_in: i32,
+    #[graphql(default_with = "Some(TOKEN_SECONDS)")]
+    expires_in: Option<i32>,
     /// Given back in the payload.
     client_mutation_id: Option<String>,
 }
@@ -358,6 +358,7 @@ impl Mutation {
             if scopes.is_empty() {
                 return Err(Error::invalid("scopes", "must hold at least one scope"));
             }
+            let expires_in = expires_in.unwrap_or(TOKEN_SECONDS);
             let seconds =
                 u64::try_from(expires_in).ok().filter(|_| (1..=TOKEN_SECONDS_MAX).contains(&expires_in));
             let seconds = seconds

@@ -19,6 +19,8 @@ use crate::domain::{
 
 /// Most ids that one `nodes` takes.
 const NODES_MAX: usize = 100;
+/// Tags that one `sessionTags` answers, unless asked otherwise.
+const TAGS: i32 = 100;
 /// Most tags that one `sessionTags` answers.
 const TAGS_MAX: i32 = 1000;
 
@@ -121,9 +123,10 @@ impl Query {
         #[graphql(desc = "Only those that start with this.")] prefix: Option<String>,
         #[graphql(desc = "Only those that contain this, whatever the case of its ASCII letters.")]
         contains: Option<String>,
-        #[graphql(desc = "At most so many, 1 to 1000.", default = 100)] first: i32,
-        #[graphql(desc = "Skip so many.", default = 0)] offset: i32,
+        #[graphql(desc = "At most so many, 1 to 1000.", default_with = "Some(TAGS)")] first: Option<i32>,
+        #[graphql(desc = "Skip so many.", default_with = "Some(0)")] offset: Option<i32>,
     ) -> Result<Vec<String>> {
+        let (first, offset) = (first.unwrap_or(TAGS), offset.unwrap_or_default());
         if !(1..=TAGS_MAX).contains(&first) {
             return Err(Error::invalid("first", format!("must be 1 to {TAGS_MAX}")).into());
         }

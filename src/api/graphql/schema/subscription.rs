@@ -17,6 +17,9 @@ use crate::domain::record::BATCH_RECORDS_MAX;
 use crate::domain::{Error, FollowOptions, ReadStart, Watch, WatchEvent};
 use crate::telemetry::Door;
 
+/// Most records in one event, unless asked otherwise.
+const BATCH: i32 = 100;
+
 /// The root of all subscriptions.
 pub struct Subscription;
 
@@ -35,16 +38,19 @@ impl Subscription {
         #[graphql(desc = "Which direction.")] io: ChannelIo,
         #[graphql(desc = "Name of a side channel; the main channel without it.")] channel: Option<String>,
         #[graphql(desc = "Begin with the record after this one.")] after: Option<Cursor>,
-        #[graphql(desc = "Where to begin without `after`.", default_with = "FollowStart::Start")]
-        from: FollowStart,
-        #[graphql(desc = "Most records in one event, 1 to 1000.", default = 100)] batch: i32,
+        #[graphql(desc = "Where to begin without `after`.", default_with = "Some(FollowStart::Start)")]
+        from: Option<FollowStart>,
+        #[graphql(desc = "Most records in one event, 1 to 1000.", default_with = "Some(BATCH)")]
+        batch: Option<i32>,
     ) -> Result<BoxStream<'static, Result<ChannelEvent>>> {
         let start = match (after, from) {
             (Some(Cursor(seq_num)), _) => ReadStart::SeqNum(seq_num.saturating_add(1)),
-            (None, FollowStart::Start) => ReadStart::SeqNum(0),
-            (None, FollowStart::Latest) => ReadStart::TailOffset(0),
+            (None, None | Some(FollowStart::Start)) => ReadStart::SeqNum(0),
+            (None, Some(FollowStart::Latest)) => ReadStart::TailOffset(0),
         };
-        let size = usize::try_from(batch).ok().filter(|size| (1..=BATCH_RECORDS_MAX).contains(size));
+        let size = usize::try_from(batch.unwrap_or(BATCH))
+            .ok()
+            .filter(|size| (1..=BATCH_RECORDS_MAX).contains(size));
         let size =
             size.ok_or_else(|| Error::invalid("batch", format!("must be 1 to {BATCH_RECORDS_MAX}")))?;
         let address = self::channel(io, channel.as_deref())?;

@@ -147,14 +147,15 @@ impl Connection {
     }
 
     async fn end(mut self, close: Option<Close>) {
-        if let Some(close) = close {
-            let farewell = async {
-                // A client that is gone cannot be told; whoever does not close the other half is not waited for.
+        let farewell = async {
+            if let Some(close) = close {
+                // A client that is gone cannot be told.
                 let _ = self.socket.send(Message::Close(Some(close.frame()))).await;
-                while let Some(Ok(_)) = self.socket.recv().await {}
-            };
-            let _ = tokio::time::timeout(FAREWELL, farewell).await;
-        }
+            }
+            // Also what answers a close of the client's; whoever does not close the other half is not waited for.
+            while let Some(Ok(_)) = self.socket.recv().await {}
+        };
+        let _ = tokio::time::timeout(FAREWELL, farewell).await;
     }
 
     /// Hands an answer and those that are ready behind it to the socket.

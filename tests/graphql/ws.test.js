@@ -11,7 +11,7 @@ import { text } from "./lib/documents.js";
 import { Proxy } from "./lib/proxy.js";
 import { bearer, Collector, delay, eventually, recordsOf, SECRET, suite, WRONG_TOKEN } from "./lib/suite.js";
 
-const context = suite();
+const context = suite(undefined, { SESSIOND_GRAPHQL__INIT_TIMEOUT: "2s", SESSIOND_GRAPHQL__PING_INTERVAL: "1s" });
 
 /** A client and what happened to it: `events` is a list of names, `sockets` every socket it opened. */
 function client(options = {}) {
@@ -347,4 +347,22 @@ test("a ping is answered with a pong that carries its payload", async () => {
   socket.send('{"type":"ping","payload":{"n":1}}');
   assert.deepEqual(JSON.parse((await once(socket, "message"))[0]), { type: "pong", payload: { n: 1 } });
   socket.close();
+});
+
+test("a client that answers no ping of the transport is cut, and one that does is kept", async () => {
+  const open = async (options) => {
+    const socket = new WebSocket(context.wsUrl, "graphql-transport-ws", options);
+    await once(socket, "open");
+    socket.send(JSON.stringify(INIT));
+    await once(socket, "message");
+    return socket;
+  };
+  const [dead, alive] = [await open({ autoPong: false }), await open({})];
+  let pings = 0;
+  alive.on("ping", () => pings++);
+  const [code] = await once(dead, "close", { signal: AbortSignal.timeout(15_000) });
+  assert.ok(code !== 1000, String(code));
+  await eventually("four pings", () => pings >= 4);
+  assert.equal(alive.readyState, WebSocket.OPEN);
+  alive.close();
 });

@@ -13,11 +13,11 @@ export const SCHEMA_FILE = new URL("../../../schema.graphql", import.meta.url);
 export const WRONG_TOKEN = "tr_dev_thiskeyopensnothing00000000";
 
 /** Registers the hooks of a test file and answers what its tests use. `prepare` runs once the server is up. */
-export function suite(prepare = async () => {}) {
+export function suite(prepare = async () => {}, settings = {}) {
   const context = new Context();
   // One hook, because several do not wait for each other.
   before(async () => {
-    context.server = await Server.start();
+    context.server = await Server.start(settings);
     await prepare();
   });
   after(() => context.server?.remove());

@@ -10,6 +10,7 @@ import { transports } from "./lib/transports.js";
 const context = suite(prepare);
 let mine;
 let closed;
+let trimmed;
 let stranger;
 let reader;
 
@@ -21,6 +22,9 @@ async function prepare() {
   closed = await context.session();
   await context.append(closed, Array.from({ length: 7 }, (_, i) => ({ i })));
   await context.close(closed, "read me");
+  trimmed = await context.session();
+  await context.append(trimmed, [0, 1, 2, 3, 4, 5]);
+  await context.mutate("TrimChannel", { ...by(trimmed), io: "OUT", before: "4" });
   stranger = await context.publicToken("read:sessions:another", "write:sessions:another");
   reader = await context.publicToken(`read:sessions:${mine.externalId}`);
 }
@@ -109,7 +113,8 @@ for (const [what, code, status, { token = () => SECRET, operations }] of [
   ["a missing variable", "GRAPHQL_VALIDATION_FAILED", 400, { operations: () => [[QUERY], [SUBSCRIPTION], [MUTATION]] }],
   ["two root fields in a subscription", "GRAPHQL_VALIDATION_FAILED", 400, { operations: () => [[`subscription { a: ${CHANGED} b: ${CHANGED} }`]] }],
   ["an operation that is not there", "GRAPHQL_VALIDATION_FAILED", 400, { operations: () => [["query A { __typename }", undefined, "B"]] }],
-  ["a cursor that is none", "VALIDATION_FAILED", 200, { operations: () => [[SUBSCRIPTION, { ...follow(mine), after: "x" }]] }],
+  ["a cursor that is none", "GRAPHQL_VALIDATION_FAILED", 400, { operations: () => [[SUBSCRIPTION, { ...follow(mine), after: "x" }]] }],
+  ["a cursor that was trimmed", "CURSOR_EXPIRED", 200, { operations: () => [[SUBSCRIPTION, { ...follow(trimmed), after: "1" }]] }],
   ["a subscription to nothing", "NOT_FOUND", 200, { operations: () => [[SUBSCRIPTION, follow(unknown)], [text("SessionChanged"), by(unknown)]] }],
 ]) {
   test(`${what} is ${code} everywhere`, async () => {

@@ -9,7 +9,7 @@ import WebSocket from "ws";
 
 import { text } from "./lib/documents.js";
 import { Proxy } from "./lib/proxy.js";
-import { bearer, Collector, delay, eventually, recordsOf, SECRET, suite, WRONG_TOKEN } from "./lib/suite.js";
+import { bearer, Collector, delay, eventually, recordsOf, SECRET, suite, unique, WRONG_TOKEN } from "./lib/suite.js";
 
 const context = suite(undefined, { SESSIOND_GRAPHQL__INIT_TIMEOUT: "2s", SESSIOND_GRAPHQL__PING_INTERVAL: "1s" });
 
@@ -172,6 +172,20 @@ test("changes of every session that matches, and of no other", async () => {
   await ws.dispose();
 });
 
+test("an externalId that no session has yet is waited for", async () => {
+  const externalId = unique("early");
+  const ws = client();
+  const collector = subscribe(ws, "ChannelRecords", { by: { externalId }, io: "OUT" });
+  // Another operation behind it on the same socket, so that it is under way.
+  await subscribe(ws, "Viewer", {}).all();
+  const session = await context.session({ externalId });
+  await context.append(session, ["welcome"]);
+  await context.close(session);
+  await collector.all();
+  assert.deepEqual(recordsOf(events(collector)), ["welcome"]);
+  await ws.dispose();
+});
+
 test("errors before the first event are error messages, and the socket stays", async () => {
   const ws = client({ lazyCloseTimeout: 1_000 });
   const codes = [];
@@ -220,6 +234,16 @@ test("a wrong token in the header of the upgrade is refused as well", async () =
     }),
   ]);
   assert.ok([401, 4403].includes(refused), String(refused));
+});
+
+test("a token that ends takes its connection along, with 4403", async () => {
+  const session = await context.session();
+  const input = { scopes: [`read:sessions:${session.sessionId}`], expiresIn: 2 };
+  const { token } = await context.mutate("CreatePublicToken", input);
+  const ws = client({ connectionParams: bearer(token) });
+  const collector = subscribe(ws, "ChannelRecords", out(session));
+  await caughtUp(collector);
+  assert.equal((await collector.failure()).code, 4403);
 });
 
 test("the header of the upgrade is as good as connection_init", async () => {

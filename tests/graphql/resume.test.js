@@ -52,6 +52,14 @@ const own = (i) => ({
   batch: [1, 7, 25, 64, 100][i % 5],
 });
 
+/** One that may be terminated while it connects: `ws` then emits an error that nobody listens for any more. */
+class Socket extends WebSocket {
+  constructor(...given) {
+    super(...given);
+    this.on("error", () => {});
+  }
+}
+
 class Subscriber {
   seqNums = [];
   values = [];
@@ -66,7 +74,7 @@ class Subscriber {
     this.kind = number % 2 === 0 ? SHARED : own(number);
     this.client = createClient({
       url,
-      webSocketImpl: WebSocket,
+      webSocketImpl: Socket,
       connectionParams: bearer(),
       retryAttempts: 0,
       on: { opened: (socket) => ((this.#socket = socket), this.connections++), closed: () => (this.#socket = undefined) },

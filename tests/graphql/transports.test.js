@@ -156,6 +156,21 @@ test("a mutation by GET is refused, and nothing is done", async () => {
   assert.equal((await context.run("OneSession", { by: { externalId } })).session, null);
 });
 
+test("a request that lacks a variable does nothing of what it asks", async () => {
+  const externalId = unique("half");
+  const query = `mutation Half($made: CreateSessionInput!, $missing: CloseSessionInput!) {
+    createSession(input: $made) { created }
+    closeSession(input: $missing) { clientMutationId }
+  }`;
+  const variables = { made: { type: "chat.agent", taskIdentifier: "assistant", externalId } };
+  for (const way of ways(query)) {
+    const { results } = await transports[way].run(context.url, { query, variables }, SECRET);
+    assert.equal(results[0].errors[0].extensions.code, "GRAPHQL_VALIDATION_FAILED", way);
+    assert.ok(!("data" in results[0]), way);
+  }
+  assert.equal((await context.run("OneSession", { by: { externalId } })).session, null);
+});
+
 test("a subscription that cannot stream is refused at once", async () => {
   for (const way of ["post", "post, graphql-response", "get"]) {
     const { status, results } = await transports[way].run(context.url, { query: SUBSCRIPTION, variables: follow(mine) }, SECRET);

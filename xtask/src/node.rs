@@ -1,6 +1,7 @@
-//! The client suite: the real SDK from npm against the binary that was just built.
+//! The client suites: the real SDK and the real GraphQL clients from npm against the binary that was just built.
 
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::ensure;
 
@@ -34,12 +35,13 @@ impl Counts {
     }
 }
 
-/// Installs the locked packages and runs every `*.test.js`.
-pub(crate) fn test(workspace: &Workspace) -> anyhow::Result<()> {
-    let dir = workspace.root.join("tests/node");
+/// Installs the locked packages of `folder` and runs every `*.test.js` there, none for longer than `limit`.
+pub(crate) fn test(workspace: &Workspace, folder: &str, limit: Duration) -> anyhow::Result<()> {
+    let dir = workspace.root.join(folder);
     process::run(Command::new("npm").args(["ci", "--no-audit", "--no-fund"]).current_dir(&dir))?;
     let mut node = Command::new("node");
-    node.args(["--test", "--test-force-exit", "--test-timeout=60000", "--test-reporter=tap"])
+    node.args(["--test", "--test-force-exit", "--test-reporter=tap"])
+        .arg(format!("--test-timeout={}", limit.as_millis()))
         .current_dir(&dir)
         .env("SESSIOND_BIN", workspace.debug_binary("sessiond"));
     let mut counts = Counts::default();
@@ -47,7 +49,7 @@ pub(crate) fn test(workspace: &Workspace) -> anyhow::Result<()> {
     ensure!(passed && counts.fail == 0 && counts.cancelled == 0, "{} failed", counts.fail + counts.cancelled);
     ensure!(counts.skipped == 0 && counts.todo == 0, "{} skipped", counts.skipped + counts.todo);
     ensure!(counts.pass > 0, "no test ran");
-    println!("{} client tests passed, 0 failed, 0 skipped", counts.pass);
+    println!("{} tests of {folder} passed, 0 failed, 0 skipped", counts.pass);
     Ok(())
 }
 

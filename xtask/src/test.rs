@@ -1,5 +1,7 @@
 //! `cargo xtask test`: the one command that proves everything, or the named stages of it.
 
+use std::time::Duration;
+
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
 
@@ -30,6 +32,8 @@ enum Stage {
     Rust,
     /// The SDK suite against the binary
     Node,
+    /// The suite of GraphQL clients against the binary
+    Graphql,
 }
 
 impl Stage {
@@ -41,6 +45,7 @@ impl Stage {
             Self::Build => "build",
             Self::Rust => "rust",
             Self::Node => "node",
+            Self::Graphql => "graphql",
         }
     }
 
@@ -51,7 +56,8 @@ impl Stage {
             Self::Deny => lint::deny(workspace),
             Self::Build => build(workspace),
             Self::Rust => rust(workspace),
-            Self::Node => node::test(workspace),
+            Self::Node => node::test(workspace, "tests/node", Duration::from_secs(60)),
+            Self::Graphql => node::test(workspace, "tests/graphql", Duration::from_secs(120)),
         }
     }
 }
@@ -63,8 +69,8 @@ impl Stage {
 pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
     let workspace = Workspace::locate()?;
     let wanted = |stage: &Stage| args.stages.is_empty() || args.stages.contains(stage);
-    // The client suite drives the binary, so naming it alone builds it too.
-    let needed = |stage: &Stage| *stage == Stage::Build && wanted(&Stage::Node);
+    // The client suites drive the binary, so naming one alone builds it too.
+    let needed = |stage: &Stage| *stage == Stage::Build && (wanted(&Stage::Node) || wanted(&Stage::Graphql));
     let mut stages = Stages::new();
     stages.run("packages", packages::install);
     for stage in Stage::value_variants().iter().filter(|stage| wanted(stage) || needed(stage)) {

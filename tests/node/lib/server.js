@@ -19,10 +19,13 @@ const rawFetch = globalThis.fetch;
 export class Server {
   #child;
   #stderr = "";
+  #settings;
   baseUrl;
 
-  static async start() {
+  /** `settings` are further variables, such as `{ SESSIOND_LOG__RETENTION: "1d" }`. */
+  static async start(settings = {}) {
     const server = new Server();
+    server.#settings = settings;
     server.data = await mkdtemp(join(tmpdir(), "sessiond-node-"));
     await server.#launch("127.0.0.1:0");
     return server;
@@ -66,6 +69,7 @@ export class Server {
       SESSIOND_HTTP__RATE_LIMIT__KEY_PER_10S: "0",
       SESSIOND_HTTP__RATE_LIMIT__KEY_BURST: "0",
       SESSIOND_HTTP__RATE_LIMIT__TOKEN_PER_MINUTE: "0",
+      ...this.#settings,
     };
     const child = spawn(BINARY, ["serve", "--listen", listen, "--data", this.data], {
       env,

@@ -1,9 +1,11 @@
-//! Developer commands: `cargo xtask test | lint | schema | bench`. With `cargo run`, the only commands anyone must know.
+//! Developer commands: `cargo xtask test | lint | schema | playground | bench`. With `cargo run`, the only commands
+//! anyone must know.
 
 mod bench;
 mod lint;
 mod node;
 mod packages;
+mod playground;
 mod postgres;
 mod process;
 mod schema;
@@ -31,6 +33,8 @@ enum Command {
     Lint,
     /// Print `schema.graphql` anew
     Schema,
+    /// Bundle the playground again, after a build that had to do without npm
+    Playground,
     /// Measure a release build
     Bench(bench::BenchArgs),
 }
@@ -40,6 +44,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Lint => lint::run(),
         Command::Schema => schema::run(),
+        Command::Playground => playground::run(),
         Command::Bench(args) => bench::run(&args),
     };
     match done {

@@ -1,4 +1,5 @@
-//! The client suites: the real SDK and the real GraphQL clients from npm against the binary that was just built.
+//! The suites that Node runs against the binary that was just built: the real SDK, the real GraphQL clients, and the
+//! browser.
 
 use std::process::Command;
 use std::time::Duration;

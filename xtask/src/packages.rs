@@ -7,10 +7,10 @@ use anyhow::{Context, ensure};
 
 use crate::process;
 
-/// Postgres for the contract suites; strace to see that every ack comes after its sync.
-const DEBIAN: [&str; 2] = ["postgresql", "strace"];
-/// The first Node whose test runner can end a process that still holds sockets.
-const NODE_MIN: (u32, u32) = (20, 14);
+/// Postgres for the contract suites; strace to see that every ack comes after its sync; chromium for the playground.
+const DEBIAN: [&str; 3] = ["postgresql", "strace", "chromium"];
+/// The first Node that bundles the playground.
+const NODE_MIN: (u32, u32) = (20, 19);
 
 /// Installs what the tests miss.
 pub(crate) fn install() -> anyhow::Result<()> {
@@ -65,7 +65,7 @@ mod tests {
 
     #[test]
     fn a_node_version_is_read_as_two_numbers() {
-        assert_eq!(node_version("v20.14.1"), Some((20, 14)));
+        assert_eq!(node_version("v20.19.1"), Some((20, 19)));
         assert!(node_version("v9.99.0").unwrap() < NODE_MIN);
         assert_eq!(node_version("20"), None);
     }

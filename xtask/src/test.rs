@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::postgres::Postgres;
 use crate::stage::Stages;
 use crate::workspace::Workspace;
-use crate::{lint, node, packages, process};
+use crate::{lint, node, packages, playground, process};
 
 /// Flags of `test`.
 #[derive(Debug, Args)]
@@ -34,6 +34,8 @@ enum Stage {
     Node,
     /// The suite of GraphQL clients against the binary
     Graphql,
+    /// The playground, and pages of other origins, in a browser
+    Browser,
 }
 
 impl Stage {
@@ -46,6 +48,7 @@ impl Stage {
             Self::Rust => "rust",
             Self::Node => "node",
             Self::Graphql => "graphql",
+            Self::Browser => "browser",
         }
     }
 
@@ -58,6 +61,7 @@ impl Stage {
             Self::Rust => rust(workspace),
             Self::Node => node::test(workspace, "tests/node", Duration::from_secs(60)),
             Self::Graphql => node::test(workspace, "tests/graphql", Duration::from_secs(120)),
+            Self::Browser => browser(workspace),
         }
     }
 }
@@ -69,8 +73,9 @@ impl Stage {
 pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
     let workspace = Workspace::locate()?;
     let wanted = |stage: &Stage| args.stages.is_empty() || args.stages.contains(stage);
-    // The client suites drive the binary, so naming one alone builds it too.
-    let needed = |stage: &Stage| *stage == Stage::Build && (wanted(&Stage::Node) || wanted(&Stage::Graphql));
+    // These suites drive the binary, so naming one alone builds it too.
+    let drives = [Stage::Node, Stage::Graphql, Stage::Browser].iter().any(wanted);
+    let needed = |stage: &Stage| *stage == Stage::Build && drives;
     let mut stages = Stages::new();
     stages.run("packages", packages::install);
     for stage in Stage::value_variants().iter().filter(|stage| wanted(stage) || needed(stage)) {
@@ -80,7 +85,13 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
 }
 
 fn build(workspace: &Workspace) -> anyhow::Result<()> {
-    process::run(&mut workspace.cargo(&["build", "--bin", "sessiond"]))
+    // Elsewhere a server without its playground will do; here it is part of what is proved.
+    process::run(workspace.cargo(&["build", "--bin", "sessiond"]).env("SESSIOND_REQUIRE_PLAYGROUND", "1"))
+}
+
+fn browser(workspace: &Workspace) -> anyhow::Result<()> {
+    playground::check(workspace)?;
+    node::test(workspace, "tests/browser", Duration::from_secs(180))
 }
 
 fn rust(workspace: &Workspace) -> anyhow::Result<()> {

@@ -1,0 +1,69 @@
+// The playground as its user sees it.
+
+import { SECRET } from "../../node/lib/server.js";
+
+export class Playground {
+  constructor(page) {
+    this.page = page;
+  }
+
+  static async open(page, server) {
+    await page.goto(`${server.baseUrl}/playground`);
+    const playground = new Playground(page);
+    await playground.ready();
+    return playground;
+  }
+
+  /** The editor is there; the test's clicks would otherwise come too early. */
+  async ready() {
+    await this.page.locator(".graphiql-query-editor .view-line").first().waitFor();
+  }
+
+  async signIn(token = SECRET) {
+    await this.page.getByLabel("Token").fill(token);
+    await this.accepted();
+  }
+
+  async accepted() {
+    await this.page.locator(".token-status.accepted").waitFor();
+  }
+
+  get tokenStatus() {
+    return this.page.locator(".token-status");
+  }
+
+  async example(name) {
+    await this.page.getByRole("region", { name: "Examples" }).getByRole("button", { name }).click();
+  }
+
+  /** Resolves once the log is in this phase. */
+  async phase(name) {
+    await this.page.locator(`.live-log .phase.${name}`).waitFor();
+  }
+
+  /** Resolves once the log shows this record. */
+  async record(label) {
+    await this.page.locator(".live-log li.record", { hasText: label }).first().waitFor();
+  }
+
+  /** The labels of the records in the log, newest first. */
+  async records() {
+    return this.page.locator(".live-log li.record > span").allInnerTexts();
+  }
+
+  /** Resolves once the response pane says this. */
+  async response(text) {
+    await this.page.locator(".result-window .view-lines", { hasText: text }).waitFor();
+  }
+}
+
+/** Appends as another client does; answers the record's number. */
+export async function append(server, session, body) {
+  const response = await fetch(`${server.baseUrl}/realtime/v1/sessions/${session}/out/append`, {
+    method: "POST",
+    headers: { Authorization: `Bearer ${SECRET}` },
+    body: JSON.stringify(body),
+  });
+  if (!response.ok) throw new Error(`append: ${response.status} ${await response.text()}`);
+  return (await response.json()).seq;
+}

@@ -1,0 +1,141 @@
+// A newcomer with a browser: from the key that the server prints to a live channel, and back after a reload.
+
+import assert from "node:assert/strict";
+import { after, afterEach, before, beforeEach, test } from "node:test";
+
+import { Server } from "../node/lib/server.js";
+import { launch, Page } from "./lib/browser.js";
+import { append, Playground } from "./lib/playground.js";
+
+let browser, server, watched, page;
+
+before(async () => {
+  browser = await launch();
+});
+
+after(() => browser?.close());
+
+// A server for each, because the examples all speak of the same session.
+beforeEach(async () => {
+  server = await Server.start();
+  watched = await Page.open(browser);
+  page = watched.page;
+});
+
+afterEach(async () => {
+  await watched?.close();
+  await server?.remove();
+});
+
+test("the examples lead from nothing to a live channel, and a reload goes on where it was", async () => {
+  const playground = await Playground.open(page, server);
+  assert.match(await playground.tokenStatus.innerText(), /prints its secret key when it starts/);
+  await playground.signIn();
+  await playground.example("Create");
+  await playground.response('"created": true');
+  await playground.example("Append");
+  await playground.response('"seqNum": "0"');
+  await playground.example("Follow");
+  await playground.phase("live");
+  await playground.record("#0");
+
+  // From elsewhere, and from another tab of the editor while the log goes on.
+  assert.equal(await append(server, "hello", { from: "another client" }), 1);
+  await playground.record("another client");
+  await playground.example("Append");
+  await playground.record("#2");
+  await page.getByLabel("Record to append").fill('{"from": "the log"}');
+  await page.keyboard.press("Enter");
+  await playground.record("the log");
+  assert.deepEqual(await playground.records(), ["#3", "#2", "#1", "#0"]);
+
+  await page.reload();
+  await playground.ready();
+  await playground.accepted();
+  await append(server, "hello", { while: "away" });
+  await playground.example("Resume");
+  await playground.phase("live");
+  await playground.record("away");
+  await append(server, "hello", { and: "now" });
+  await playground.record("now");
+  assert.deepEqual(await playground.records(), ["#5", "#4"]);
+
+  await playground.example("List");
+  await playground.response('"externalId": "hello"');
+  await playground.example("Close");
+  await playground.phase("ended");
+  await playground.example("Append");
+  await playground.response('"code": "SESSION_CLOSED"');
+  watched.assertClean(server);
+});
+
+test("a follow goes on where it was when the server comes back after a kill", async () => {
+  const playground = await Playground.open(page, server);
+  await playground.signIn();
+  await playground.example("Create");
+  await playground.response('"created": true');
+  await playground.example("Follow");
+  await playground.phase("live");
+  for (const n of [0, 1]) await append(server, "hello", { n });
+  await playground.record("#1");
+  await server.kill();
+  await playground.phase("reconnecting");
+  await server.restart();
+  await append(server, "hello", { n: 2 });
+  await playground.record("#2");
+  await playground.phase("live");
+  assert.deepEqual(await playground.records(), ["#2", "#1", "#0"]);
+  watched.assertClean(server, /^WebSocket connection to .* failed/);
+});
+
+test("a token that the server refuses is said to be refused", async () => {
+  const playground = await Playground.open(page, server);
+  await page.getByLabel("Token").fill("tr_dev_notthekey");
+  await page.locator(".token-status.refused").waitFor();
+  assert.match(await playground.tokenStatus.innerText(), /^Refused: .+ prints its secret key/);
+  assert.equal(await page.getByRole("button", { name: "Create" }).isDisabled(), true);
+  await playground.signIn();
+  assert.match(await playground.tokenStatus.innerText(), /root key/);
+  watched.assertClean(server, /status of 401/);
+});
+
+test("the token stays in the browser tab", async () => {
+  const playground = await Playground.open(page, server);
+  await playground.signIn();
+  await playground.example("List");
+  await playground.response('"totalCount": "0"');
+  const kept = await page.evaluate(() => [JSON.stringify(localStorage), document.cookie, location.href].join());
+  assert.doesNotMatch(kept, /tr_dev_/);
+  watched.assertClean(server);
+});
+
+test("the explorer and the documentation show the schema", async () => {
+  const playground = await Playground.open(page, server);
+  await playground.signIn();
+  await page.getByRole("button", { name: "Show GraphiQL Explorer" }).click();
+  const explorer = page.locator(".graphiql-explorer-root");
+  for (const field of ["sessions", "node", "viewer"]) await explorer.getByText(field, { exact: true }).first().waitFor();
+  await page.getByRole("button", { name: "Show Documentation Explorer" }).click();
+  await page.locator(".graphiql-doc-explorer").getByText("Subscription", { exact: true }).click();
+  await page.locator(".graphiql-doc-explorer").getByText("channelRecords").first().waitFor();
+  watched.assertClean(server);
+});
+
+test("the theme follows the system until it is chosen", async () => {
+  const playground = await Playground.open(page, server);
+  const background = () => page.locator(".page").evaluate((node) => getComputedStyle(node).backgroundColor);
+  await page.emulateMedia({ colorScheme: "light" });
+  const light = await background();
+  await page.emulateMedia({ colorScheme: "dark" });
+  const dark = await background();
+  assert.notEqual(light, dark);
+  const button = page.getByRole("button", { name: /^Theme/ });
+  await button.click();
+  await button.click();
+  assert.equal(await button.getAttribute("title"), "Theme: light");
+  assert.equal(await background(), light);
+  await page.reload();
+  await playground.ready();
+  assert.equal(await background(), light);
+  watched.assertClean(server);
+});

@@ -8,6 +8,8 @@ import { tokenRefused } from "./token";
 
 export const NO_TOKEN = "No token yet: paste the secret key, which sessiond prints when it starts, at the top of the page.";
 
+const SHOW_EVERY_MS = 100;
+
 let tab = "";
 let attached: { tab: string; detach(): void } | undefined;
 
@@ -35,20 +37,37 @@ function subscription(token: string, request: Operation) {
     subscribe(observer: Observer) {
       const mine = { tab, detach };
       let shown = true;
+      let latest: Parameters<Observer["next"]>[0] | undefined;
+      let timer: ReturnType<typeof setTimeout> | undefined;
+      // The pane shows one event and is slow to change; the log has them all.
+      function show() {
+        timer = undefined;
+        if (shown && latest) observer.next(latest);
+        latest = undefined;
+      }
+      function close(end: () => void) {
+        clearTimeout(timer);
+        show();
+        if (shown) end();
+        shown = false;
+      }
       function detach() {
         if (attached === mine) attached = undefined;
-        if (shown) observer.complete();
-        shown = false;
+        close(() => observer.complete());
       }
       attached = mine;
       const end = start(token, request, {
-        next: (result) => shown && observer.next(result),
-        error: (cause) => shown && observer.error(cause),
-        complete: () => shown && observer.complete(),
+        next(result) {
+          latest = result;
+          timer ??= setTimeout(show, SHOW_EVERY_MS);
+        },
+        error: (cause) => close(() => observer.error(cause)),
+        complete: () => close(() => observer.complete()),
       });
       return {
         unsubscribe() {
           shown = false;
+          clearTimeout(timer);
           if (attached === mine) attached = undefined;
           // The editor unsubscribes both when it is told to stop and, just before it shows another tab, by itself.
           setTimeout(() => tab === mine.tab && end());

@@ -75,7 +75,7 @@ export function start(token: string, request: Operation, observer: Observer): ()
         const { cursor } = live.get();
         if (cursor) Object.assign(payload, following.after(cursor));
       } else {
-        add("event", result.errors ? "errors" : `event ${live.get().events + 1}`, undefined, result.data ?? result);
+        add(row("event", result.errors ? "errors" : `event ${live.get().events + 1}`, result.data ?? result));
         live.set({ phase: "live" });
       }
       live.set({ events: live.get().events + 1 });
@@ -113,7 +113,7 @@ function finish(mine: Run, phase: Phase, detail: string, cause?: unknown): void 
   live.set({ phase, detail });
   if (isRefusal(cause)) tokenRefused(mine.token, detail);
   if (cause) {
-    add("error", "error", undefined, detail);
+    add(row("error", "error", detail));
     mine.observer.error(new Error(detail));
   } else mine.observer.complete();
 }
@@ -159,35 +159,38 @@ interface ChannelRecord {
 
 function note(mine: Run, following: Following, event: ChannelEvent): void {
   const { records = [], closed } = event;
-  for (const record of records) {
-    const { seqNum, timestamp, data, text, control } = record;
-    add("record", seqNum ? `#${seqNum}` : "record", timestamp, control ?? data ?? text ?? record);
-  }
+  add(
+    ...records.slice(-MOST_ROWS).map((record) => {
+      const { seqNum, timestamp, data, text, control } = record;
+      return row("record", seqNum ? `#${seqNum}` : "record", control ?? data ?? text ?? record, timestamp);
+    }),
+  );
   const last = records.at(-1);
   const cursor = event.endCursor ?? last?.cursor ?? last?.seqNum;
   if (cursor) lastCursor.set(following.channel, cursor);
   else if (last || !event.records) mine.blind = !("endCursor" in event);
   if (event.caughtUp && live.get().phase !== "live") {
-    add("note", "live", undefined, "caught up; what follows is new");
+    add(row("note", "live", "caught up; what follows is new"));
     live.set({ phase: "live", detail: "" });
   }
   if (closed) {
     const detail = [`the session is ${closed.status?.toLowerCase() ?? "closed"}`, closed.reason].filter(Boolean).join(": ");
-    add("note", "end", undefined, detail);
+    add(row("note", "end", detail));
     live.set({ detail });
   }
   live.set({ records: live.get().records + records.length, cursor: cursor ?? live.get().cursor });
 }
 
-function add(kind: Row["kind"], label: string, timestamp: string | undefined, content: unknown): void {
+function row(kind: Row["kind"], label: string, content: unknown, timestamp?: string): Row {
   const text = typeof content === "string" ? content : JSON.stringify(content);
-  const row = { key: rowKey++, kind, label, time: clock(timestamp), text };
-  live.set({ rows: [row, ...live.get().rows].slice(0, MOST_ROWS) });
+  const time = timestamp ? new Date(timestamp) : new Date();
+  const millis = String(time.getMilliseconds()).padStart(3, "0");
+  return { key: rowKey++, kind, label, time: `${time.toLocaleTimeString("en-GB")}.${millis}`, text };
 }
 
-function clock(timestamp: string | undefined): string {
-  const time = timestamp ? new Date(timestamp) : new Date();
-  return `${time.toLocaleTimeString("en-GB")}.${String(time.getMilliseconds()).padStart(3, "0")}`;
+/** Puts rows, given in the order in which they came, on top. */
+function add(...rows: Row[]): void {
+  if (rows.length > 0) live.set({ rows: [...rows.reverse(), ...live.get().rows].slice(0, MOST_ROWS) });
 }
 
 function titleOf(request: Operation, following: Following | undefined): string {

@@ -33,7 +33,8 @@ export class Playground {
   }
 
   async example(name) {
-    await this.page.getByRole("region", { name: "Examples" }).getByRole("button", { name }).click();
+    const examples = this.page.getByRole("region", { name: "Examples" });
+    await examples.getByRole("button", { name: new RegExp(`^\\d ${name} `) }).click();
   }
 
   /** Resolves once the log is in this phase. */

@@ -55,7 +55,7 @@ function TokenField() {
         onChange={(event) => setText(event.target.value)}
         autoFocus={state.status === "missing"}
       />
-      <output className={`token-status ${state.status}`} htmlFor="token" aria-live="polite">
+      <output className={`token-status ${state.status}`} htmlFor="token" aria-live="polite" title={words(state)}>
         {words(state)}
       </output>
     </form>

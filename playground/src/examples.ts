@@ -70,7 +70,10 @@ export const EXAMPLES: Example[] = [
     name: "Follow",
     hint: "All records, then live. Append meanwhile!",
     query: `subscription Follow($externalId: String!) {
-  channelRecords(by: {externalId: $externalId}, io: OUT) {
+  channelRecords(
+    by: {externalId: $externalId}
+    io: OUT
+  ) {
     ${FOLLOWED}
   }
 }`,
@@ -80,7 +83,11 @@ export const EXAMPLES: Example[] = [
     name: "Resume",
     hint: "Only what is newer than what you saw.",
     query: `subscription Resume($externalId: String!, $after: Cursor) {
-  channelRecords(by: {externalId: $externalId}, io: OUT, after: $after) {
+  channelRecords(
+    by: {externalId: $externalId}
+    io: OUT
+    after: $after
+  ) {
     ${FOLLOWED}
   }
 }`,
@@ -92,7 +99,13 @@ export const EXAMPLES: Example[] = [
     query: `query List($filter: SessionFilter) {
   sessions(filter: $filter, first: 10) {
     totalCount
-    nodes { externalId status tags createdAt out { tail { seqNum timestamp } } }
+    nodes {
+      externalId
+      status
+      tags
+      createdAt
+      out { tail { seqNum timestamp } }
+    }
     pageInfo { hasNextPage endCursor }
   }
 }`,

@@ -38,6 +38,7 @@ export interface Observer {
 }
 
 const MOST_ROWS = 200;
+const BLIND = "without endCursor in the query, going on would repeat records";
 const NOTHING: Live = { phase: "idle", detail: "", title: "", events: 0, records: 0, cursor: null, rows: [] };
 
 export const live = createStore<Live>(NOTHING);
@@ -81,7 +82,7 @@ export function start(token: string, request: Operation, observer: Observer): ()
       live.set({ events: live.get().events + 1 });
       observer.next(result as ExecutionResult);
     },
-    error: (cause) => finish(mine, "failed", explain(cause), cause),
+    error: (cause) => finish(mine, "failed", mine.blind ? `${explain(cause)}; ${BLIND}` : explain(cause), cause),
     complete: () => finish(mine, "ended", live.get().detail || "the server completed it"),
   });
   return () => {
@@ -111,7 +112,7 @@ function finish(mine: Run, phase: Phase, detail: string, cause?: unknown): void 
   run = undefined;
   mine.end?.();
   live.set({ phase, detail });
-  if (isRefusal(cause)) tokenRefused(mine.token, detail);
+  if (isRefusal(cause)) tokenRefused(mine.token, cause.reason);
   if (cause) {
     add(row("error", "error", detail));
     mine.observer.error(new Error(detail));

@@ -5,7 +5,7 @@ import { after, afterEach, before, beforeEach, test } from "node:test";
 
 import { Server } from "../node/lib/server.js";
 import { launch, Page } from "./lib/browser.js";
-import { append, Playground } from "./lib/playground.js";
+import { append, Playground, readerToken } from "./lib/playground.js";
 
 let browser, server, watched, page;
 
@@ -99,6 +99,21 @@ test("a token that the server refuses is said to be refused", async () => {
   await playground.signIn();
   assert.match(await playground.tokenStatus.innerText(), /root key/);
   watched.assertClean(server, /status of 401/);
+});
+
+test("a token that ends while something is followed is said to have ended", async () => {
+  const playground = await Playground.open(page, server);
+  await playground.signIn();
+  await playground.example("Create");
+  await playground.response('"created": true');
+  await playground.signIn(await readerToken(server, "hello", 8));
+  assert.match(await playground.tokenStatus.innerText(), /public token · read:sessions:hello · until/);
+  await playground.example("Follow");
+  await playground.phase("live");
+  await playground.phase("failed");
+  await page.locator(".token-status.refused").waitFor();
+  assert.match(await playground.tokenStatus.innerText(), /expired/);
+  watched.assertClean(server);
 });
 
 test("the token stays in the browser tab", async () => {

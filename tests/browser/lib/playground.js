@@ -20,7 +20,9 @@ export class Playground {
   }
 
   async signIn(token = SECRET) {
+    const tried = this.page.waitForResponse((response) => response.url().endsWith("/graphql"));
     await this.page.getByLabel("Token").fill(token);
+    await tried;
     await this.accepted();
   }
 
@@ -67,4 +69,15 @@ export async function append(server, session, body) {
   });
   if (!response.ok) throw new Error(`append: ${response.status} ${await response.text()}`);
   return (await response.json()).seq;
+}
+
+/** A public token that may read one session, for so many seconds. */
+export async function readerToken(server, session, seconds) {
+  const query = "mutation ($input: CreatePublicTokenInput!) { createPublicToken(input: $input) { token } }";
+  const response = await fetch(`${server.baseUrl}/graphql`, {
+    method: "POST",
+    headers: { Authorization: `Bearer ${SECRET}`, "Content-Type": "application/json" },
+    body: JSON.stringify({ query, variables: { input: { scopes: [`read:sessions:${session}`], expiresIn: seconds } } }),
+  });
+  return (await response.json()).data.createPublicToken.token;
 }

@@ -8,6 +8,7 @@ pub mod extract;
 pub mod graphql;
 pub mod openapi;
 pub mod period;
+pub mod playground;
 pub mod rate_limit;
 pub mod realtime;
 pub mod rest;
@@ -102,12 +103,15 @@ impl std::ops::Deref for Shared {
 }
 
 /// Every route template: the only values that the `route` label of a metric may have.
-const ROUTES: [&str; 18] = [
+const ROUTES: [&str; 21] = [
     "/",
     "/healthz",
     "/readyz",
     "/metrics",
     "/openapi.json",
+    "/playground",
+    "/playground/",
+    "/playground/{*path}",
     graphql::PATH,
     "/api/v1/sessions",
     "/api/v1/sessions/{session}",
@@ -139,6 +143,7 @@ pub fn router(state: ApiState) -> Router {
     let app = App(Arc::new(Shared { state, rate_limiter, graphql, document }));
     routes
         .merge(graphql::routes())
+        .merge(playground::routes())
         .route("/", get(index))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
@@ -156,7 +161,7 @@ async fn index() -> Response {
         "version": env!("CARGO_PKG_VERSION"),
         "links": {
             "openapi": "/openapi.json", "health": "/healthz", "ready": "/readyz", "metrics": "/metrics",
-            "sessions": "/api/v1/sessions", "graphql": graphql::PATH
+            "sessions": "/api/v1/sessions", "graphql": graphql::PATH, "playground": "/playground/"
         }
     }))
     .into_response()

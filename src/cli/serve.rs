@@ -42,6 +42,7 @@ fn banner(url: &str, key: &str, data: &str) -> String {
 
   base URL    {url}
   secret key  {key}
+  playground  {url}/playground
   data        {data}
 
 Create a session, send to it, follow it:

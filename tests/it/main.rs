@@ -1,6 +1,7 @@
 //! The one integration test binary. Run it through `cargo xtask test`, which starts the backends it needs.
 
 mod access;
+mod access_matrix;
 mod cli;
 mod contract;
 mod control_plane;

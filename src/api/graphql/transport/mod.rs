@@ -9,10 +9,10 @@ mod sse;
 mod ws;
 
 use ::http::Method;
-use ::http::header::{ALLOW, HeaderValue, UPGRADE};
+use ::http::header::{ACCEPT, ALLOW, HeaderValue, UPGRADE};
 use axum::Router;
 use axum::extract::{Extension, Request, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::{IntoResponse, Redirect, Response};
 use axum::routing::any;
 
 use crate::api::App;
@@ -24,9 +24,16 @@ pub(in crate::api) fn routes() -> Router<App> {
     Router::new().route(super::PATH, any(answer))
 }
 
+/// Somebody who opened the address in a browser.
+fn is_visit(request: &Request) -> bool {
+    let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    request.uri().query().is_none() && accept.contains("text/html")
+}
+
 async fn answer(State(app): State<App>, Extension(id): Extension<RequestId>, request: Request) -> Response {
     match *request.method() {
         Method::GET if request.headers().contains_key(UPGRADE) => ws::upgrade(app, id, request).await,
+        Method::GET if is_visit(&request) => Redirect::to("playground/").into_response(),
         Method::GET | Method::POST => http::answer(app, id, request).await,
         _ => {
             let mut response = Failure::method_not_allowed().into_response();

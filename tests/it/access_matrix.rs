@@ -1,0 +1,513 @@
+//! Every operation through every door with every kind of token: the verdicts must be those of the rules, and so agree.
+//!
+//! The rows are held against the router (`/openapi.json`) and the schema (introspection): a route or a field without
+//! a row fails.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use reqwest::Method;
+use serde_json::{Value, json};
+use sessiond::domain::Scopes;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+
+use crate::harness::TestServer;
+use crate::harness::server::KEY;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Allowed,
+    Denied,
+    Unauthenticated,
+    NotFound,
+}
+use Verdict::{Allowed, Denied, NotFound, Unauthenticated};
+
+/// What an operation takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    /// An action on the session.
+    Session(&'static str),
+    /// An action on the session, and a secret key.
+    KeyOnSession(&'static str),
+    /// An action on all sessions.
+    All(&'static str),
+    /// A secret key that covers a scope to read.
+    Mint,
+    /// A secret key.
+    Key,
+    /// Any credentials.
+    Somebody,
+    /// As `Session`, but who may not see it is told that there is nothing.
+    Hidden(&'static str),
+}
+
+/// One logical operation.
+struct Row {
+    name: &'static str,
+    need: Need,
+    /// Method, route and body.
+    rest: &'static [(&'static str, &'static str, &'static str)],
+    /// Fields of the schema that the document uses.
+    fields: &'static [&'static str],
+    /// With `$by`, or `$id`; empty without a twin in GraphQL.
+    document: &'static str,
+    /// A stream that says nothing until the session exists.
+    waits: bool,
+}
+
+const ROW: Row = Row { name: "", need: Need::Somebody, rest: &[], fields: &[], document: "", waits: false };
+
+const SESSION: &str = "/api/v1/sessions/{session}";
+const CHANNEL: &str = "/realtime/v1/sessions/{session}/{io}";
+const NAMED: &str = "/realtime/v1/sessions/{session}/channels/{channel}/{io}";
+
+fn rows() -> Vec<Row> {
+    vec![
+        Row {
+            name: "create",
+            need: Need::All("write"),
+            rest: &[("post", "/api/v1/sessions", r#"{"type":"t","taskIdentifier":"other"}"#)],
+            fields: &["Mutation.createSession"],
+            document: r#"mutation { createSession(input: {type: "t", taskIdentifier: "other"}) { userErrors { code } } }"#,
+            ..ROW
+        },
+        Row {
+            name: "list",
+            need: Need::All("read"),
+            rest: &[("get", "/api/v1/sessions", "")],
+            fields: &["Query.sessions"],
+            document: "{ sessions(first: 1) { nodes { id } } }",
+            ..ROW
+        },
+        Row {
+            name: "count",
+            need: Need::All("read"),
+            document: "{ sessions(first: 1) { totalCount } }",
+            ..ROW
+        },
+        Row {
+            name: "tags",
+            need: Need::All("read"),
+            fields: &["Query.sessionTags"],
+            document: "{ sessionTags }",
+            ..ROW
+        },
+        Row {
+            name: "watch a list",
+            need: Need::All("read"),
+            fields: &["Subscription.sessionsChanged"],
+            document: "subscription { sessionsChanged { id } }",
+            waits: true,
+            ..ROW
+        },
+        Row {
+            name: "get",
+            need: Need::Session("read"),
+            rest: &[("get", SESSION, "")],
+            fields: &["Query.session"],
+            document: "query($by: SessionBy!) { session(by: $by) { id } }",
+            ..ROW
+        },
+        Row {
+            name: "watch",
+            need: Need::Session("read"),
+            fields: &["Subscription.sessionChanged"],
+            document: "subscription($by: SessionBy!) { sessionChanged(by: $by) { id } }",
+            waits: true,
+            ..ROW
+        },
+        Row {
+            name: "load by node",
+            need: Need::Hidden("read"),
+            fields: &["Query.node"],
+            document: "query($id: ID!) { node(id: $id) { id } }",
+            ..ROW
+        },
+        Row {
+            name: "load by nodes",
+            need: Need::Hidden("read"),
+            fields: &["Query.nodes"],
+            document: "query($id: ID!) { nodes(ids: [$id]) { id } }",
+            ..ROW
+        },
+        Row {
+            name: "update",
+            need: Need::Session("admin"),
+            rest: &[("patch", SESSION, r#"{"tags":["t"]}"#)],
+            fields: &["Mutation.updateSession"],
+            document: r#"mutation($by: SessionBy!) { updateSession(input: {by: $by, tags: ["t"]}) { userErrors { code } } }"#,
+            ..ROW
+        },
+        Row {
+            name: "append to in",
+            need: Need::Session("write"),
+            rest: &[
+                ("post", "/realtime/v1/sessions/{session}/in/append", "x"),
+                ("post", "/realtime/v1/sessions/{session}/channels/a/in/append", "x"),
+            ],
+            fields: &["Mutation.appendRecords"],
+            document: r#"mutation($by: SessionBy!) { appendRecords(input: {by: $by, io: IN, records: [{text: "x"}]}) { records { id } userErrors { code } } }"#,
+            ..ROW
+        },
+        Row {
+            name: "append to out",
+            need: Need::KeyOnSession("write"),
+            rest: &[
+                ("post", "/realtime/v1/sessions/{session}/out/append", "x"),
+                ("post", "/realtime/v1/sessions/{session}/channels/a/out/append", "x"),
+            ],
+            document: r#"mutation($by: SessionBy!) { appendRecords(input: {by: $by, io: OUT, channel: "a", records: [{data: 1}]}) { userErrors { code } } }"#,
+            ..ROW
+        },
+        Row {
+            name: "trim",
+            need: Need::KeyOnSession("write"),
+            fields: &["Mutation.trimChannel"],
+            document: r#"mutation($by: SessionBy!) { trimChannel(input: {by: $by, io: IN, before: "0"}) { userErrors { code } } }"#,
+            ..ROW
+        },
+        Row {
+            name: "read",
+            need: Need::Session("read"),
+            rest: &[
+                ("get", "/realtime/v1/sessions/{session}/out/records", ""),
+                ("get", "/realtime/v1/sessions/{session}/channels/a/in/records", ""),
+                ("head", "/realtime/v1/sessions/{session}/out", ""),
+                ("head", "/realtime/v1/sessions/{session}/channels/a/out", ""),
+            ],
+            document: "query($by: SessionBy!) { session(by: $by) { in { records { nodes { id } } tail { seqNum } } } }",
+            waits: true,
+            ..ROW
+        },
+        Row {
+            name: "follow",
+            need: Need::Session("read"),
+            rest: &[
+                ("get", "/realtime/v1/sessions/{session}/out", ""),
+                ("get", "/realtime/v1/sessions/{session}/channels/a/out", ""),
+            ],
+            fields: &["Subscription.channelRecords"],
+            document: "subscription($by: SessionBy!) { channelRecords(by: $by, io: OUT) { caughtUp } }",
+            waits: true,
+        },
+        Row { name: "claims", need: Need::Key, rest: &[("post", "/api/v1/auth/jwt/claims", "")], ..ROW },
+        Row {
+            name: "mint",
+            need: Need::Mint,
+            rest: &[
+                ("post", "/api/v1/auth/jwt", r#"{"claims":{"scopes":["read:sessions:a"]}}"#),
+                ("post", "/api/v1/auth/public-tokens", r#"{"scopes":["read:sessions:a"]}"#),
+            ],
+            fields: &["Mutation.createPublicToken"],
+            document: r#"mutation { createPublicToken(input: {scopes: ["read:sessions:a"]}) { token userErrors { code } } }"#,
+            ..ROW
+        },
+        Row {
+            name: "viewer",
+            need: Need::Somebody,
+            fields: &["Query.viewer"],
+            document: "{ viewer { environmentId } }",
+            ..ROW
+        },
+        // Last, because nothing can be appended afterwards.
+        Row {
+            name: "close",
+            need: Need::Session("admin"),
+            rest: &[("post", "/api/v1/sessions/{session}/close", "{}")],
+            fields: &["Mutation.closeSession"],
+            document: "mutation($by: SessionBy!) { closeSession(input: {by: $by}) { userErrors { code } } }",
+            ..ROW
+        },
+    ]
+}
+
+/// Routes that answer 501 to everybody who may ask at all; their twin comes with direct writes.
+const UNSUPPORTED: [(&str, &str); 2] = [("put", CHANNEL), ("put", NAMED)];
+
+/// Who asks, as the rules see it.
+struct Token {
+    name: &'static str,
+    bearer: Option<String>,
+    known: bool,
+    key: bool,
+    /// Actions on all sessions.
+    all: &'static [&'static str],
+    /// Actions on the session in question, by whichever id.
+    named: &'static [&'static str],
+    /// In another environment there is no session.
+    foreign: bool,
+}
+
+const TOKEN: Token =
+    Token { name: "", bearer: None, known: true, key: false, all: &[], named: &[], foreign: false };
+const EVERYTHING: &[&str] = &["read", "write", "admin"];
+
+async fn tokens(server: &TestServer, id: &str) -> Vec<Token> {
+    let scoped = |scope: &str| Some(Scopes::new(vec![scope.to_owned()]));
+    let control = server.control().await;
+    let environment = server.first_environment().await;
+    let key = async |scope: &str| {
+        let made = control.keys().create(&environment, "matrix", scoped(scope), None).await.expect("a key");
+        secrecy::ExposeSecret::expose_secret(&made.secret).to_owned()
+    };
+    let (reads, writes) = (key("read:all").await, key("write:all").await);
+    let (_, foreign) = server.environment("other").await;
+    let public = async |scopes: &[&str]| Some(server.token(scopes, HOUR).await);
+    let by_id = format!("read:sessions:{id}");
+    let other = ["read:sessions:else", "write:sessions:else", "admin:sessions:else"];
+    vec![
+        Token { name: "nobody", known: false, ..TOKEN },
+        Token { name: "garbage", bearer: Some("tr_dev_garbage_garbage".to_owned()), known: false, ..TOKEN },
+        Token { name: "a forged token", bearer: Some("a.b.c".to_owned()), known: false, ..TOKEN },
+        Token { name: "a root key", bearer: Some(KEY.to_owned()), key: true, all: EVERYTHING, ..TOKEN },
+        Token { name: "a reading key", bearer: Some(reads), key: true, all: &["read"], ..TOKEN },
+        Token { name: "a writing key", bearer: Some(writes), key: true, all: &["write"], ..TOKEN },
+        Token {
+            name: "another root key",
+            bearer: Some(foreign),
+            key: true,
+            all: EVERYTHING,
+            foreign: true,
+            ..TOKEN
+        },
+        Token { name: "a reader", bearer: public(&["read:sessions:s"]).await, named: &["read"], ..TOKEN },
+        Token { name: "a reader by id", bearer: public(&[&by_id]).await, named: &["read"], ..TOKEN },
+        Token { name: "a writer", bearer: public(&["write:sessions:s"]).await, named: &["write"], ..TOKEN },
+        Token { name: "an admin", bearer: public(&["admin:sessions:s"]).await, named: &["admin"], ..TOKEN },
+        Token { name: "who may do all", bearer: public(&["*:sessions:s"]).await, named: EVERYTHING, ..TOKEN },
+        Token { name: "of another session", bearer: public(&other).await, ..TOKEN },
+        Token { name: "of a task", bearer: public(&["read:tasks:agent"]).await, ..TOKEN },
+        Token { name: "without scopes", bearer: public(&[]).await, ..TOKEN },
+    ]
+}
+
+/// The rules, written down a second time and as short as can be.
+fn expected(need: Need, token: &Token, exists: bool) -> Verdict {
+    let there = exists && !token.foreign;
+    let session = |action| match (token.all.contains(&action), token.named.contains(&action) && exists) {
+        (true, _) if there => Allowed,
+        (true, _) => NotFound,
+        (false, true) => Allowed,
+        (false, false) => Denied,
+    };
+    let allowed = |yes| if yes { Allowed } else { Denied };
+    match need {
+        _ if !token.known => Unauthenticated,
+        Need::Session(action) => session(action),
+        Need::KeyOnSession(action) if token.key => session(action),
+        Need::KeyOnSession(_) => Denied,
+        Need::All(action) => allowed(token.all.contains(&action)),
+        Need::Mint => allowed(token.key && token.all.contains(&"read")),
+        Need::Key => allowed(token.key),
+        Need::Somebody => Allowed,
+        Need::Hidden(action) if session(action) == Allowed => Allowed,
+        Need::Hidden(_) => NotFound,
+    }
+}
+
+fn of_status(status: u16) -> Verdict {
+    match status {
+        401 => Unauthenticated,
+        403 => Denied,
+        404 => NotFound,
+        200..300 => Allowed,
+        other => panic!("status {other} is no verdict"),
+    }
+}
+
+/// The verdict of an execution result.
+fn of_result(result: &Value) -> Verdict {
+    if let Some(error) = result["errors"].get(0) {
+        return match error["extensions"]["code"].as_str() {
+            Some("UNAUTHENTICATED") => Unauthenticated,
+            Some("UNAUTHORIZED" | "SCOPES_EXCEED_KEY_ACCESS") => Denied,
+            Some("NOT_FOUND") => NotFound,
+            _ => panic!("{result} is no verdict"),
+        };
+    }
+    let data = result["data"].as_object().and_then(|data| data.values().next()).unwrap_or(&Value::Null);
+    match data["userErrors"].get(0).map(|error| &error["code"]) {
+        Some(code) if code == "NOT_FOUND" => NotFound,
+        Some(_) => panic!("{result} is no verdict"),
+        None if data.is_null() || data.get(0).is_some_and(Value::is_null) => NotFound,
+        None => Allowed,
+    }
+}
+
+async fn over_rest(server: &TestServer, token: &Token, session: &str, call: (&str, &str, &str)) -> Verdict {
+    let (method, route, body) = call;
+    let method = Method::from_bytes(method.to_uppercase().as_bytes()).expect("a method");
+    let mut request =
+        server.http.request(method, format!("{}{}", server.url, route.replace("{session}", session)));
+    if let Some(bearer) = &token.bearer {
+        request = request.bearer_auth(bearer);
+    }
+    if !body.is_empty() {
+        request = request.header("content-type", "application/json").body(body.to_owned());
+    }
+    // The head is the verdict: a follower's body has no end.
+    of_status(request.send().await.expect("an answer").status().as_u16())
+}
+
+/// The first result over HTTP, as a stream for subscriptions.
+async fn over_http(server: &TestServer, token: &Token, document: &str, variables: &Value) -> Verdict {
+    let mut request = server.http.post(format!("{}/graphql", server.url));
+    if let Some(bearer) = &token.bearer {
+        request = request.bearer_auth(bearer);
+    }
+    let accept = if document.starts_with("subscription") { "text/event-stream" } else { "application/json" };
+    let body = json!({"query": document, "variables": variables});
+    let mut answer = request.header("accept", accept).json(&body).send().await.expect("an answer");
+    let mut text = String::new();
+    while let Some(chunk) = answer.chunk().await.expect("a body") {
+        text.push_str(std::str::from_utf8(&chunk).expect("text"));
+        if accept == "text/event-stream" && text.contains("data: ") && text.ends_with("\n\n") {
+            break;
+        }
+    }
+    let result = text.lines().find_map(|line| line.strip_prefix("data: ")).unwrap_or(&text);
+    of_result(&serde_json::from_str(result).unwrap_or_else(|error| panic!("{error}: {text}")))
+}
+
+/// The first message over a WebSocket of its own.
+async fn over_websocket(server: &TestServer, token: &Token, document: &str, variables: &Value) -> Verdict {
+    let url = format!("{}/graphql", server.url.replace("http", "ws"));
+    let mut request = url.into_client_request().expect("a request");
+    request.headers_mut().insert("sec-websocket-protocol", "graphql-transport-ws".parse().expect("a header"));
+    let (mut socket, _) = tokio_tungstenite::connect_async(request).await.expect("a socket");
+    let authorization = token.bearer.as_ref().map(|bearer| format!("Bearer {bearer}"));
+    let payload = json!({"query": document, "variables": variables});
+    for message in [
+        json!({"type": "connection_init", "payload": {"authorization": authorization}}),
+        json!({"type": "subscribe", "id": "1", "payload": payload}),
+    ] {
+        // A refused connection may be closed already.
+        let _ = socket.send(Message::text(message.to_string())).await;
+    }
+    loop {
+        match socket.next().await.expect("a message").expect("a frame") {
+            Message::Close(Some(frame)) if u16::from(frame.code) == 4403 => return Unauthenticated,
+            Message::Text(text) => {
+                let message: Value = serde_json::from_str(&text).expect("JSON");
+                match message["type"].as_str() {
+                    Some("connection_ack") => {}
+                    Some("next") => return of_result(&message["payload"]),
+                    Some("error") => return of_result(&json!({"errors": message["payload"]})),
+                    _ => panic!("{message} is no verdict"),
+                }
+            }
+            other => panic!("{other:?} is no verdict"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn every_door_gives_every_token_the_verdict_of_the_rules() {
+    let server = TestServer::start().await;
+    let session = server.create(json!({"externalId": "s", "taskIdentifier": "agent"})).await;
+    let id = session["id"].as_str().expect("an id").to_owned();
+    let missing = format!("{}x", &id[..id.len() - 1]);
+    let tokens = tokens(&server, &id).await;
+    let mut disagreements = Vec::new();
+    for row in rows() {
+        for (address, exists) in
+            [("s", true), (id.as_str(), true), ("nothing", false), (missing.as_str(), false)]
+        {
+            let by = if address.starts_with("session_") { "sessionId" } else { "externalId" };
+            let node = data_encoding::BASE64URL_NOPAD.encode(format!("s:{address}").as_bytes());
+            let variables = match row.document {
+                document if document.contains("$by") => json!({"by": {by: address}}),
+                document if document.contains("$id") => json!({"id": node}),
+                _ => json!({}),
+            };
+            // There is no opaque id of what has only an external id.
+            if matches!(row.need, Need::Hidden(_)) && by == "externalId" {
+                continue;
+            }
+            for token in &tokens {
+                let expected = expected(row.need, token, exists);
+                // An external id that nobody has yet is nothing to read, and waited for by who follows.
+                let waits = row.waits && by == "externalId" && expected == NotFound;
+                let mut verdicts = Vec::new();
+                for call in row.rest {
+                    let verdict = over_rest(&server, token, address, *call).await;
+                    verdicts.push(("REST", if waits && verdict == Allowed { NotFound } else { verdict }));
+                }
+                let silent = matches!(row.need, Need::All(_)) && row.waits && expected == Allowed;
+                let streams = row.document.starts_with("subscription");
+                if !row.document.is_empty() && !silent && !(waits && streams) {
+                    verdicts.push(("HTTP", over_http(&server, token, row.document, &variables).await));
+                    verdicts
+                        .push(("WebSocket", over_websocket(&server, token, row.document, &variables).await));
+                }
+                for (door, verdict) in verdicts {
+                    if verdict != expected {
+                        let case = format!("{} {address} by {} over {door}", row.name, token.name);
+                        disagreements.push(format!("{case}: {verdict:?}, not {expected:?}"));
+                    }
+                }
+            }
+        }
+    }
+    assert!(disagreements.is_empty(), "{}", disagreements.join("\n"));
+}
+
+#[tokio::test]
+async fn every_route_and_every_field_has_a_row() {
+    let server = TestServer::start().await;
+    let document = server.get("/openapi.json").await.json();
+    let rows = rows();
+    // A row may spell parameters out.
+    let matches = |route: &str, template: &str| {
+        let parts = |path: &str| path.split('/').map(str::to_owned).collect::<Vec<_>>();
+        let (route, template) = (parts(route), parts(template));
+        route.len() == template.len()
+            && route.iter().zip(&template).all(|(part, known)| part == known || known.starts_with('{'))
+    };
+    let mut missing = BTreeSet::new();
+    for (template, item) in document["paths"].as_object().expect("paths") {
+        for method in item.as_object().expect("methods").keys().filter(|key| *key != "parameters") {
+            let of_row = rows
+                .iter()
+                .flat_map(|row| row.rest)
+                .any(|(known, route, _)| known == method && matches(route, template));
+            if !of_row && !UNSUPPORTED.contains(&(method.as_str(), template.as_str())) {
+                missing.insert(format!("{method} {template}"));
+            }
+        }
+    }
+    let query = "{ __schema { types { name fields { name } } } }";
+    let schema = server.http.post(format!("{}/graphql", server.url)).json(&json!({"query": query}));
+    let schema: Value = schema.send().await.expect("an answer").json().await.expect("JSON");
+    let roots = ["Query", "Mutation", "Subscription"];
+    for kind in schema["data"]["__schema"]["types"].as_array().expect("types") {
+        let name = kind["name"].as_str().expect("a name");
+        for field in kind["fields"].as_array().into_iter().flatten().filter(|_| roots.contains(&name)) {
+            let field = format!("{name}.{}", field["name"].as_str().expect("a name"));
+            if !rows.iter().any(|row| row.fields.contains(&field.as_str())) {
+                missing.insert(field);
+            }
+        }
+    }
+    assert!(missing.is_empty(), "without a row: {missing:?}");
+}
+
+#[tokio::test]
+async fn an_expired_token_is_nobody_at_every_door() {
+    let server = TestServer::start().await;
+    server.create(json!({"externalId": "s"})).await;
+    let bearer = server.token(&["read:sessions:s"], Duration::from_secs(60)).await;
+    let token = Token { bearer: Some(bearer), ..TOKEN };
+    let document = "query($by: SessionBy!) { session(by: $by) { id } }";
+    let by = json!({"by": {"externalId": "s"}});
+    assert_eq!(over_http(&server, &token, document, &by).await, Allowed);
+    server.clock.advance(Duration::from_secs(61));
+    assert_eq!(over_rest(&server, &token, "s", ("get", SESSION, "")).await, Unauthenticated);
+    assert_eq!(over_http(&server, &token, document, &by).await, Unauthenticated);
+    assert_eq!(over_websocket(&server, &token, document, &by).await, Unauthenticated);
+}

@@ -29,7 +29,8 @@ export default defineConfig({
   plugins: [gzip()],
   // Hundreds of warnings that "use client" means nothing in a bundle; it does not.
   logLevel: "error",
-  build: { target: "es2022", emptyOutDir: true, chunkSizeWarningLimit: 4096 },
+  // What is bundled asks for its licences to be passed on.
+  build: { target: "es2022", emptyOutDir: true, license: { fileName: "licenses.md" } },
   // `npx vite` serves the page alone; the API is a server that is running already.
   server: { proxy: { "/graphql": { target: process.env.SESSIOND_URL ?? "http://127.0.0.1:3030", ws: true } } },
 });

@@ -49,7 +49,8 @@ pub struct Auth {
     vault: Arc<Vault>,
     clock: Arc<dyn Clock>,
     callers: Cache<String, Arc<Caller>>,
-    signing: Cache<EnvironmentId, Arc<[SigningKey]>>,
+    /// With the sweep that they were read under: keys from before one are worth nothing after it.
+    signing: Cache<EnvironmentId, (u64, Arc<[SigningKey]>)>,
     leases: Leases,
     /// Wakes the streams that a revocation ends.
     timers: Arc<Timers>,
@@ -153,10 +154,12 @@ impl Auth {
 
     /// The live root keys of an environment; the one that signs comes first.
     async fn signing_keys(&self, environment: &EnvironmentId) -> Result<Arc<[SigningKey]>> {
-        if let Some(keys) = self.signing.get(environment) {
+        let sweep = self.sweeps.load(Ordering::Acquire);
+        if let Some((read_under, keys)) = self.signing.get(environment)
+            && read_under == sweep
+        {
             return Ok(keys);
         }
-        let before = self.sweeps.load(Ordering::Acquire);
         let now = self.clock.now();
         let mut keys = Vec::new();
         for key in self.store.keys(environment).await? {
@@ -171,8 +174,8 @@ impl Auth {
         }
         keys.sort_by_key(|key| (key.ends_at.is_some(), std::cmp::Reverse(key.created_at)));
         let keys: Arc<[SigningKey]> = keys.into();
-        if !keys.is_empty() && self.sweeps.load(Ordering::Acquire) == before {
-            self.signing.insert(environment.clone(), keys.clone());
+        if !keys.is_empty() {
+            self.signing.insert(environment.clone(), (sweep, keys.clone()));
         }
         Ok(keys)
     }
@@ -231,15 +234,26 @@ impl Auth {
         self.callers.clear();
         self.signing.clear();
         let mut next_end = None;
+        let mut failed = None;
         for environment in self.leases.environments() {
-            let keys = self.store.keys(&environment).await?;
+            let keys = match self.store.keys(&environment).await {
+                Ok(keys) => keys,
+                Err(error) => {
+                    failed = Some(error);
+                    continue;
+                }
+            };
             let live: Vec<_> = keys.iter().filter(|key| key.is_live(now)).collect();
             self.leases.keep(&environment, |id| live.iter().any(|key| key.id == *id));
             next_end = live.iter().filter_map(|key| key.ends_at).chain(next_end).min();
         }
+        // Whatever failed, those whose leases have ended must see it.
+        self.timers.wake_all();
+        if let Some(error) = failed {
+            return Err(error);
+        }
         *self.next_end.lock().unwrap_or_else(PoisonError::into_inner) = next_end;
         self.revision.store(revision, Ordering::Release);
-        self.timers.wake_all();
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -41,6 +42,8 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const READ_BUFFER_MAX: usize = 64 * 1024;
 /// Streams that one HTTP/2 connection may have open.
 const STREAMS_MAX: u32 = 1000;
+/// Longest pause between two looks at a socket that has sent part of the preface.
+const PREFACE_PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How long to wait before accepting again when the process is out of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -100,6 +103,7 @@ impl Listener {
                 // A token of its own: a shared one would be a lock that every poll of every connection takes.
                 draining: stop.child_token(),
                 held: Arc::new((permit, self.metrics.connection())),
+                heard: Arc::default(),
             };
             shutdown.spawn(connection.serve(socket));
         }
@@ -121,6 +125,8 @@ struct Connection {
     draining: CancellationToken,
     /// Counted for as long as it lives, and as whoever takes it over lives: an upgrade gets this as an extension.
     held: Arc<dyn Any + Send + Sync>,
+    /// Set by the first request.
+    heard: Arc<AtomicBool>,
 }
 
 impl Connection {
@@ -142,15 +148,26 @@ impl Connection {
     async fn serve_tls(&self, tls: &TlsAcceptor, socket: TcpStream) {
         let Ok(Ok(socket)) = timeout(self.header_timeout, tls.accept(socket)).await else { return };
         if socket.get_ref().1.alpn_protocol() == Some(tls::H2) {
-            drive(self.http2(socket), &self.draining).await;
+            // hyper waits for the preface without end, and nothing can be peeked at below TLS.
+            let unheard = async {
+                sleep(self.header_timeout).await;
+                if self.heard.load(Ordering::Relaxed) {
+                    std::future::pending::<()>().await;
+                }
+            };
+            tokio::select! {
+                () = drive(self.http2(socket), &self.draining) => {}
+                () = unheard => {}
+            }
         } else {
             drive(self.http1(socket), &self.draining).await;
         }
     }
 
     fn service(&self) -> impl Handler {
-        let (router, held) = (self.router.clone(), self.held.clone());
+        let (router, held, heard) = (self.router.clone(), self.held.clone(), self.heard.clone());
         service_fn(move |mut request: Request<Incoming>| {
+            heard.store(true, Ordering::Relaxed);
             if request.headers().contains_key(UPGRADE) {
                 request.extensions_mut().insert(held.clone());
             }
@@ -244,6 +261,7 @@ async fn drive<C: Graceful>(mut connection: Pin<Box<C>>, draining: &Cancellation
 /// Looks at the first bytes without taking them.
 async fn speaks_http2(socket: &TcpStream) -> io::Result<bool> {
     let mut seen = [0; PREFACE.len()];
+    let mut pause = Duration::from_millis(5);
     loop {
         let len = socket.peek(&mut seen).await?;
         if len == 0 {
@@ -256,6 +274,7 @@ async fn speaks_http2(socket: &TcpStream) -> io::Result<bool> {
             return Ok(true);
         }
         // Part of the preface: the socket stays readable, so only time can tell.
-        sleep(Duration::from_millis(5)).await;
+        sleep(pause).await;
+        pause = (pause * 2).min(PREFACE_PAUSE_MAX);
     }
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
@@ -34,13 +34,20 @@ pub(super) fn run(shared: &Arc<Shared>, options: &LogOptions, wake: &Receiver<Wa
     let sweeper = Sweeper { shared, retention: options.retention };
     // What a crash has left undone.
     let mut result = sweeper.remove_trimmed();
+    // A moment, not a pause: trims that come more often must not put it off for ever.
+    let mut due = Instant::now() + options.sweep_every;
     loop {
         if let Err(error) = &result
             && !shared.queue.is_closed()
         {
             tracing::warn!(error = %error, "the log could not forget what it may; it tries again later");
         }
-        result = match wake.recv_timeout(options.sweep_every) {
+        if Instant::now() >= due {
+            result = sweeper.sweep();
+            due = Instant::now() + options.sweep_every;
+            continue;
+        }
+        result = match wake.recv_timeout(due.saturating_duration_since(Instant::now())) {
             Ok(Wake::Trimmed) => {
                 shared.sweep_woken();
                 sweeper.remove_trimmed()
@@ -49,7 +56,7 @@ pub(super) fn run(shared: &Arc<Shared>, options: &LogOptions, wake: &Receiver<Wa
                 let _ = reply.send(sweeper.sweep());
                 Ok(())
             }
-            Err(RecvTimeoutError::Timeout) => sweeper.sweep(),
+            Err(RecvTimeoutError::Timeout) => Ok(()),
             Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return,
         };
     }

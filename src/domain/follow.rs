@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::FutureExt;
 use futures_util::stream::{BoxStream, StreamExt};
@@ -13,6 +14,9 @@ use super::lifeline::{Bounds, Lifeline};
 use super::port::Followed;
 use super::record::{Position, RecordBatch, SeqNum};
 use super::session::{Closure, SharedSession};
+
+/// How long a read of stored records may keep a follower from looking around.
+const GLANCE: Duration = Duration::from_secs(1);
 
 /// What the stream below a [`Follow`] yields.
 pub(super) enum Item {
@@ -80,7 +84,8 @@ impl Follow {
         self.session.as_ref()
     }
 
-    /// The next event; [`FollowEvent::Reached`] once the clock shows `until`. Cancel safe.
+    /// The next event; [`FollowEvent::Reached`] once the clock shows `until` and nothing stored is left to give out.
+    /// Cancel safe.
     ///
     /// # Errors
     /// [`Error::Unauthenticated`] when the caller's credentials end, [`Error::Trimmed`] if the follower asked to be
@@ -91,18 +96,21 @@ impl Follow {
             let session_end =
                 self.session.as_ref().and_then(|session| session.expires_at).filter(|_| self.caught_up);
             let expired = session_end.filter(|at| *at <= now);
+            let due = until <= now;
+            // While stored records are being read, it is the reader that is slow, and not the channel that is silent.
+            let reading = !self.caught_up && self.session.is_some();
+            let until = if due && reading { now.plus(GLANCE) } else { until };
             let wake = session_end.map_or(until, |end| end.min(until));
             if let Some(cut) = self.lifeline.check(now, wake) {
                 cut.credentials()?;
                 return Ok(FollowEvent::Stopping);
             }
-            if expired.is_none() && until <= now {
-                return Ok(FollowEvent::Reached);
-            }
-            let item = if let Some(at) = expired {
-                match self.stream.next().now_or_never() {
-                    Some(item) => item,
-                    None => return Ok(FollowEvent::Expired(at)),
+            let ends = expired.is_some() || (due && !reading);
+            let item = if ends {
+                match (self.stream.next().now_or_never(), expired) {
+                    (Some(item), _) => item,
+                    (None, Some(at)) => return Ok(FollowEvent::Expired(at)),
+                    (None, None) => return Ok(FollowEvent::Reached),
                 }
             } else {
                 tokio::select! {
@@ -141,6 +149,10 @@ impl Follow {
                 }
                 self.caught_up = true;
                 FollowEvent::CaughtUp(tail)
+            }
+            Followed::Behind => {
+                self.caught_up = false;
+                return Ok(None);
             }
             Followed::Sealed(closure) => FollowEvent::Closed(closure),
         }))

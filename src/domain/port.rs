@@ -190,6 +190,8 @@ pub enum Followed {
     Batch(Arc<RecordBatch>),
     /// Every stored record has been given out; from here on it is live. Comes once, again after each lag.
     CaughtUp(Position),
+    /// The follower has fallen behind what is live: there are stored records again, and they come next.
+    Behind,
     /// The session is sealed and every record has been given out. Nothing comes after it.
     Sealed(Closure),
 }

@@ -11,8 +11,8 @@ use sessiond::domain::tenant::EnvironmentKind;
 use sessiond::domain::timer::Timers;
 use sessiond::domain::{
     AppendInput, Backends, Caller, CallerKind, ChannelAddress, Clock, CreateSession, Direction, Error,
-    FollowEvent, FollowOptions, KeyId, NewRecord, NewSession, ReadStart, Scopes, SessionRef, Sessions,
-    SessionsConfig, TestClock,
+    Follow, FollowEvent, FollowOptions, KeyId, NewRecord, NewSession, ReadStart, Scopes, SessionRef,
+    Sessions, SessionsConfig, TestClock,
 };
 use sessiond::server::Control;
 use sessiond::store::channel::log::{LogChannels, LogOptions};
@@ -28,13 +28,15 @@ struct Core {
     root: Caller,
     address: SessionRef,
     out: ChannelAddress,
+    clock: TestClock,
     _data: TempDir,
 }
 
 impl Core {
     async fn open() -> Self {
         let data = tempfile::tempdir().expect("a folder");
-        let clock: Arc<dyn Clock> = Arc::new(TestClock::at(START));
+        let test_clock = TestClock::at(START);
+        let clock: Arc<dyn Clock> = Arc::new(test_clock.clone());
         let overrides = Overrides { data: Some(data.path().to_path_buf()), ..Overrides::default() };
         let config = Config::load(&overrides).expect("valid settings");
         let control = Control::open(&config, clock.clone()).await.expect("the control plane");
@@ -71,7 +73,14 @@ impl Core {
         let create = CreateSession { session, request_key: None };
         let created = sessions.create(&root, create).await.expect("a session");
         let address = created.session.canonical_ref();
-        Self { sessions, root, address, out: ChannelAddress::main(Direction::Out), _data: data }
+        Self {
+            sessions,
+            root,
+            address,
+            out: ChannelAddress::main(Direction::Out),
+            clock: test_clock,
+            _data: data,
+        }
     }
 
     fn public(&self, scopes: &[&str]) -> Caller {
@@ -101,6 +110,62 @@ impl Core {
         }
         settled
     }
+}
+
+/// The sequence numbers that a follower gives out until something else comes, asked with a deadline that has passed.
+async fn drained(follow: &mut Follow) -> (Vec<u64>, FollowEvent) {
+    let mut seen = Vec::new();
+    loop {
+        match follow.next(START).await.expect("an event") {
+            FollowEvent::Batch(batch) => {
+                seen.extend(batch.records.iter().map(|record| record.position.seq_num));
+            }
+            FollowEvent::CaughtUp(_) => {}
+            other => return (seen, other),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deadline_does_not_cut_a_slow_reader_off_from_what_is_stored() {
+    let core = Core::open().await;
+    for _ in 0..4 {
+        core.append(&core.root, &core.out, NewRecord::data(vec![b'x'; 700_000])).await.expect("appended");
+    }
+    let options = FollowOptions { start: ReadStart::SeqNum(0), peek_settled: false, require_complete: false };
+    let mut follow =
+        core.sessions.follow(&core.root, &core.address, &core.out, options).await.expect("a follower");
+    let (seen, end) = drained(&mut follow).await;
+    assert_eq!(seen, [0, 1, 2, 3]);
+    assert!(matches!(end, FollowEvent::Reached), "{end:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_expiry_waits_until_a_follower_that_fell_behind_has_everything() {
+    let core = Core::open().await;
+    let session = NewSession {
+        kind: "chat".to_owned(),
+        task_identifier: "agent".to_owned(),
+        external_id: Some("short".to_owned()),
+        expires_at: Some(START.plus(Duration::from_secs(60))),
+        ..NewSession::default()
+    };
+    let created = core.sessions.create(&core.root, CreateSession { session, request_key: None }).await;
+    let address = created.expect("a session").session.canonical_ref();
+    let options = FollowOptions { start: ReadStart::SeqNum(0), peek_settled: false, require_complete: false };
+    let mut follow =
+        core.sessions.follow(&core.root, &address, &core.out, options).await.expect("a follower");
+    let soon = START.plus(Duration::from_secs(5));
+    assert!(matches!(follow.next(soon).await.expect("an event"), FollowEvent::CaughtUp(_)));
+    // More than the live window holds, so that the follower must go back to the store.
+    for _ in 0..3 {
+        let input = AppendInput::one(NewRecord::data(vec![b'x'; 100_000])).expect("fits");
+        core.sessions.append(&core.root, &address, &core.out, input).await.expect("appended");
+    }
+    core.clock.advance(Duration::from_secs(61));
+    let (seen, end) = drained(&mut follow).await;
+    assert_eq!(seen, [0, 1, 2]);
+    assert!(matches!(end, FollowEvent::Expired(_)), "{end:?}");
 }
 
 fn with_header(name: &'static str, value: &'static str) -> NewRecord {

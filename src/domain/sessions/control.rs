@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures_util::FutureExt;
 use tracing::instrument;
 
-use super::{CreateSession, Created, Sessions};
+use super::{CreateSession, Created, Sessions, detached};
 use crate::domain::access::{Action, Caller, Resource};
 use crate::domain::error::{Error, Result};
 use crate::domain::id::{SessionId, SessionRef};
@@ -23,15 +23,24 @@ impl Sessions {
     /// [`Error::Denied`] also if the session found is out of the caller's reach; [`Error::Conflict`] if it is
     /// closed or expired; [`Error::Invalid`].
     #[instrument(skip_all, name = "create")]
-    pub async fn create(&self, caller: &Caller, create: CreateSession) -> Result<Created> {
+    pub async fn create(self: &Arc<Self>, caller: &Caller, create: CreateSession) -> Result<Created> {
         let task = create.session.task_identifier.clone();
         caller.require_any(Action::Write, &[Resource::Task(&task), Resource::Sessions])?;
         let now = self.clock.now();
         let trigger_config = create.session.trigger_config.clone();
         let session = create.session.into_session(caller.environment.clone(), now)?;
-        let inserted = self.store.create_session(session, create.request_key.as_deref()).await?;
+        let this = self.clone();
+        let insert = async move {
+            let inserted = this.store.create_session(session, create.request_key.as_deref()).await?;
+            if inserted.created {
+                this.rows.changed(&[&inserted.session]);
+            } else {
+                this.rows.found(&inserted.session);
+            }
+            Ok(inserted)
+        };
+        let inserted = detached(insert).await?;
         if inserted.created {
-            self.rows.changed(&[&inserted.session]);
             return Ok(Created { session: inserted.session, is_cached: false });
         }
         let found = inserted.session;
@@ -142,7 +151,7 @@ impl Sessions {
     /// [`Error::Denied`], [`Error::NotFound`], [`Error::Conflict`] for an external id that is taken.
     #[instrument(skip_all, name = "update", fields(session.id = %address))]
     pub async fn update(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         address: &SessionRef,
         patch: SessionPatch,
@@ -168,13 +177,12 @@ impl Sessions {
             return Ok(Session::clone(&session));
         }
         let this = self.clone();
-        // A task of its own: a client that hangs up must not leave a seal without its row.
-        let closing = tokio::spawn(async move {
+        detached(async move {
             let closure = Closure { at: this.clock.now(), reason };
             let closure = this.channels.seal(&session.id, closure).await?;
             this.complete_close(&session, &closure).await
-        });
-        closing.await.map_err(Error::internal)?
+        })
+        .await
     }
 
     /// A page of sessions.
@@ -207,12 +215,16 @@ impl Sessions {
         self.index.tags(&caller.environment, query).await
     }
 
-    async fn apply(&self, session: &Session, patch: SessionPatch) -> Result<Session> {
-        let now = self.clock.now();
-        let updated = self.store.update_session(&session.environment, &session.id, patch, now).await?;
-        let updated = updated.ok_or(Error::NotFound("session"))?;
-        self.rows.changed(&[session, &updated]);
-        Ok(updated)
+    async fn apply(self: &Arc<Self>, session: &Session, patch: SessionPatch) -> Result<Session> {
+        let (this, session) = (self.clone(), session.clone());
+        detached(async move {
+            let now = this.clock.now();
+            let updated = this.store.update_session(&session.environment, &session.id, patch, now).await?;
+            let updated = updated.ok_or(Error::NotFound("session"))?;
+            this.rows.changed(&[&session, &updated]);
+            Ok(updated)
+        })
+        .await
     }
 }
 

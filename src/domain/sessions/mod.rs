@@ -4,9 +4,11 @@ mod control;
 mod data;
 mod rows;
 
+use std::future::Future;
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::access::{Action, Caller, Resource, UNAUTHORIZED, Verdict};
 use super::channel::ChannelKey;
@@ -71,6 +73,12 @@ pub struct Appended {
     pub session: SharedSession,
     /// The channel.
     pub(super) key: ChannelKey,
+}
+
+/// Runs a write and what must follow it in a task of its own: a client that hangs up in between must not leave one
+/// without the other.
+async fn detached<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    tokio::spawn(work.in_current_span()).await.map_err(Error::internal)?
 }
 
 /// What the use cases stand on.

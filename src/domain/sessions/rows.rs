@@ -35,23 +35,24 @@ type Awaited = Mutex<HashMap<(EnvironmentId, ExternalId), Arc<Notify>>>;
 struct Awaiting<'a> {
     awaited: &'a Awaited,
     key: (EnvironmentId, ExternalId),
-    waiters: Arc<Notify>,
+    /// Taken when it is given up.
+    waiters: Option<Arc<Notify>>,
 }
 
 impl<'a> Awaiting<'a> {
     fn new(awaited: &'a Awaited, key: (EnvironmentId, ExternalId)) -> Self {
         let waiters =
             awaited.lock().unwrap_or_else(PoisonError::into_inner).entry(key.clone()).or_default().clone();
-        Self { awaited, key, waiters }
+        Self { awaited, key, waiters: Some(waiters) }
     }
 }
 
 impl Drop for Awaiting<'_> {
     fn drop(&mut self) {
         let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = awaited.get(&self.key).filter(|waiters| Arc::ptr_eq(waiters, &self.waiters));
-        // Two owners are the map and this one.
-        if entry.is_some_and(|waiters| Arc::strong_count(waiters) == 2) {
+        // Under the lock, so that of two that give up together the second one sees the first one gone.
+        drop(self.waiters.take());
+        if awaited.get(&self.key).is_some_and(|waiters| Arc::strong_count(waiters) == 1) {
             awaited.remove(&self.key);
         }
     }
@@ -74,7 +75,9 @@ impl Rows {
         address: &SessionRef,
     ) -> Result<Option<SharedSession>> {
         let key = (environment.clone(), address.clone());
-        if let Some(session) = self.cache.get(&key) {
+        if let Some(session) =
+            self.cache.get(&key).filter(|session| self.is_current(environment, address, session))
+        {
             return Ok(Some(session));
         }
         let before = *self.lock();
@@ -84,6 +87,7 @@ impl Rows {
         let session = Arc::new(session);
         let generation = self.lock();
         if *generation == before {
+            self.cache.insert((environment.clone(), SessionRef::Id(session.id.clone())), session.clone());
             self.cache.insert(key, session.clone());
         }
         Ok(Some(session))
@@ -111,6 +115,32 @@ impl Rows {
         self.changes.subscribe()
     }
 
+    /// A row under an external id counts only together with the one under its id, which every change forgets: two
+    /// changes of the external id may come from versions that do not know of each other.
+    fn is_current(&self, environment: &EnvironmentId, address: &SessionRef, session: &SharedSession) -> bool {
+        match address {
+            SessionRef::Id(_) => true,
+            SessionRef::External(_) => {
+                let by_id = self.cache.get(&(environment.clone(), SessionRef::Id(session.id.clone())));
+                by_id.is_some_and(|known| Arc::ptr_eq(&known, session))
+            }
+        }
+    }
+
+    /// Wakes who waits for a session that was there before: whoever created it may not have come to it.
+    pub(super) fn found(&self, session: &Session) {
+        if let Some(external) = &session.external_id {
+            self.awaken(&session.environment, external);
+        }
+    }
+
+    fn awaken(&self, environment: &EnvironmentId, external: &ExternalId) {
+        let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(waiters) = awaited.remove(&(environment.clone(), external.clone())) {
+            waiters.notify_waiters();
+        }
+    }
+
     /// Forgets every address that leads to these versions of a row, wakes who waits for one of them, and tells the
     /// last version, which is the newest, to who watches.
     pub(super) fn changed(&self, versions: &[&Session]) {
@@ -121,10 +151,7 @@ impl Rows {
             self.cache.remove(&(environment.clone(), SessionRef::Id(session.id.clone())));
             if let Some(external) = &session.external_id {
                 self.cache.remove(&(environment.clone(), SessionRef::External(external.clone())));
-                let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(waiters) = awaited.remove(&(environment.clone(), external.clone())) {
-                    waiters.notify_waiters();
-                }
+                self.awaken(environment, external);
             }
         }
         if let Some(newest) = versions.last().filter(|_| self.changes.receiver_count() > 0) {
@@ -142,7 +169,8 @@ impl Rows {
         let address = SessionRef::External(external.clone());
         loop {
             let awaiting = Awaiting::new(&self.awaited, (environment.clone(), external.clone()));
-            let arrival = awaiting.waiters.notified();
+            let Some(waiters) = awaiting.waiters.clone() else { continue };
+            let arrival = waiters.notified_owned();
             if let Some(session) = self.find(environment, &address).await? {
                 return Ok(session);
             }

@@ -138,7 +138,7 @@ impl Follower {
         while records.len() < count {
             match self.next().await.expect("more records") {
                 Followed::Batch(batch) => records.extend(batch.records.iter().cloned()),
-                Followed::CaughtUp(_) => {}
+                Followed::CaughtUp(_) | Followed::Behind => {}
                 Followed::Sealed(_) => panic!("sealed after {} records", records.len()),
             }
         }

@@ -70,8 +70,11 @@ impl Follower {
                     return Ok(Followed::CaughtUp(tail));
                 }
                 Taken::Sealed(_, closure) => return Ok(Followed::Sealed(closure)),
-                Taken::Behind => {
+                Taken::Behind if self.caught_up => {
                     self.caught_up = false;
+                    return Ok(Followed::Behind);
+                }
+                Taken::Behind => {
                     let start = ReadStart::SeqNum(self.next);
                     // On the heap, because most followers wait and few read.
                     let batch = Box::pin(self.shared.read_stored(&self.key, start, ReadLimit::BATCH)).await?;

@@ -28,6 +28,7 @@ const CRATE_ROOMS: &[(&str, &[&str])] = &[
     ("utoipa_axum", &["api"]),
     ("async_graphql", &["api"]),
     ("async_graphql_axum", &["api"]),
+    ("flate2", &["api"]),
     ("sea_orm", &["store"]),
     ("sqlx", &["store"]),
     ("entity", &["store"]),

@@ -20,8 +20,10 @@ pub use store::{AuthConfig, LogConfig, MetadataConfig};
 pub const DEFAULTS: &str = include_str!("../../config.default.toml");
 /// What every variable of ours starts with.
 const PREFIX: &str = "SESSIOND_";
-/// Variables with our prefix that are not settings of the server: the client commands' and the test suite's.
-const NOT_SETTINGS: [&str; 5] = ["config", "url", "token", "bin", "test_postgres"];
+/// Variables with our prefix that are not settings of the server: those of the client
+/// commands, the test suite and the build.
+const NOT_SETTINGS: [&str; 7] =
+    ["config", "url", "token", "bin", "test_postgres", "skip_playground", "require_playground"];
 
 /// The whole configuration.
 #[derive(Debug, Deserialize, Serialize)]

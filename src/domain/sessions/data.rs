@@ -37,7 +37,7 @@ impl Sessions {
         part_id: Option<&str>,
     ) -> Result<AppendAck> {
         let payload = NewPayload { content: Content::Text(text), part_id };
-        let record = envelope::record(channel.direction, &payload);
+        let record = envelope::record(channel.direction, &payload)?;
         self.append(caller, address, channel, AppendInput::one(record)?).await
     }
 
@@ -95,8 +95,8 @@ impl Sessions {
         payloads: &[NewPayload<'_>],
         match_seq_num: Option<SeqNum>,
     ) -> Result<Appended> {
-        let records = payloads.iter().map(|payload| envelope::record(channel.direction, payload)).collect();
-        let mut input = AppendInput::new(records)?;
+        let records = payloads.iter().map(|payload| envelope::record(channel.direction, payload));
+        let mut input = AppendInput::new(records.collect::<Result<_>>()?)?;
         input.match_seq_num = match_seq_num;
         self.append_to(caller, address, channel, input).await
     }

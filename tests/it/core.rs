@@ -1,4 +1,6 @@
-//! The use cases over the real adapters, for what no route can show yet: control records, commands, settled turns.
+//! The use cases over the real adapters, for what no route can show: control records, commands, settled turns, races.
+
+mod watch;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,8 +13,8 @@ use sessiond::domain::tenant::EnvironmentKind;
 use sessiond::domain::timer::Timers;
 use sessiond::domain::{
     AppendInput, Backends, Caller, CallerKind, ChannelAddress, Clock, CreateSession, Direction, Error,
-    FollowEvent, FollowOptions, KeyId, NewRecord, NewSession, ReadStart, Scopes, SessionRef, Sessions,
-    SessionsConfig, TestClock,
+    FollowEvent, FollowOptions, KeyId, MetadataStore, NewRecord, NewSession, ReadStart, Scopes, SessionRef,
+    Sessions, SessionsConfig, TestClock,
 };
 use sessiond::server::Control;
 use sessiond::store::channel::log::{LogChannels, LogOptions};
@@ -25,6 +27,10 @@ use crate::harness::server::START;
 
 struct Core {
     sessions: Arc<Sessions>,
+    clock: TestClock,
+    timers: Arc<Timers>,
+    stopping: CancellationToken,
+    store: Arc<dyn MetadataStore>,
     root: Caller,
     address: SessionRef,
     out: ChannelAddress,
@@ -34,7 +40,8 @@ struct Core {
 impl Core {
     async fn open() -> Self {
         let data = tempfile::tempdir().expect("a folder");
-        let clock: Arc<dyn Clock> = Arc::new(TestClock::at(START));
+        let test_clock = TestClock::at(START);
+        let clock: Arc<dyn Clock> = Arc::new(test_clock.clone());
         let overrides = Overrides { data: Some(data.path().to_path_buf()), ..Overrides::default() };
         let config = Config::load(&overrides).expect("valid settings");
         let control = Control::open(&config, clock.clone()).await.expect("the control plane");
@@ -46,13 +53,14 @@ impl Core {
         };
         let (environment, key) = control.keys().create_environment(new, None).await.expect("an environment");
         let log = LogChannels::open(config.log_dir(), LogOptions::default(), clock.clone()).expect("a log");
+        let (timers, stopping) = (Timers::new(clock.clone()), CancellationToken::new());
         let backends = Backends {
             store: control.store.clone(),
             channels: Arc::new(log),
             index: Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store))),
-            timers: Timers::new(clock.clone()),
+            timers: timers.clone(),
             clock,
-            stopping: CancellationToken::new(),
+            stopping: stopping.clone(),
         };
         let sessions = Sessions::new(backends, SessionsConfig::default());
         let root = Caller {
@@ -71,7 +79,9 @@ impl Core {
         let create = CreateSession { session, request_key: None };
         let created = sessions.create(&root, create).await.expect("a session");
         let address = created.session.canonical_ref();
-        Self { sessions, root, address, out: ChannelAddress::main(Direction::Out), _data: data }
+        let out = ChannelAddress::main(Direction::Out);
+        let store = control.store.clone();
+        Self { sessions, clock: test_clock, timers, stopping, store, root, address, out, _data: data }
     }
 
     fn public(&self, scopes: &[&str]) -> Caller {

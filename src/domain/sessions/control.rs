@@ -121,7 +121,7 @@ impl Sessions {
     }
 
     /// Every session that is created or changed from now on and matches `filter` then. That a session expires is no
-    /// change.
+    /// change, and neither is that it matches no longer.
     ///
     /// # Errors
     /// As [`Sessions::list`].

@@ -14,6 +14,8 @@ use crate::domain::watch;
 
 /// Changes kept for who is slow to take them.
 const CHANGES_KEPT: usize = 1024;
+/// Sessions whose last version told is remembered: more than can be told while one change is on its way here.
+const VERSIONS_KEPT: usize = CHANGES_KEPT;
 
 type Key = (EnvironmentId, SessionRef);
 
@@ -27,6 +29,8 @@ pub(super) struct Rows {
     awaited: Awaited,
     /// The newest version of every session that changes.
     changes: broadcast::Sender<SharedSession>,
+    /// What was told last of a session. Changed under the lock of `generation`.
+    told: Cache<SessionId, SharedSession>,
 }
 
 type Awaited = Mutex<HashMap<(EnvironmentId, ExternalId), Arc<Notify>>>;
@@ -65,6 +69,7 @@ impl Rows {
             generation: Mutex::default(),
             awaited: Mutex::default(),
             changes: broadcast::Sender::new(CHANGES_KEPT),
+            told: Cache::new(VERSIONS_KEPT),
         }
     }
 
@@ -127,9 +132,12 @@ impl Rows {
                 }
             }
         }
-        if let Some(newest) = versions.last().filter(|_| self.changes.receiver_count() > 0) {
+        let Some(newest) = versions.last().filter(|_| self.changes.receiver_count() > 0) else { return };
+        if self.told.get(&newest.id).is_none_or(|told| newest.is_newer_than(&told)) {
+            let newest = Arc::new(Session::clone(newest));
+            self.told.insert(newest.id.clone(), newest.clone());
             // Nobody may be listening any more, which is no fault.
-            let _ = self.changes.send(Arc::new(Session::clone(newest)));
+            let _ = self.changes.send(newest);
         }
     }
 

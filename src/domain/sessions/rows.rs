@@ -1,6 +1,6 @@
 //! Session rows as the use cases read them: through a cache, and awaited where they do not exist yet.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use quick_cache::sync::Cache;
@@ -16,6 +16,8 @@ use crate::domain::watch;
 const CHANGES_KEPT: usize = 1024;
 /// Sessions whose last version told is remembered: more than can be told while one change is on its way here.
 const VERSIONS_KEPT: usize = CHANGES_KEPT;
+/// Most ids that one query asks for.
+const QUERY_IDS: usize = 200;
 
 type Key = (EnvironmentId, SessionRef);
 
@@ -94,21 +96,24 @@ impl Rows {
         Ok(Some(session))
     }
 
-    /// The rows with these ids, in the same order; at most one query.
-    pub(super) async fn find_many(
+    /// The rows with these ids, as far as there are any. One query for all that are not in the cache.
+    pub(super) async fn find_many<'a>(
         &self,
         environment: &EnvironmentId,
-        ids: &[SessionId],
-    ) -> Result<Vec<Option<SharedSession>>> {
-        let cached = |id: &SessionId| self.cache.get(&(environment.clone(), SessionRef::Id(id.clone())));
-        let mut found: HashMap<SessionId, SharedSession> =
-            ids.iter().filter_map(|id| Some((id.clone(), cached(id)?))).collect();
-        let missing: Vec<_> = ids.iter().filter(|id| !found.contains_key(*id)).cloned().collect();
-        if !missing.is_empty() {
-            let stored = self.store.find_sessions(environment, &missing).await?;
+        ids: impl Iterator<Item = &'a SessionId>,
+    ) -> Result<HashMap<SessionId, SharedSession>> {
+        let (mut found, mut missing) = (HashMap::new(), BTreeSet::new());
+        for id in ids {
+            match self.cache.get(&(environment.clone(), SessionRef::Id(id.clone()))) {
+                Some(session) => drop(found.insert(id.clone(), session)),
+                None => drop(missing.insert(id.clone())),
+            }
+        }
+        for some in Vec::from_iter(missing).chunks(QUERY_IDS) {
+            let stored = self.store.find_sessions(environment, some).await?;
             found.extend(stored.into_iter().map(|session| (session.id.clone(), Arc::new(session))));
         }
-        Ok(ids.iter().map(|id| found.get(id).cloned()).collect())
+        Ok(found)
     }
 
     /// From now on every session that is created or changed.

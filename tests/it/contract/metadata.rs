@@ -29,6 +29,7 @@ suite!("MetadataStore": [sqlite = Sql::sqlite, postgres = Sql::postgres], [
     a_request_key_with_nul_is_invalid,
     environments_do_not_see_each_other,
     an_absent_session_is_none,
+    many_sessions_are_found_by_their_ids_and_only_here,
     an_update_changes_only_what_it_names,
     every_update_has_a_later_time_than_the_one_before,
     an_update_clears_metadata_and_external_id,
@@ -211,6 +212,23 @@ async fn an_absent_session_is_none(sql: Sql) {
     let closed = sql.store.close_session(&sql.here, &absent.id, &closure(2, "no")).await;
     assert_eq!(closed.expect("answers"), None);
     sql.store.complete_close(&absent.id, &closure(2, "no")).await.expect("nothing to do");
+}
+
+async fn many_sessions_are_found_by_their_ids_and_only_here(sql: Sql) {
+    let mut ours = Vec::new();
+    for n in 0..3 {
+        let created = Session { tags: words(&["a"]), ..session(n) };
+        ours.push(sql.create(created).await.session);
+    }
+    let theirs = sql.create(Session { environment: sql.elsewhere.clone(), ..session(1) }).await.session;
+    let absent = session(1).id;
+    let asked = [&ours[2].id, &absent, &theirs.id, &ours[0].id, &ours[2].id].map(Clone::clone);
+    let mut found = sql.store.find_sessions(&sql.here, &asked).await.expect("answers");
+    found.sort_by_key(|session| session.created_at);
+    assert_eq!(found, [ours[0].clone(), ours[2].clone()]);
+    assert_eq!(sql.store.find_sessions(&sql.here, &[]).await.expect("answers"), []);
+    let many: Vec<_> = (0..500).map(|_| session(1).id).chain([theirs.id.clone()]).collect();
+    assert_eq!(sql.store.find_sessions(&sql.elsewhere, &many).await.expect("answers"), [theirs]);
 }
 
 async fn every_update_has_a_later_time_than_the_one_before(sql: Sql) {

@@ -1,4 +1,4 @@
-//! Sessions as they change.
+//! Sessions found together, and as they change.
 
 use sessiond::domain::session::SharedSession;
 use sessiond::domain::watch::{Watch, WatchEvent};
@@ -56,6 +56,43 @@ async fn ended(watch: &mut Watch) {
     for _ in 0..2 {
         let end = event(watch).await;
         assert!(matches!(end, Ok(WatchEvent::Ended)), "{end:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_sessions_come_in_the_order_asked_and_hidden_ones_look_missing() {
+    let core = Core::open().await;
+    let a = core.create(named("a")).await.id;
+    let b = core.create(named("b")).await.id;
+    let missing = SessionId::generate(START);
+    core.sessions.get(&core.root, &SessionRef::Id(b.clone())).await.expect("cached");
+    let asked = [b.clone(), missing, a.clone(), b.clone()];
+    for (caller, seen) in [
+        (core.root.clone(), [Some(&b), None, Some(&a), Some(&b)]),
+        (core.public(&["read:sessions:a"]), [None, None, Some(&a), None]),
+        (core.public(&["write:sessions"]), [None; 4]),
+    ] {
+        let found = core.sessions.get_many(&caller, &asked).await.expect("answers");
+        let found: Vec<_> = found.iter().map(|session| session.as_ref().map(|session| &session.id)).collect();
+        assert_eq!(found, seen, "{caller:?}");
+    }
+    let many: Vec<_> = (0..500).map(|_| SessionId::generate(START)).chain([a.clone()]).collect();
+    let found = core.sessions.get_many(&core.root, &many).await.expect("answers");
+    assert_eq!(found.iter().filter(|session| session.is_some()).count(), 1);
+    assert_eq!(found[500].as_ref().map(|session| &session.id), Some(&a));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_is_missing_is_none_and_one_out_of_reach_is_denied() {
+    let core = Core::open().await;
+    let none = core.sessions.find(&core.root, &address("none")).await.expect("answers");
+    assert!(none.is_none());
+    let reader = core.public(&["read:sessions:s"]);
+    assert!(core.sessions.find(&reader, &core.address).await.expect("answers").is_some());
+    for name in ["none", "s"] {
+        let writer = core.public(&["write:sessions"]);
+        let refused = core.sessions.find(&writer, &address(name)).await;
+        assert!(matches!(refused, Err(Error::Denied(_))), "{refused:?}");
     }
 }
 

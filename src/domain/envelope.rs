@@ -161,17 +161,18 @@ fn without_forged_source(text: &str) -> Option<String> {
         .collect();
     cleaned.iter().any(Option::is_some).then(|| {
         let fields = body.iter().zip(&cleaned);
-        Fields::write(fields.map(|((name, value), cleaned)| {
-            (name.get(), cleaned.as_deref().unwrap_or_else(|| value.get()))
-        }))
+        Fields::write(
+            fields.map(|((name, value), cleaned)| {
+                (name.get(), cleaned.as_deref().unwrap_or_else(|| value.get()))
+            }),
+        )
     })
 }
 
 fn payload_without_forged_source(payload: &RawValue) -> Option<String> {
     let Fields(fields) = serde_json::from_str(payload.get()).ok()?;
-    let forged = |(name, value): &&(&RawValue, &RawValue)| {
-        is_text(name, "actionSource") && is_text(value, "webhook")
-    };
+    let forged =
+        |(name, value): &&(&RawValue, &RawValue)| is_text(name, "actionSource") && is_text(value, "webhook");
     fields.iter().any(|field| forged(&field)).then(|| {
         let honest = fields.iter().filter(|field| !forged(field));
         Fields::write(honest.map(|(name, value)| (name.get(), value.get())))
@@ -284,10 +285,7 @@ mod tests {
             assert_eq!(without_forged_source(&forged), Some(clean));
         }
         for (forged, clean) in [
-            (
-                r#" {"\ud800": 1, "payload": {"actionSource": "webhook"}} "#,
-                r#"{"\ud800":1,"payload":{}}"#,
-            ),
+            (r#" {"\ud800": 1, "payload": {"actionSource": "webhook"}} "#, r#"{"\ud800":1,"payload":{}}"#),
             (
                 r#"{"payload":{"actionSource":"webhook"},"payload":{"actionSource":"webhook"}}"#,
                 r#"{"payload":{},"payload":{}}"#,
@@ -318,7 +316,8 @@ mod tests {
         assert_eq!(data(send(Direction::Out, forged)), forged, "the agent is not a client");
         let honest = r#""a \u00e9 actionSource""#;
         assert_eq!(data(send(Direction::In, honest)), honest);
-        let broken = send(Direction::In, r#""{\"payload\":{\"actionSource\":\"webhook\",\"x\":\"\ud800\"}}""#);
+        let broken =
+            send(Direction::In, r#""{\"payload\":{\"actionSource\":\"webhook\",\"x\":\"\ud800\"}}""#);
         assert!(matches!(broken, Err(Error::Invalid(_))), "{broken:?}");
     }
 }

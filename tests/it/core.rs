@@ -1,5 +1,6 @@
 //! The use cases over the real adapters, for what no route can show: control records, commands, settled turns, races.
 
+mod records;
 mod watch;
 
 use std::sync::Arc;

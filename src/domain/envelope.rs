@@ -3,13 +3,18 @@
 //! The append route stores the request body as a JSON *string*; direct writers store a JSON *value*. SDK
 //! readers deduplicate by `id` inside a window, so it is unique per channel.
 
+use std::fmt;
+use std::marker::PhantomData;
+
 use bytes::Bytes;
 use data_encoding::BASE64URL_NOPAD;
-use serde::{Deserialize, Serialize};
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::channel::Direction;
+use super::error::{Error, Result};
 use super::record::{Header, NewRecord, Record};
 
 /// First header of a control record; its value is the subtype.
@@ -77,12 +82,16 @@ pub enum Content<'a> {
 }
 
 /// A payload as a data record of a channel. What clients send to `.in` loses the claim that only the server may make.
-pub(super) fn record(direction: Direction, payload: &NewPayload<'_>) -> NewRecord {
-    let given = match payload.content {
-        Content::Text(text) => text,
-        Content::Json(value) => value.get(),
+///
+/// # Errors
+/// [`Error::Invalid`] for a JSON string sent to `.in` that is no text, because of half a surrogate pair.
+pub(super) fn record(direction: Direction, payload: &NewPayload<'_>) -> Result<NewRecord> {
+    let (given, cleaned) = match (payload.content, direction) {
+        (Content::Text(text), Direction::In) => (text, without_forged_source(text)),
+        (Content::Json(value), Direction::In) => (value.get(), value_without_forged_source(value.get())?),
+        (Content::Text(text), Direction::Out) => (text, None),
+        (Content::Json(value), Direction::Out) => (value.get(), None),
     };
-    let cleaned = (direction == Direction::In).then(|| without_forged_source(given)).flatten();
     let data = cleaned.as_deref().unwrap_or(given);
     let fresh;
     let id = match payload.part_id {
@@ -96,22 +105,94 @@ pub(super) fn record(direction: Direction, payload: &NewPayload<'_>) -> NewRecor
         Content::Text(_) => wrap_text(data, id),
         Content::Json(_) => wrap_json(data, id),
     };
-    NewRecord { part_id: payload.part_id.map(Into::into), ..NewRecord::data(body) }
+    Ok(NewRecord { part_id: payload.part_id.map(Into::into), ..NewRecord::data(body) })
 }
 
-/// `payload.actionSource: "webhook"` is the server's own claim: a body that carries it loses it and is
-/// serialized anew; every other body stays as it is, to the byte.
+/// The fields of a JSON object as they were written. Nothing inside them is looked at, so that neither depth, nor
+/// numbers, nor half a surrogate pair keeps one from being read that a JavaScript reader would read.
+struct Fields<'a>(Vec<(&'a RawValue, &'a RawValue)>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Read<'a>(PhantomData<&'a ()>);
+
+        impl<'de: 'a, 'a> Visitor<'de> for Read<'a> {
+            type Value = Fields<'a>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Fields<'a>, A::Error> {
+                let mut fields = Vec::new();
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Fields(fields))
+            }
+        }
+
+        deserializer.deserialize_map(Read(PhantomData))
+    }
+}
+
+impl Fields<'_> {
+    fn write<'b>(fields: impl Iterator<Item = (&'b str, &'b str)>) -> String {
+        let fields: Vec<_> = fields.map(|(name, value)| format!("{name}:{value}")).collect();
+        format!("{{{}}}", fields.join(","))
+    }
+}
+
+fn is_text(json: &RawValue, text: &str) -> bool {
+    serde_json::from_str::<String>(json.get()).is_ok_and(|own| own == text)
+}
+
+/// `payload.actionSource: "webhook"` is the server's own claim: a body that carries it loses it and the white space
+/// between its fields; every other body stays as it is, to the byte.
 fn without_forged_source(text: &str) -> Option<String> {
-    if !text.contains("actionSource") && !text.contains("\\u") {
+    if !may_name_source(text) {
         return None;
     }
-    let mut body: Value = serde_json::from_str(text).ok()?;
-    let payload = body.get_mut("payload")?.as_object_mut()?;
-    if payload.get("actionSource")?.as_str()? != "webhook" {
-        return None;
+    let Fields(body) = serde_json::from_str(text).ok()?;
+    // A field may be repeated, and readers differ in which one counts.
+    let cleaned: Vec<_> = body
+        .iter()
+        .map(|(name, value)| is_text(name, "payload").then(|| payload_without_forged_source(value)).flatten())
+        .collect();
+    cleaned.iter().any(Option::is_some).then(|| {
+        let fields = body.iter().zip(&cleaned);
+        Fields::write(
+            fields.map(|((name, value), cleaned)| {
+                (name.get(), cleaned.as_deref().unwrap_or_else(|| value.get()))
+            }),
+        )
+    })
+}
+
+fn payload_without_forged_source(payload: &RawValue) -> Option<String> {
+    let Fields(fields) = serde_json::from_str(payload.get()).ok()?;
+    let forged =
+        |(name, value): &&(&RawValue, &RawValue)| is_text(name, "actionSource") && is_text(value, "webhook");
+    fields.iter().any(|field| forged(&field)).then(|| {
+        let honest = fields.iter().filter(|field| !forged(field));
+        Fields::write(honest.map(|(name, value)| (name.get(), value.get())))
+    })
+}
+
+/// As [`without_forged_source`], for a JSON value. A string is stored just as a text is, so it is judged as one.
+fn value_without_forged_source(json: &str) -> Result<Option<String>> {
+    if !json.starts_with('"') || !may_name_source(json) {
+        return Ok(without_forged_source(json));
     }
-    payload.remove("actionSource");
-    Some(body.to_string())
+    let text: String = serde_json::from_str(json)
+        .map_err(|_| Error::invalid("data", "must not contain half of a surrogate pair"))?;
+    Ok(without_forged_source(&text).map(|cleaned| Value::from(cleaned).to_string()))
+}
+
+/// Looks for the name, and for the one way of writing letters that hides it. Cheap, because every record to `.in`
+/// is asked.
+fn may_name_source(json: &str) -> bool {
+    json.contains("actionSource") || json.contains("\\u")
 }
 
 /// 12 random bytes. The SDK's own writers use 7 characters, which is few enough to collide in a busy channel,
@@ -161,13 +242,13 @@ mod tests {
     fn a_value_comes_back_to_the_byte_and_without_a_forged_source() {
         let value: Box<RawValue> = serde_json::from_str(r#"{"a": [1, 2.50]}"#).expect("JSON");
         let payload = NewPayload { content: Content::Json(&value), part_id: Some("p\"1") };
-        let held = stored(record(Direction::In, &payload).body);
+        let held = stored(record(Direction::In, &payload).expect("text").body);
         let envelope = unwrap(&held).expect("an envelope");
         assert_eq!((envelope.data.get(), envelope.id.as_str()), (r#"{"a": [1, 2.50]}"#, "p\"1"));
         let forged: Box<RawValue> =
             serde_json::from_str(r#"{"payload":{"actionSource":"webhook"}}"#).expect("JSON");
         let payload = NewPayload { content: Content::Json(&forged), part_id: None };
-        let held = stored(record(Direction::In, &payload).body);
+        let held = stored(record(Direction::In, &payload).expect("text").body);
         assert_eq!(unwrap(&held).expect("an envelope").data.get(), r#"{"payload":{}}"#);
     }
 
@@ -193,5 +274,50 @@ mod tests {
         ] {
             assert_eq!(clean(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn nothing_that_a_reader_would_read_hides_a_forged_source() {
+        let deep = format!("{}1{}", "[".repeat(300), "]".repeat(300));
+        for other in [&deep, r#""\ud800""#, "123456789012345678901234567890.10", "1e999"] {
+            let forged = format!(r#"{{"payload":{{"x":{other},"actionSource":"webhook"}},"y":{other}}}"#);
+            let clean = format!(r#"{{"payload":{{"x":{other}}},"y":{other}}}"#);
+            assert_eq!(without_forged_source(&forged), Some(clean));
+        }
+        for (forged, clean) in [
+            (r#" {"\ud800": 1, "payload": {"actionSource": "webhook"}} "#, r#"{"\ud800":1,"payload":{}}"#),
+            (
+                r#"{"payload":{"actionSource":"webhook"},"payload":{"actionSource":"webhook"}}"#,
+                r#"{"payload":{},"payload":{}}"#,
+            ),
+            (
+                r#"{"payload":{"actionSource":"user","actionSource":"webhook"}}"#,
+                r#"{"payload":{"actionSource":"user"}}"#,
+            ),
+        ] {
+            assert_eq!(without_forged_source(forged).as_deref(), Some(clean));
+        }
+    }
+
+    #[test]
+    fn a_json_string_is_judged_as_the_text_that_it_holds() {
+        let send = |direction, json: &str| {
+            let value: Box<RawValue> = serde_json::from_str(json).expect("JSON");
+            record(direction, &NewPayload { content: Content::Json(&value), part_id: Some("p") })
+        };
+        let data = |record: Result<NewRecord>| {
+            let held = stored(record.expect("text").body);
+            unwrap(&held).expect("an envelope").data.get().to_owned()
+        };
+        let forged = r#""{\"payload\":{\"actionSource\":\"webhook\"}}""#;
+        assert_eq!(data(send(Direction::In, forged)), r#""{\"payload\":{}}""#);
+        let hidden = r#""{\"payload\":{\"action\\u0053ource\":\"web\u0068ook\"}}""#;
+        assert_eq!(data(send(Direction::In, hidden)), r#""{\"payload\":{}}""#);
+        assert_eq!(data(send(Direction::Out, forged)), forged, "the agent is not a client");
+        let honest = r#""a \u00e9 actionSource""#;
+        assert_eq!(data(send(Direction::In, honest)), honest);
+        let broken =
+            send(Direction::In, r#""{\"payload\":{\"actionSource\":\"webhook\",\"x\":\"\ud800\"}}""#);
+        assert!(matches!(broken, Err(Error::Invalid(_))), "{broken:?}");
     }
 }

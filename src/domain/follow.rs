@@ -50,7 +50,9 @@ pub enum FollowEvent {
 pub(super) struct Demands {
     /// End after the stored records.
     pub settled: bool,
-    /// The record that must come next, if a trimmed one is not to be passed over in silence.
+    /// Do not pass over a trimmed record in silence.
+    pub complete: bool,
+    /// The record that comes next, once that is known.
     pub next: Option<SeqNum>,
 }
 
@@ -139,11 +141,12 @@ impl Follow {
             Followed::Batch(batch) => {
                 let first = batch.records.first().map(|record| record.position.seq_num);
                 self.expect(first)?;
-                self.demands.next = self.demands.next.and(batch.next_seq_num());
+                self.demands.next = batch.next_seq_num();
                 FollowEvent::Batch(batch)
             }
             Followed::CaughtUp(tail) => {
                 self.expect(Some(tail.seq_num))?;
+                self.demands.next = Some(tail.seq_num);
                 if self.demands.settled {
                     return Ok(Some(FollowEvent::Settled));
                 }
@@ -161,7 +164,9 @@ impl Follow {
     /// Refuses if records were trimmed between the last one and `next`.
     fn expect(&self, next: Option<SeqNum>) -> Result<()> {
         match (self.demands.next, next) {
-            (Some(expected), Some(earliest)) if earliest > expected => Err(Error::Trimmed { earliest }),
+            (Some(expected), Some(earliest)) if self.demands.complete && earliest > expected => {
+                Err(Error::Trimmed { earliest })
+            }
             _ => Ok(()),
         }
     }

@@ -37,7 +37,8 @@ pub trait MetadataStore: Send + Sync {
     /// The sessions with these ids, in no order; ids without one are left out. At most a few hundred ids.
     async fn find_sessions(&self, environment: &EnvironmentId, ids: &[SessionId]) -> Result<Vec<Session>>;
 
-    /// Applies a patch and sets `updated_at` to `now`; `None` when there is no such session.
+    /// Applies a patch and sets `updated_at` to `now`, or to a millisecond after what it was if that is later, so
+    /// that it tells the versions of a row apart. `None` when there is no such session.
     ///
     /// # Errors
     /// [`Error::Conflict`](super::Error::Conflict) if another session has the new external id.

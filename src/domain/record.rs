@@ -300,9 +300,11 @@ impl RecordPageRequest {
 pub struct RecordPage {
     /// The records; fewer than asked for at an end of the channel, or where they are too large together.
     pub records: Vec<Record>,
-    /// Whether records follow.
+    /// Whether records follow: exact when paging forward. When paging backward, whether the channel goes on after the
+    /// cursor, be it with nothing but commands.
     pub has_next: bool,
-    /// Whether records come before.
+    /// Whether records come before: exact when paging backward. When paging forward, whether the channel begins before
+    /// the page, be it with nothing but commands.
     pub has_previous: bool,
 }
 

@@ -43,7 +43,7 @@ pub struct Session {
     pub current_run_id: RunId,
     /// Never changes; whole milliseconds.
     pub created_at: Timestamp,
-    /// Last change of the row.
+    /// Last change of the row; every update sets a later one.
     pub updated_at: Timestamp,
     /// Write-once.
     pub expires_at: Option<Timestamp>,
@@ -117,6 +117,13 @@ impl Session {
             (Status::Expired, _, Some(at)) => Err(Error::Expired { at }),
             _ => Ok(()),
         }
+    }
+
+    /// Whether this is a later version of the same row than `other`: every update has a later time than the one
+    /// before, and a close, which may keep the time, comes once.
+    pub fn is_newer_than(&self, other: &Self) -> bool {
+        let version = |session: &Self| (session.closed.is_some(), session.updated_at);
+        version(self) > version(other)
     }
 
     /// What clients put into addresses and scopes: the external id if there is one.

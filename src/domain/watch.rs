@@ -83,10 +83,12 @@ impl Watch {
                 Scope::One { arrival, .. } => arrival.as_mut(),
                 Scope::List { .. } => None,
             };
+            let arriving = arrival.is_some();
             let news = tokio::select! {
                 biased;
+                // Changes stay in the feed until then, for the row that arrives may have been read before them.
                 Some(session) = OptionFuture::from(arrival) => Some(self.arrived(session)?),
-                change = self.changes.recv() => self.changed(change)?,
+                change = self.changes.recv(), if !arriving => self.changed(change)?,
                 () = self.lifeline.ring() => None,
             };
             if let Some(session) = news {
@@ -136,10 +138,10 @@ impl Watch {
         Ok(self.news(session))
     }
 
-    /// The session if it is the watched one and differs from what was shown.
+    /// The session if it is the watched one and newer than what was shown.
     fn news(&self, session: Option<SharedSession>) -> Option<SharedSession> {
         let shown = self.shown.as_ref()?;
-        session.filter(|session| session.id == shown.id && **session != **shown)
+        session.filter(|session| session.id == shown.id && session.is_newer_than(shown))
     }
 
     fn show(&mut self, session: SharedSession, now: Timestamp) -> WatchEvent {

@@ -1,4 +1,7 @@
-//! The use cases over the real adapters, for what no route can show yet: control records, commands, settled turns.
+//! The use cases over the real adapters, for what no route can show: control records, commands, settled turns, races.
+
+mod records;
+mod watch;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,8 +14,8 @@ use sessiond::domain::tenant::EnvironmentKind;
 use sessiond::domain::timer::Timers;
 use sessiond::domain::{
     AppendInput, Backends, Caller, CallerKind, ChannelAddress, Clock, CreateSession, Direction, Error,
-    Follow, FollowEvent, FollowOptions, KeyId, NewRecord, NewSession, ReadStart, Scopes, SessionRef,
-    Sessions, SessionsConfig, TestClock,
+    Follow, FollowEvent, FollowOptions, KeyId, MetadataStore, NewRecord, NewSession, ReadStart, Scopes,
+    SessionRef, Sessions, SessionsConfig, TestClock,
 };
 use sessiond::server::Control;
 use sessiond::store::channel::log::{LogChannels, LogOptions};
@@ -25,10 +28,13 @@ use crate::harness::server::START;
 
 struct Core {
     sessions: Arc<Sessions>,
+    clock: TestClock,
+    timers: Arc<Timers>,
+    stopping: CancellationToken,
+    store: Arc<dyn MetadataStore>,
     root: Caller,
     address: SessionRef,
     out: ChannelAddress,
-    clock: TestClock,
     _data: TempDir,
 }
 
@@ -48,13 +54,14 @@ impl Core {
         };
         let (environment, key) = control.keys().create_environment(new, None).await.expect("an environment");
         let log = LogChannels::open(config.log_dir(), LogOptions::default(), clock.clone()).expect("a log");
+        let (timers, stopping) = (Timers::new(clock.clone()), CancellationToken::new());
         let backends = Backends {
             store: control.store.clone(),
             channels: Arc::new(log),
             index: Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store))),
-            timers: Timers::new(clock.clone()),
+            timers: timers.clone(),
             clock,
-            stopping: CancellationToken::new(),
+            stopping: stopping.clone(),
         };
         let sessions = Sessions::new(backends, SessionsConfig::default());
         let root = Caller {
@@ -73,14 +80,9 @@ impl Core {
         let create = CreateSession { session, request_key: None };
         let created = sessions.create(&root, create).await.expect("a session");
         let address = created.session.canonical_ref();
-        Self {
-            sessions,
-            root,
-            address,
-            out: ChannelAddress::main(Direction::Out),
-            clock: test_clock,
-            _data: data,
-        }
+        let out = ChannelAddress::main(Direction::Out);
+        let store = control.store.clone();
+        Self { sessions, clock: test_clock, timers, stopping, store, root, address, out, _data: data }
     }
 
     fn public(&self, scopes: &[&str]) -> Caller {

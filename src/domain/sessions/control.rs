@@ -7,7 +7,7 @@ use futures_util::FutureExt;
 use tracing::instrument;
 
 use super::{CreateSession, Created, Sessions, detached};
-use crate::domain::access::{Action, Caller, Resource};
+use crate::domain::access::{Action, Caller, Resource, Verdict};
 use crate::domain::error::{Error, Result};
 use crate::domain::id::{SessionId, SessionRef};
 use crate::domain::lifeline::{Cut, Lifeline};
@@ -94,12 +94,13 @@ impl Sessions {
     /// [`Error::Unavailable`].
     #[instrument(skip_all, name = "get_many")]
     pub async fn get_many(&self, caller: &Caller, ids: &[SessionId]) -> Result<Vec<Option<SharedSession>>> {
-        let found = self.rows.find_many(&caller.environment, ids).await?;
-        let may_see = |session: &SharedSession| {
-            let address = SessionRef::Id(session.id.clone());
-            Self::judged(caller, Action::Read, &address, Some(session)).is_ok()
+        let address = |id: &SessionId| SessionRef::Id(id.clone());
+        let asked = ids.iter().filter(|id| caller.judge(Action::Read, &address(id)) != Verdict::Denied);
+        let found = self.rows.find_many(&caller.environment, asked).await?;
+        let may_see = |session: &&SharedSession| {
+            Self::judged(caller, Action::Read, &address(&session.id), Some(session)).is_ok()
         };
-        Ok(found.into_iter().map(|session| session.filter(may_see)).collect())
+        Ok(ids.iter().map(|id| found.get(id).filter(may_see).cloned()).collect())
     }
 
     /// A session as it changes; an external id that no session has yet is waited for.
@@ -130,7 +131,7 @@ impl Sessions {
     }
 
     /// Every session that is created or changed from now on and matches `filter` then. That a session expires is no
-    /// change.
+    /// change, and neither is that it matches no longer.
     ///
     /// # Errors
     /// As [`Sessions::list`].

@@ -37,7 +37,7 @@ impl Sessions {
         part_id: Option<&str>,
     ) -> Result<AppendAck> {
         let payload = NewPayload { content: Content::Text(text), part_id };
-        let record = envelope::record(channel.direction, &payload);
+        let record = envelope::record(channel.direction, &payload)?;
         self.append(caller, address, channel, AppendInput::one(record)?).await
     }
 
@@ -95,31 +95,27 @@ impl Sessions {
         payloads: &[NewPayload<'_>],
         match_seq_num: Option<SeqNum>,
     ) -> Result<Appended> {
-        let records = payloads.iter().map(|payload| envelope::record(channel.direction, payload)).collect();
-        let mut input = AppendInput::new(records)?;
+        let records = payloads.iter().map(|payload| envelope::record(channel.direction, payload));
+        let mut input = AppendInput::new(records.collect::<Result<_>>()?)?;
         input.match_seq_num = match_seq_num;
         self.append_to(caller, address, channel, input).await
     }
 
-    /// The records that an append has written or found. Whoever may write may see what was written.
+    /// The records that an append has written or found, in its order; those trimmed since are left out. Whoever may
+    /// write may see what was written.
     ///
     /// # Errors
-    /// [`Error::Unavailable`].
+    /// [`Error::Unavailable`]. The records are stored nevertheless.
     pub async fn appended(&self, appended: &Appended) -> Result<Vec<Record>> {
         let mut records = Vec::with_capacity(appended.ack.seq_nums.len());
-        let mut rest = appended.ack.seq_nums.as_slice();
-        while let Some(first) = rest.first() {
-            let run =
-                rest.iter().zip(*first..).take_while(|(seq_num, expected)| **seq_num == *expected).count();
-            let batch =
-                self.channels.read(&appended.key, ReadStart::SeqNum(*first), ReadLimit::count(run)).await?;
-            let found = batch.records.iter().filter(|record| record.position.seq_num < first + run as u64);
-            let before = records.len();
-            records.extend(found.cloned());
-            if records.len() == before {
-                break;
+        for run in appended.ack.seq_nums.chunk_by(|one, other| *other == one + 1) {
+            let (mut next, end) = (run[0], run[0] + run.len() as u64);
+            while next < end {
+                let limit = ReadLimit::count(usize::try_from(end - next).unwrap_or(run.len()));
+                let batch = self.channels.read(&appended.key, ReadStart::SeqNum(next), limit).await?;
+                records.extend(batch.records.iter().filter(|record| record.position.seq_num < end).cloned());
+                next = batch.next_seq_num().unwrap_or(end);
             }
-            rest = &rest[records.len() - before..];
         }
         Ok(records)
     }
@@ -238,11 +234,12 @@ impl Sessions {
             _ => false,
         };
         let next = match options.start {
-            ReadStart::SeqNum(next) if options.require_complete => Some(next),
+            ReadStart::SeqNum(next) => Some(next),
             _ => None,
         };
+        let demands = Demands { settled, complete: options.require_complete, next };
         let stream = self.attach(caller, session, address, channel, options.start).await?;
-        Ok(Follow::new(stream, caller, Demands { settled, next }, self.bounds.clone()))
+        Ok(Follow::new(stream, caller, demands, self.bounds.clone()))
     }
 
     /// A page of stored records, without commands.
@@ -311,23 +308,23 @@ impl Sessions {
         has_next: bool,
     ) -> Result<RecordPage> {
         let (mut end, mut records, mut bytes) = (end, VecDeque::new(), 0);
+        let mut window = size as u64 + 1;
         while end > earliest {
-            let start = end.saturating_sub(size as u64 + 1).max(earliest);
-            let mut found = Vec::new();
-            let mut next = start;
-            while next < end {
-                let limit = ReadLimit::count(usize::try_from(end - next).unwrap_or(size));
-                let batch = self.channels.read(key, ReadStart::SeqNum(next), limit).await?;
-                let Some(after) = batch.next_seq_num() else { break };
-                found.extend(batch.records.iter().filter(|record| record.position.seq_num < end).cloned());
-                next = after;
+            let start = end.saturating_sub(window).max(earliest);
+            let limit = ReadLimit::count(usize::try_from(end - start).unwrap_or(size));
+            let batch = self.channels.read(key, ReadStart::SeqNum(start), limit).await?;
+            // Too large for one read: fewer, so that never more than one is held besides the page.
+            if end - start > 1 && batch.next_seq_num().is_some_and(|next| next < end) {
+                window = (end - start) / 2;
+                continue;
             }
-            for record in found.into_iter().rev().filter(|record| !record.is_command()) {
+            let found = batch.records.iter().filter(|record| record.position.seq_num < end);
+            for record in found.filter(|record| !record.is_command()).rev() {
                 bytes += metered_size(&record.headers, &record.body);
                 if records.len() == size || (bytes > PAGE_BYTES && !records.is_empty()) {
                     return Ok(RecordPage { records: records.into(), has_next, has_previous: true });
                 }
-                records.push_front(record);
+                records.push_front(record.clone());
             }
             end = start;
         }

@@ -1,6 +1,6 @@
 //! Session rows as the use cases read them: through a cache, and awaited where they do not exist yet.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use quick_cache::sync::Cache;
@@ -14,6 +14,10 @@ use crate::domain::watch;
 
 /// Changes kept for who is slow to take them.
 const CHANGES_KEPT: usize = 1024;
+/// Sessions whose last version told is remembered: more than can be told while one change is on its way here.
+const VERSIONS_KEPT: usize = CHANGES_KEPT;
+/// Most ids that one query asks for.
+const QUERY_IDS: usize = 200;
 
 type Key = (EnvironmentId, SessionRef);
 
@@ -27,6 +31,8 @@ pub(super) struct Rows {
     awaited: Awaited,
     /// The newest version of every session that changes.
     changes: broadcast::Sender<SharedSession>,
+    /// What was told last of a session. Changed under the lock of `generation`.
+    told: Cache<SessionId, SharedSession>,
 }
 
 type Awaited = Mutex<HashMap<(EnvironmentId, ExternalId), Arc<Notify>>>;
@@ -66,6 +72,7 @@ impl Rows {
             generation: Mutex::default(),
             awaited: Mutex::default(),
             changes: broadcast::Sender::new(CHANGES_KEPT),
+            told: Cache::new(VERSIONS_KEPT),
         }
     }
 
@@ -93,21 +100,24 @@ impl Rows {
         Ok(Some(session))
     }
 
-    /// The rows with these ids, in the same order; at most one query.
-    pub(super) async fn find_many(
+    /// The rows with these ids, as far as there are any. One query for all that are not in the cache.
+    pub(super) async fn find_many<'a>(
         &self,
         environment: &EnvironmentId,
-        ids: &[SessionId],
-    ) -> Result<Vec<Option<SharedSession>>> {
-        let cached = |id: &SessionId| self.cache.get(&(environment.clone(), SessionRef::Id(id.clone())));
-        let mut found: HashMap<SessionId, SharedSession> =
-            ids.iter().filter_map(|id| Some((id.clone(), cached(id)?))).collect();
-        let missing: Vec<_> = ids.iter().filter(|id| !found.contains_key(*id)).cloned().collect();
-        if !missing.is_empty() {
-            let stored = self.store.find_sessions(environment, &missing).await?;
+        ids: impl Iterator<Item = &'a SessionId>,
+    ) -> Result<HashMap<SessionId, SharedSession>> {
+        let (mut found, mut missing) = (HashMap::new(), BTreeSet::new());
+        for id in ids {
+            match self.cache.get(&(environment.clone(), SessionRef::Id(id.clone()))) {
+                Some(session) => drop(found.insert(id.clone(), session)),
+                None => drop(missing.insert(id.clone())),
+            }
+        }
+        for some in Vec::from_iter(missing).chunks(QUERY_IDS) {
+            let stored = self.store.find_sessions(environment, some).await?;
             found.extend(stored.into_iter().map(|session| (session.id.clone(), Arc::new(session))));
         }
-        Ok(ids.iter().map(|id| found.get(id).cloned()).collect())
+        Ok(found)
     }
 
     /// From now on every session that is created or changed.
@@ -154,9 +164,12 @@ impl Rows {
                 self.awaken(environment, external);
             }
         }
-        if let Some(newest) = versions.last().filter(|_| self.changes.receiver_count() > 0) {
+        let Some(newest) = versions.last().filter(|_| self.changes.receiver_count() > 0) else { return };
+        if self.told.get(&newest.id).is_none_or(|told| newest.is_newer_than(&told)) {
+            let newest = Arc::new(Session::clone(newest));
+            self.told.insert(newest.id.clone(), newest.clone());
             // Nobody may be listening any more, which is no fault.
-            let _ = self.changes.send(Arc::new(Session::clone(newest)));
+            let _ = self.changes.send(newest);
         }
     }
 

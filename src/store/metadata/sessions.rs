@@ -1,5 +1,7 @@
 //! Queries on sessions. Every one starts from [`scoped`], so none can see past its environment.
 
+use std::time::Duration;
+
 use entity::{session_tags, sessions};
 use sea_orm::sea_query::{Expr, ExprTrait, LockType, OnConflict, Query, SelectStatement, UpdateStatement};
 use sea_orm::{ActiveValue::Set, ConnectionTrait, EntityTrait, QueryTrait};
@@ -209,7 +211,7 @@ fn apply(mut session: Session, patch: SessionPatch, now: Timestamp) -> Session {
     if let Some(trigger_config) = patch.trigger_config {
         session.trigger_config = Some(trigger_config);
     }
-    session.updated_at = now;
+    session.updated_at = now.max(session.updated_at.plus(Duration::from_millis(1)));
     session
 }
 

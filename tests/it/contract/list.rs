@@ -340,6 +340,13 @@ async fn random_filters_agree_with_the_oracle(sql: Sql) {
         for round in 0..60 {
             let filter = random_filter(&mut dice);
             let now = [at(5000), NOW, at(10_001), at(30_000)][dice.roll(4)];
+            for session in &sessions {
+                assert_eq!(
+                    filter.matches(session, now),
+                    oracle(&filter, session, now),
+                    "{filter:?} {session:?}"
+                );
+            }
             let expected = expected(&filter, &sessions, now);
             let (size, forward) = (1 + dice.roll(7), dice.roll(2) == 0);
             let found = walk(&sql, &filter, size, forward, now).await;

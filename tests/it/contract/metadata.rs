@@ -1,6 +1,7 @@
 //! The contract of `MetadataStore`.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use sea_orm::ConnectionTrait;
@@ -28,7 +29,9 @@ suite!("MetadataStore": [sqlite = Sql::sqlite, postgres = Sql::postgres], [
     a_request_key_with_nul_is_invalid,
     environments_do_not_see_each_other,
     an_absent_session_is_none,
+    many_sessions_are_found_by_their_ids_and_only_here,
     an_update_changes_only_what_it_names,
+    every_update_has_a_later_time_than_the_one_before,
     an_update_clears_metadata_and_external_id,
     a_cleared_external_id_is_free_for_another_session,
     a_taken_external_id_is_a_conflict_and_changes_nothing,
@@ -51,6 +54,9 @@ suite!("MetadataStore": [sqlite = Sql::sqlite, postgres = Sql::postgres], [
     a_store_that_is_closed_is_unavailable,
     a_schema_from_a_newer_binary_is_refused,
 ]);
+
+/// How much later an update is than the one before at least.
+const MILLISECOND: Duration = Duration::from_millis(1);
 
 fn closure(millis: i64, reason: &str) -> Closure {
     Closure { at: at(millis), reason: Some(reason.to_owned()) }
@@ -208,6 +214,39 @@ async fn an_absent_session_is_none(sql: Sql) {
     sql.store.complete_close(&absent.id, &closure(2, "no")).await.expect("nothing to do");
 }
 
+async fn many_sessions_are_found_by_their_ids_and_only_here(sql: Sql) {
+    let mut ours = Vec::new();
+    for n in 0..3 {
+        let created = Session { tags: words(&["a"]), ..session(n) };
+        ours.push(sql.create(created).await.session);
+    }
+    let theirs = sql.create(Session { environment: sql.elsewhere.clone(), ..session(1) }).await.session;
+    let absent = session(1).id;
+    let asked = [&ours[2].id, &absent, &theirs.id, &ours[0].id, &ours[2].id].map(Clone::clone);
+    let mut found = sql.store.find_sessions(&sql.here, &asked).await.expect("answers");
+    found.sort_by_key(|session| session.created_at);
+    assert_eq!(found, [ours[0].clone(), ours[2].clone()]);
+    assert_eq!(sql.store.find_sessions(&sql.here, &[]).await.expect("answers"), []);
+    let many: Vec<_> = (0..500).map(|_| session(1).id).chain([theirs.id.clone()]).collect();
+    assert_eq!(sql.store.find_sessions(&sql.elsewhere, &many).await.expect("answers"), [theirs]);
+}
+
+async fn every_update_has_a_later_time_than_the_one_before(sql: Sql) {
+    let mine = sql.create(named("mine")).await.session;
+    let stores = [sql.store.clone(), sql.again().await];
+    let updates = (0..20_usize).map(|n| {
+        let (store, here, id) = (&stores[n % 2], &sql.here, &mine.id);
+        async move {
+            let row =
+                store.update_session(here, id, SessionPatch::default(), at(900)).await.expect("updates");
+            row.expect("is there").updated_at
+        }
+    });
+    let times: BTreeSet<_> = join_all(updates).await.into_iter().collect();
+    assert_eq!(times, (1001..=1020).map(at).collect());
+    assert_eq!(update(&sql, &mine, SessionPatch::default()).await.updated_at, at(5000));
+}
+
 async fn an_update_changes_only_what_it_names(sql: Sql) {
     let before = Session {
         tags: words(&["a", "b"]),
@@ -218,15 +257,19 @@ async fn an_update_changes_only_what_it_names(sql: Sql) {
     sql.create(before.clone()).await;
     let mut expected = Session { updated_at: at(5000), ..before.clone() };
     assert_eq!(update(&sql, &before, SessionPatch::default()).await, expected);
+    expected.updated_at = expected.updated_at.plus(MILLISECOND);
     expected.tags = words(&["c", "a"]);
     let patch = SessionPatch { tags: Some(words(&["c", "a"])), ..SessionPatch::default() };
     assert_eq!(update(&sql, &before, patch).await, expected);
+    expected.updated_at = expected.updated_at.plus(MILLISECOND);
     expected.metadata = object(&json!({"k": 2}));
     let patch = SessionPatch { metadata: Some(expected.metadata.clone()), ..SessionPatch::default() };
     assert_eq!(update(&sql, &before, patch).await, expected);
+    expected.updated_at = expected.updated_at.plus(MILLISECOND);
     expected.trigger_config = object(&json!({"t": 2}));
     let patch = SessionPatch { trigger_config: expected.trigger_config.clone(), ..SessionPatch::default() };
     assert_eq!(update(&sql, &before, patch).await, expected);
+    expected.updated_at = expected.updated_at.plus(MILLISECOND);
     expected.external_id = Some(external("renamed"));
     assert_eq!(update(&sql, &before, naming(Some("renamed"))).await, expected);
     assert_eq!(found(&sql, &before).await, expected);

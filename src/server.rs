@@ -186,8 +186,8 @@ impl Server {
             auth: self.auth.clone(),
             metrics: self.metrics,
             clock: self.control.clock.clone(),
-            config: api_config(&self.config.http),
-            shutdown: draining.clone(),
+            config: api_config(&self.config),
+            shutdown: self.shutdown.clone(),
         });
         let listening = tokio::spawn(self.listener.serve(router, self.shutdown.clone()));
         tokio::spawn(self.timers.clone().run(draining.clone()));
@@ -252,7 +252,8 @@ async fn claim_log(control: &Control, log: &LogChannels) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn api_config(http: &HttpConfig) -> ApiConfig {
+fn api_config(config: &Config) -> ApiConfig {
+    let http = &config.http;
     let HttpConfig { rate_limit, cors_origins, .. } = http;
     let any = cors_origins.iter().any(|origin| origin == "*");
     ApiConfig {
@@ -267,6 +268,7 @@ fn api_config(http: &HttpConfig) -> ApiConfig {
         },
         body_chunk_timeout: http.body_pause_timeout,
         body_timeout: http.body_timeout,
+        graphql: config.graphql.clone(),
     }
 }
 

@@ -85,6 +85,12 @@ pub enum Outcome {
 pub enum Door {
     /// Server-sent events.
     Sse,
+    /// GraphQL over WebSocket.
+    Websocket,
+    /// GraphQL over server-sent events.
+    GraphqlSse,
+    /// GraphQL over multipart.
+    Multipart,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -99,6 +105,7 @@ pub struct Metrics {
     appends: Family<AppendLabels, Histogram, fn() -> Histogram>,
     followers: Family<FollowerLabels, Gauge>,
     connections: Gauge,
+    websockets: Gauge,
     commits: Histogram,
     commit_records: Histogram,
     commit_bytes: Counter,
@@ -114,6 +121,7 @@ impl Metrics {
             appends: Family::new_with_constructor(latency_histogram),
             followers: Family::default(),
             connections: Gauge::default(),
+            websockets: Gauge::default(),
             commits: latency_histogram(),
             commit_records: size_histogram(),
             commit_bytes: Counter::default(),
@@ -121,8 +129,11 @@ impl Metrics {
         };
         metrics.log_healthy.set(1.0);
         // A gauge that was never touched is not shown.
-        drop(metrics.followers.get_or_create(&FollowerLabels { door: Door::Sse }));
-        let Self { registry, requests, appends, followers, connections, commits, .. } = &mut metrics;
+        for door in [Door::Sse, Door::Websocket, Door::GraphqlSse, Door::Multipart] {
+            drop(metrics.followers.get_or_create(&FollowerLabels { door }));
+        }
+        let Self { registry, requests, appends, followers, connections, websockets, commits, .. } =
+            &mut metrics;
         let seconds = || Unit::Seconds;
         registry.register_with_unit(
             "request_duration",
@@ -133,6 +144,7 @@ impl Metrics {
         registry.register_with_unit("append_duration", "Time to the durable ack", seconds(), appends.clone());
         registry.register("followers", "Live followers", followers.clone());
         registry.register("connections", "Open connections", connections.clone());
+        registry.register("websockets", "Open connections that are WebSockets", websockets.clone());
         registry.register_with_unit(
             "log_commit_duration",
             "Time of one group commit with its sync",
@@ -190,6 +202,11 @@ impl Metrics {
     /// A connection began; it ends when the guard is dropped.
     pub fn connection(&self) -> GaugeGuard {
         GaugeGuard::new(self.connections.clone())
+    }
+
+    /// A connection became a WebSocket; it ends when the guard is dropped.
+    pub fn websocket(&self) -> GaugeGuard {
+        GaugeGuard::new(self.websockets.clone())
     }
 
     /// The log has committed a group.

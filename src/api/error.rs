@@ -59,6 +59,7 @@ pub fn status(code: Code) -> StatusCode {
         Code::FencingTokenMismatch | Code::SeqNumMismatch => StatusCode::PRECONDITION_FAILED,
         Code::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
         Code::ValidationFailed | Code::IdempotencyMismatch => StatusCode::UNPROCESSABLE_ENTITY,
+        Code::CursorExpired => StatusCode::GONE,
         Code::RateLimited => StatusCode::TOO_MANY_REQUESTS,
         Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         Code::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -73,11 +74,17 @@ fn should_retry(status: StatusCode, code: Code) -> Option<bool> {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
+        Arc::new(error).into()
+    }
+}
+
+impl From<Arc<Error>> for Failure {
+    fn from(error: Arc<Error>) -> Self {
         let code = error.code();
         let status = status(code);
         let mut failure = Self::new(status, code.as_str(), error.detail());
         failure.retry = should_retry(status, code);
-        match &error {
+        match error.as_ref() {
             Error::Malformed(violation) => {
                 failure = failure.with("details", violations(std::slice::from_ref(violation)));
             }
@@ -92,13 +99,14 @@ impl From<Error> for Failure {
             Error::Closed { at, reason } => {
                 failure = failure.with("closedAt", json!(at.to_string())).with("closedReason", json!(reason));
             }
+            Error::Trimmed { earliest } => failure = failure.with("earliest", json!(earliest.to_string())),
             Error::RateLimited(limit) => failure.headers = rate_headers(*limit),
             Error::Unavailable { .. } => failure.message = AWAY.to_owned(),
             Error::Internal(_) => failure.message = OUR_FAULT.to_owned(),
             _ => {}
         }
         if status.is_server_error() {
-            failure.cause = Some(Arc::new(error));
+            failure.cause = Some(error);
         }
         failure
     }
@@ -211,6 +219,16 @@ impl Failure {
         self
     }
 
+    /// What else there is to say, by field.
+    pub fn details(&self) -> &Map<String, Value> {
+        &self.extra
+    }
+
+    /// Headers of the answer, such as the state of a rate limit.
+    pub fn headers(&self) -> &HeaderMap {
+        &self.headers
+    }
+
     /// The fault of ours that is behind this, for the log.
     pub fn cause(&self) -> Option<&Error> {
         self.cause.as_deref()
@@ -302,6 +320,7 @@ mod tests {
                 ("fencing_token_mismatch", 412, None),
                 ("seq_num_mismatch", 412, None),
                 ("idempotency_mismatch", 422, None),
+                ("cursor_expired", 410, None),
                 ("rate_limited", 429, None),
                 ("unavailable", 503, None),
                 ("internal", 500, None),

@@ -27,7 +27,8 @@ pub struct ApiAsker(pub Arc<Caller>);
 #[derive(Debug)]
 pub struct KeyAsker(pub Arc<Caller>);
 
-fn bearer(headers: &HeaderMap) -> Result<&str, Failure> {
+/// The bearer token of a request.
+pub fn bearer(headers: &HeaderMap) -> Result<&str, Failure> {
     const MISSING: Error = Error::Unauthenticated("Invalid or Missing API key");
     let text = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()).ok_or(MISSING)?;
     let (scheme, bearer) = text.split_once(' ').ok_or(MISSING)?;

@@ -5,7 +5,9 @@
 pub mod cors;
 pub mod error;
 pub mod extract;
+pub mod graphql;
 pub mod openapi;
+pub mod period;
 pub mod rate_limit;
 pub mod realtime;
 pub mod rest;
@@ -22,10 +24,11 @@ use axum::{Json, Router, middleware};
 use http::StatusCode;
 use http::header::{CONTENT_TYPE, HeaderValue};
 use serde_json::json;
-use tokio_util::sync::CancellationToken;
 
 use crate::auth::Auth;
+use crate::config::GraphqlConfig;
 use crate::domain::{Clock, Sessions};
+use crate::shutdown::Shutdown;
 use crate::telemetry::Metrics;
 use error::Failure;
 use rate_limit::{RateLimiter, RateLimits};
@@ -41,6 +44,8 @@ pub struct ApiConfig {
     pub body_chunk_timeout: Duration,
     /// Longest time for a whole request body.
     pub body_timeout: Duration,
+    /// The GraphQL door.
+    pub graphql: GraphqlConfig,
 }
 
 /// What the front ends stand on.
@@ -56,8 +61,9 @@ pub struct ApiState {
     pub metrics: Arc<Metrics>,
     /// Settings.
     pub config: ApiConfig,
-    /// Cancelled when the server begins to stop: followers end, and the server is no longer ready.
-    pub shutdown: CancellationToken,
+    /// Drains when the server begins to stop: followers end, and the server is no longer ready. Connections that have
+    /// been taken over run in it.
+    pub shutdown: Shutdown,
 }
 
 impl fmt::Debug for ApiState {
@@ -83,6 +89,7 @@ impl std::ops::Deref for App {
 pub struct Shared {
     state: ApiState,
     rate_limiter: RateLimiter,
+    graphql: Arc<graphql::Engine>,
     document: bytes::Bytes,
 }
 
@@ -95,12 +102,13 @@ impl std::ops::Deref for Shared {
 }
 
 /// Every route template: the only values that the `route` label of a metric may have.
-const ROUTES: [&str; 17] = [
+const ROUTES: [&str; 18] = [
     "/",
     "/healthz",
     "/readyz",
     "/metrics",
     "/openapi.json",
+    graphql::PATH,
     "/api/v1/sessions",
     "/api/v1/sessions/{session}",
     "/api/v1/sessions/{session}/close",
@@ -127,8 +135,10 @@ pub fn router(state: ApiState) -> Router {
     let (routes, document) = openapi::routes().split_for_parts();
     let document = openapi::finished(document);
     let rate_limiter = RateLimiter::new(state.config.rate_limits);
-    let app = App(Arc::new(Shared { state, rate_limiter, document }));
+    let graphql = Arc::new(graphql::Engine::new(state.config.graphql.clone()));
+    let app = App(Arc::new(Shared { state, rate_limiter, graphql, document }));
     routes
+        .merge(graphql::routes())
         .route("/", get(index))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
@@ -146,7 +156,7 @@ async fn index() -> Response {
         "version": env!("CARGO_PKG_VERSION"),
         "links": {
             "openapi": "/openapi.json", "health": "/healthz", "ready": "/readyz", "metrics": "/metrics",
-            "sessions": "/api/v1/sessions"
+            "sessions": "/api/v1/sessions", "graphql": graphql::PATH
         }
     }))
     .into_response()
@@ -161,7 +171,7 @@ async fn readyz(State(app): State<App>) -> Response {
         (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "unavailable", "reason": reason})))
             .into_response()
     };
-    if app.shutdown.is_cancelled() {
+    if app.shutdown.draining().is_cancelled() {
         return not_ready("the server is shutting down".to_owned());
     }
     match app.sessions.ready().await {

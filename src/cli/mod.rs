@@ -53,6 +53,8 @@ enum Command {
     Token(control::TokenArgs),
     /// Show the settings in force, secrets masked
     Config(output::OutputArgs),
+    /// Print the GraphQL schema
+    Schema,
     /// Follow a channel of a running server
     Tail(client::TailArgs),
     /// Append to a channel of a running server
@@ -88,6 +90,10 @@ async fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Keys(command) => control::keys(&common, command).await,
         Command::Token(args) => control::token(&common, args).await,
         Command::Config(output) => control::config(&common, output),
+        Command::Schema => {
+            print!("{}", crate::api::graphql::sdl());
+            Ok(())
+        }
         Command::Tail(args) => client::tail(&common, args).await,
         Command::Send(args) => client::send(&common, args).await,
     }

@@ -1,5 +1,6 @@
 //! Settings: embedded defaults < TOML file < `SESSIOND_*` environment < flags. Nobody else reads the environment.
 
+mod graphql;
 mod http;
 mod store;
 
@@ -11,6 +12,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::domain::{Error, Result, Violation};
+pub use graphql::GraphqlConfig;
 pub use http::{HttpConfig, RateLimitConfig, TlsConfig};
 pub use store::{AuthConfig, LogConfig, MetadataConfig};
 
@@ -32,6 +34,8 @@ pub struct Config {
     pub secret_key: Option<SecretString>,
     /// The listener and what it allows.
     pub http: HttpConfig,
+    /// The GraphQL door.
+    pub graphql: GraphqlConfig,
     /// The metadata store.
     pub metadata: MetadataConfig,
     /// The embedded log.
@@ -108,6 +112,7 @@ impl Config {
     fn validate(&self) -> Result<()> {
         let mut faults = Vec::new();
         self.http.validate(&mut faults);
+        self.graphql.validate(&mut faults);
         self.metadata.validate(&mut faults);
         if self.metadata.is_postgres() && self.auth.master_key.is_none() {
             faults.push(fault("auth.master_key", "is required with Postgres"));

@@ -40,6 +40,16 @@ pub fn wrap_text(text: &str, id: &str) -> Bytes {
     Bytes::from(envelope)
 }
 
+/// Wraps JSON text as direct writers store a value.
+fn wrap_json(json: &str, id: &str) -> Bytes {
+    let id = Value::from(id).to_string();
+    let mut envelope = String::with_capacity(json.len() + id.len() + 16);
+    for part in ["{\"data\":", json, ",\"id\":", &id, "}"] {
+        envelope.push_str(part);
+    }
+    Bytes::from(envelope)
+}
+
 /// Reads a record's envelope; `None` for control and command records and for foreign bodies.
 pub fn unwrap(record: &Record) -> Option<Envelope<'_>> {
     if record.is_command() || record.body.is_empty() {
@@ -48,14 +58,45 @@ pub fn unwrap(record: &Record) -> Option<Envelope<'_>> {
     serde_json::from_slice(&record.body).ok()
 }
 
-/// A request body as a data record of a channel.
-pub(super) fn record(direction: Direction, text: &str, part_id: Option<&str>) -> NewRecord {
-    let cleaned = (direction == Direction::In).then(|| without_forged_source(text)).flatten();
-    let text = cleaned.as_deref().unwrap_or(text);
-    match part_id {
-        Some(id) => NewRecord { part_id: Some(id.into()), ..NewRecord::data(wrap_text(text, id)) },
-        None => NewRecord::data(wrap_text(text, &fresh_part_id())),
-    }
+/// A payload to be appended.
+#[derive(Clone, Debug)]
+pub struct NewPayload<'a> {
+    /// What it is.
+    pub content: Content<'a>,
+    /// The writer's own id of it: a repeat is stored once.
+    pub part_id: Option<&'a str>,
+}
+
+/// The two kinds of payloads.
+#[derive(Clone, Copy, Debug)]
+pub enum Content<'a> {
+    /// Text, stored as a JSON string.
+    Text(&'a str),
+    /// A JSON value, stored as it is.
+    Json(&'a RawValue),
+}
+
+/// A payload as a data record of a channel. What clients send to `.in` loses the claim that only the server may make.
+pub(super) fn record(direction: Direction, payload: &NewPayload<'_>) -> NewRecord {
+    let given = match payload.content {
+        Content::Text(text) => text,
+        Content::Json(value) => value.get(),
+    };
+    let cleaned = (direction == Direction::In).then(|| without_forged_source(given)).flatten();
+    let data = cleaned.as_deref().unwrap_or(given);
+    let fresh;
+    let id = match payload.part_id {
+        Some(id) => id,
+        None => {
+            fresh = fresh_part_id();
+            &fresh
+        }
+    };
+    let body = match payload.content {
+        Content::Text(_) => wrap_text(data, id),
+        Content::Json(_) => wrap_json(data, id),
+    };
+    NewRecord { part_id: payload.part_id.map(Into::into), ..NewRecord::data(body) }
 }
 
 /// `payload.actionSource: "webhook"` is the server's own claim: a body that carries it loses it and is
@@ -103,13 +144,13 @@ mod tests {
     use super::*;
     use crate::domain::record::Position;
 
-    fn record(body: Bytes) -> Record {
+    fn stored(body: Bytes) -> Record {
         Record { position: Position::default(), headers: vec![], body, metered_end: 0 }
     }
 
     #[test]
     fn text_comes_back_as_a_json_string() {
-        let record = record(wrap_text("{\"a\":\"\u{1f600}\\n\"}", "p1"));
+        let record = stored(wrap_text("{\"a\":\"\u{1f600}\\n\"}", "p1"));
         let envelope = unwrap(&record).expect("an envelope");
         assert_eq!(envelope.id, "p1");
         let text: String = serde_json::from_str(envelope.data.get()).expect("a string");
@@ -117,9 +158,23 @@ mod tests {
     }
 
     #[test]
+    fn a_value_comes_back_to_the_byte_and_without_a_forged_source() {
+        let value: Box<RawValue> = serde_json::from_str(r#"{"a": [1, 2.50]}"#).expect("JSON");
+        let payload = NewPayload { content: Content::Json(&value), part_id: Some("p\"1") };
+        let held = stored(record(Direction::In, &payload).body);
+        let envelope = unwrap(&held).expect("an envelope");
+        assert_eq!((envelope.data.get(), envelope.id.as_str()), (r#"{"a": [1, 2.50]}"#, "p\"1"));
+        let forged: Box<RawValue> =
+            serde_json::from_str(r#"{"payload":{"actionSource":"webhook"}}"#).expect("JSON");
+        let payload = NewPayload { content: Content::Json(&forged), part_id: None };
+        let held = stored(record(Direction::In, &payload).body);
+        assert_eq!(unwrap(&held).expect("an envelope").data.get(), r#"{"payload":{}}"#);
+    }
+
+    #[test]
     fn anything_else_is_no_envelope() {
         for body in ["", "null", "[]", "{\"data\":1}", "plain"] {
-            assert!(unwrap(&record(Bytes::from(body))).is_none(), "{body}");
+            assert!(unwrap(&stored(Bytes::from(body))).is_none(), "{body}");
         }
     }
 

@@ -88,6 +88,12 @@ pub enum Error {
         /// The sequence number that the next record will get.
         tail: SeqNum,
     },
+    /// The records that a reader must not miss have been trimmed.
+    #[error("the records after the cursor have been trimmed; the earliest that remains is {earliest}")]
+    Trimmed {
+        /// The first sequence number that remains.
+        earliest: SeqNum,
+    },
     /// The part id was used before with another body.
     #[error("part id {part_id:?} was used before with a different body")]
     IdempotencyMismatch {
@@ -157,6 +163,7 @@ impl Error {
             Self::Fenced { .. } => Code::FencingTokenMismatch,
             Self::SeqNumMismatch { .. } => Code::SeqNumMismatch,
             Self::IdempotencyMismatch { .. } => Code::IdempotencyMismatch,
+            Self::Trimmed { .. } => Code::CursorExpired,
             Self::RateLimited(_) => Code::RateLimited,
             Self::Unavailable { .. } => Code::Unavailable,
             Self::Internal(_) => Code::Internal,
@@ -202,6 +209,8 @@ pub enum Code {
     SeqNumMismatch,
     /// `idempotency_mismatch`
     IdempotencyMismatch,
+    /// `cursor_expired`
+    CursorExpired,
     /// `rate_limited`
     RateLimited,
     /// `unavailable`
@@ -212,7 +221,7 @@ pub enum Code {
 
 impl Code {
     /// Every code, for tables and documents.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::NotFound,
         Self::Conflict,
         Self::SessionClosed,
@@ -226,6 +235,7 @@ impl Code {
         Self::FencingTokenMismatch,
         Self::SeqNumMismatch,
         Self::IdempotencyMismatch,
+        Self::CursorExpired,
         Self::RateLimited,
         Self::Unavailable,
         Self::Internal,
@@ -247,6 +257,7 @@ impl Code {
             Self::FencingTokenMismatch => "fencing_token_mismatch",
             Self::SeqNumMismatch => "seq_num_mismatch",
             Self::IdempotencyMismatch => "idempotency_mismatch",
+            Self::CursorExpired => "cursor_expired",
             Self::RateLimited => "rate_limited",
             Self::Unavailable => "unavailable",
             Self::Internal => "internal",

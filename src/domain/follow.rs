@@ -3,17 +3,16 @@
 use std::fmt;
 use std::sync::Arc;
 
-use futures_util::future::{BoxFuture, FutureExt};
+use futures_util::future::FutureExt;
 use futures_util::stream::{BoxStream, StreamExt};
-use tokio_util::sync::CancellationToken;
 
 use super::access::Caller;
-use super::clock::{Clock, Timestamp};
+use super::clock::Timestamp;
 use super::error::{Error, Result};
+use super::lifeline::{Bounds, Lifeline};
 use super::port::Followed;
-use super::record::{Position, RecordBatch};
+use super::record::{Position, RecordBatch, SeqNum};
 use super::session::{Closure, SharedSession};
-use super::timer::Timers;
 
 /// What the stream below a [`Follow`] yields.
 pub(super) enum Item {
@@ -42,77 +41,63 @@ pub enum FollowEvent {
     Stopping,
 }
 
-/// What ends a follower besides its session.
-#[derive(Clone)]
-pub(super) struct Bounds {
-    pub clock: Arc<dyn Clock>,
-    pub timers: Arc<Timers>,
-    /// Cancelled when the server begins to stop.
-    pub stopping: CancellationToken,
+/// What a follower asks of its channel.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Demands {
+    /// End after the stored records.
+    pub settled: bool,
+    /// The record that must come next, if a trimmed one is not to be passed over in silence.
+    pub next: Option<SeqNum>,
 }
 
 /// One caller's live view of one channel.
-///
-/// It waits for two things only, the log and its alarm: revocation and a stop are flags, and whoever raises one
-/// fires every alarm ([`Timers::wake_all`]). Each thing waited for costs a lock with every delivery.
 pub struct Follow {
     stream: BoxStream<'static, Result<Item>>,
-    bounds: Bounds,
-    alarm: Option<(Timestamp, BoxFuture<'static, ()>)>,
-    /// Alerts at the last look at the flags.
-    alerts: Option<u64>,
-    revoked: CancellationToken,
-    credentials_end: Option<Timestamp>,
-    session_end: Option<Timestamp>,
+    lifeline: Lifeline,
+    session: Option<SharedSession>,
     caught_up: bool,
-    settled: bool,
+    demands: Demands,
 }
 
 impl Follow {
     pub(super) fn new(
         stream: BoxStream<'static, Result<Item>>,
         caller: &Caller,
-        settled: bool,
+        demands: Demands,
         bounds: Bounds,
     ) -> Self {
-        Self {
-            stream,
-            bounds,
-            alarm: None,
-            alerts: None,
-            revoked: caller.revoked.clone(),
-            credentials_end: caller.expires_at,
-            session_end: None,
-            caught_up: false,
-            settled,
-        }
+        let lifeline = Lifeline::new(Some(caller), bounds);
+        Self { stream, lifeline, session: None, caught_up: false, demands }
     }
 
     /// True if the channel's last turn was complete when the follower began and the caller asked to know.
     pub fn is_settled(&self) -> bool {
-        self.settled
+        self.demands.settled
+    }
+
+    /// The session, as it was when the follower was attached to it; known with the first event.
+    pub fn session(&self) -> Option<&SharedSession> {
+        self.session.as_ref()
     }
 
     /// The next event; [`FollowEvent::Reached`] once the clock shows `until`. Cancel safe.
     ///
     /// # Errors
-    /// [`Error::Unauthenticated`] when the caller's credentials end, or what the log says. Nothing comes
-    /// after an error or a last event.
+    /// [`Error::Unauthenticated`] when the caller's credentials end, [`Error::Trimmed`] if the follower asked to be
+    /// told, or what the log says. Nothing comes after an error or a last event.
     pub async fn next(&mut self, until: Timestamp) -> Result<FollowEvent> {
         loop {
-            let now = self.bounds.clock.now();
-            if self.credentials_end.is_some_and(|at| at <= now) {
-                return Err(Error::Unauthenticated("Public Access Token is expired"));
-            }
-            let session_end = self.session_end.filter(|_| self.caught_up);
+            let now = self.lifeline.now();
+            let session_end =
+                self.session.as_ref().and_then(|session| session.expires_at).filter(|_| self.caught_up);
             let expired = session_end.filter(|at| *at <= now);
+            let wake = session_end.map_or(until, |end| end.min(until));
+            if let Some(cut) = self.lifeline.check(now, wake) {
+                cut.credentials()?;
+                return Ok(FollowEvent::Stopping);
+            }
             if expired.is_none() && until <= now {
                 return Ok(FollowEvent::Reached);
-            }
-            let wake = [self.credentials_end, session_end].into_iter().flatten().fold(until, Ord::min);
-            self.arm(wake);
-            if let Some(end) = self.alerted()? {
-                return Ok(end);
             }
             let item = if let Some(at) = expired {
                 match self.stream.next().now_or_never() {
@@ -120,20 +105,10 @@ impl Follow {
                     None => return Ok(FollowEvent::Expired(at)),
                 }
             } else {
-                let alarm = self.alarm.as_mut().map(|(_, alarm)| alarm);
-                let ring = async {
-                    match alarm {
-                        Some(alarm) => alarm.await,
-                        None => std::future::pending().await,
-                    }
-                };
                 tokio::select! {
                     biased;
                     item = self.stream.next() => item,
-                    () = ring => {
-                        self.alarm = None;
-                        continue;
-                    }
+                    () = self.lifeline.ring() => continue,
                 }
             };
             if let Some(event) = self.take(item)? {
@@ -142,22 +117,10 @@ impl Follow {
         }
     }
 
-    /// Looks at the flags if somebody may have raised one since the last look.
-    fn alerted(&mut self) -> Result<Option<FollowEvent>> {
-        let alerts = self.bounds.timers.alerts();
-        if self.alerts.replace(alerts) == Some(alerts) {
-            return Ok(None);
-        }
-        if self.revoked.is_cancelled() {
-            return Err(Error::Unauthenticated("the key has been revoked"));
-        }
-        Ok(self.bounds.stopping.is_cancelled().then_some(FollowEvent::Stopping))
-    }
-
     fn take(&mut self, item: Option<Result<Item>>) -> Result<Option<FollowEvent>> {
         let followed = match item {
             Some(Ok(Item::Attached(session))) => {
-                self.session_end = session.expires_at;
+                self.session = Some(session);
                 return Ok(None);
             }
             Some(Ok(Item::Followed(followed))) => followed,
@@ -165,9 +128,17 @@ impl Follow {
             None => return Err(Error::Unavailable { what: "channel", source: None }),
         };
         Ok(Some(match followed {
-            Followed::Batch(batch) => FollowEvent::Batch(batch),
-            Followed::CaughtUp(_) if self.settled => FollowEvent::Settled,
+            Followed::Batch(batch) => {
+                let first = batch.records.first().map(|record| record.position.seq_num);
+                self.expect(first)?;
+                self.demands.next = self.demands.next.and(batch.next_seq_num());
+                FollowEvent::Batch(batch)
+            }
             Followed::CaughtUp(tail) => {
+                self.expect(Some(tail.seq_num))?;
+                if self.demands.settled {
+                    return Ok(Some(FollowEvent::Settled));
+                }
                 self.caught_up = true;
                 FollowEvent::CaughtUp(tail)
             }
@@ -175,17 +146,17 @@ impl Follow {
         }))
     }
 
-    /// Makes sure that something wakes this follower at `wake` or before. An alarm that is too early is kept: a
-    /// deadline that moves with every record must not cost a timer operation for every record.
-    fn arm(&mut self, wake: Timestamp) {
-        if self.alarm.as_ref().is_none_or(|(at, _)| *at > wake) {
-            self.alarm = Some((wake, self.bounds.timers.reached(wake).boxed()));
+    /// Refuses if records were trimmed between the last one and `next`.
+    fn expect(&self, next: Option<SeqNum>) -> Result<()> {
+        match (self.demands.next, next) {
+            (Some(expected), Some(earliest)) if earliest > expected => Err(Error::Trimmed { earliest }),
+            _ => Ok(()),
         }
     }
 }
 
 impl fmt::Debug for Follow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Follow").field("caught_up", &self.caught_up).field("settled", &self.settled).finish()
+        f.debug_struct("Follow").field("caught_up", &self.caught_up).field("demands", &self.demands).finish()
     }
 }

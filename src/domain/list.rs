@@ -61,6 +61,21 @@ pub struct Filter {
 }
 
 impl Filter {
+    /// Whether a session matches at `now`: the same rule that a [`ListIndex`](super::ListIndex) applies.
+    pub fn matches(&self, session: &Session, now: Timestamp) -> bool {
+        let any = |wanted: &[String], value: &str| wanted.is_empty() || wanted.iter().any(|one| one == value);
+        let tagged = |tag: &String| session.tags.contains(tag);
+        any(&self.kinds, &session.kind)
+            && any(&self.task_identifiers, &session.task_identifier)
+            && (self.tags_any.is_empty() || self.tags_any.iter().any(tagged))
+            && self.tags_all.iter().all(tagged)
+            && (self.external_ids.is_empty()
+                || session.external_id.as_ref().is_some_and(|id| self.external_ids.contains(id)))
+            && (self.statuses.is_any() || self.statuses.as_slice().contains(&session.status(now)))
+            && self.created_from.is_none_or(|from| session.created_at >= from)
+            && self.created_to.is_none_or(|to| session.created_at <= to)
+    }
+
     /// Checks the number of values of each field.
     ///
     /// # Errors

@@ -34,6 +34,9 @@ pub trait MetadataStore: Send + Sync {
         address: &SessionRef,
     ) -> Result<Option<Session>>;
 
+    /// The sessions with these ids, in no order; ids without one are left out. At most a few hundred ids.
+    async fn find_sessions(&self, environment: &EnvironmentId, ids: &[SessionId]) -> Result<Vec<Session>>;
+
     /// Applies a patch and sets `updated_at` to `now`; `None` when there is no such session.
     ///
     /// # Errors

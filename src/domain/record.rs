@@ -1,7 +1,7 @@
 //! What a channel holds: records, their places, and how they are asked for.
 
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
 
@@ -14,6 +14,8 @@ pub const METERED_MAX: usize = 1_048_576;
 pub const BATCH_RECORDS_MAX: usize = 1000;
 /// Longest fencing token, in bytes (S2's limit).
 pub const FENCING_TOKEN_MAX: usize = 36;
+/// Forms kept of one batch; see [`RecordBatch::selected`].
+const SELECTED_MAX: usize = 4;
 /// Longest part id, in bytes.
 pub const PART_ID_MAX: usize = 256;
 
@@ -258,6 +260,52 @@ impl ReadLimit {
     }
 }
 
+/// Largest page of records; the smallest is 1.
+pub const RECORD_PAGE_MAX: usize = 100;
+
+/// Which way to page through a channel, and from where. Records come in channel order either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordAnchor {
+    /// After this number; from the first record that remains without one.
+    After(Option<SeqNum>),
+    /// Before this number; up to the tail without one.
+    Before(Option<SeqNum>),
+}
+
+/// A page of records asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordPageRequest {
+    /// 1 to [`RECORD_PAGE_MAX`].
+    pub(super) size: usize,
+    /// From where, and which way.
+    pub(super) anchor: RecordAnchor,
+}
+
+impl RecordPageRequest {
+    /// Checks the size.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the field `size`.
+    pub fn new(size: usize, anchor: RecordAnchor) -> Result<Self> {
+        if (1..=RECORD_PAGE_MAX).contains(&size) {
+            Ok(Self { size, anchor })
+        } else {
+            Err(Error::invalid("size", format!("must be 1 to {RECORD_PAGE_MAX}")))
+        }
+    }
+}
+
+/// A page of records in channel order, without commands.
+#[derive(Clone, Debug, Default)]
+pub struct RecordPage {
+    /// The records; fewer than asked for at an end of the channel, or where they are too large together.
+    pub records: Vec<Record>,
+    /// Whether records follow.
+    pub has_next: bool,
+    /// Whether records come before.
+    pub has_previous: bool,
+}
+
 /// Wire forms of a batch that are worth making once and sharing between followers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rendering {
@@ -273,12 +321,13 @@ pub struct RecordBatch {
     /// The channel's tail, when it is known that these records end at it.
     pub tail: Option<Position>,
     sse: OnceLock<Bytes>,
+    selected: Mutex<Vec<(Arc<str>, Bytes)>>,
 }
 
 impl RecordBatch {
     /// A batch as read or committed.
     pub fn new(records: Vec<Record>, tail: Option<Position>) -> Self {
-        Self { records, tail, sse: OnceLock::new() }
+        Self { records, tail, ..Self::default() }
     }
 
     /// The batch in a wire form, rendered by the first follower that asks and shared by the others.
@@ -286,6 +335,21 @@ impl RecordBatch {
         match form {
             Rendering::Sse => self.sse.get_or_init(|| render(self)).clone(),
         }
+    }
+
+    /// The batch in a form that a front end describes by `form`, rendered by the first follower that asks for this
+    /// form and shared by the others. Only so many forms are kept.
+    pub fn selected(&self, form: &Arc<str>, render: impl FnOnce(&Self) -> Bytes) -> Bytes {
+        let mut kept = self.selected.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, bytes)) = kept.iter().find(|(known, _)| known == form) {
+            return bytes.clone();
+        }
+        // Under the lock, so that followers that wake together render once.
+        let bytes = render(self);
+        if kept.len() < SELECTED_MAX {
+            kept.push((form.clone(), bytes.clone()));
+        }
+        bytes
     }
 
     /// Where the record after this batch stands, if the batch holds any.
@@ -318,6 +382,18 @@ mod tests {
         assert!(AppendInput::new(vec![]).is_err());
         assert!(AppendInput::new(vec![NewRecord::data("x"); 1000]).is_ok());
         assert!(AppendInput::new(vec![NewRecord::data("x"); 1001]).is_err());
+    }
+
+    #[test]
+    fn a_form_of_a_batch_is_rendered_once_and_few_are_kept() {
+        let batch = RecordBatch::default();
+        let forms: Vec<Arc<str>> = (0..6).map(|n| n.to_string().into()).collect();
+        for form in &forms {
+            assert_eq!(batch.selected(form, |_| Bytes::from(form.to_string())), form.as_bytes());
+        }
+        let again = |form: &Arc<str>| batch.selected(form, |_| Bytes::from_static(b"again"));
+        assert_eq!(again(&Arc::from("3")), "3");
+        assert_eq!(again(&forms[4]), "again");
     }
 
     #[test]

@@ -5,6 +5,9 @@
 mod stall;
 mod tls;
 
+use std::any::Any;
+use std::convert::Infallible;
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -12,20 +15,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::response::Response;
+use http::Request;
+use http::header::UPGRADE;
+use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulConnection;
-use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
 
 use crate::config::HttpConfig;
 use crate::shutdown::Shutdown;
-use crate::telemetry::{GaugeGuard, Metrics};
+use crate::telemetry::Metrics;
 use stall::StallGuard;
 
 /// What a client that speaks HTTP/2 without asking sends first (RFC 9113, section 3.4).
@@ -92,7 +99,7 @@ impl Listener {
                 write_timeout: self.config.write_timeout,
                 // A token of its own: a shared one would be a lock that every poll of every connection takes.
                 draining: stop.child_token(),
-                _held: (permit, self.metrics.connection()),
+                held: Arc::new((permit, self.metrics.connection())),
             };
             shutdown.spawn(connection.serve(socket));
         }
@@ -112,8 +119,8 @@ struct Connection {
     header_timeout: Duration,
     write_timeout: Duration,
     draining: CancellationToken,
-    /// Counted for as long as it lives.
-    _held: (OwnedSemaphorePermit, GaugeGuard),
+    /// Counted for as long as it lives, and as whoever takes it over lives: an upgrade gets this as an extension.
+    held: Arc<dyn Any + Send + Sync>,
 }
 
 impl Connection {
@@ -141,40 +148,86 @@ impl Connection {
         }
     }
 
+    fn service(&self) -> impl Handler {
+        let (router, held) = (self.router.clone(), self.held.clone());
+        service_fn(move |mut request: Request<Incoming>| {
+            if request.headers().contains_key(UPGRADE) {
+                request.extensions_mut().insert(held.clone());
+            }
+            router.clone().oneshot(request)
+        })
+    }
+
     /// Built outside the task, which would keep room for what only passes through it.
     fn http1<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         &self,
         socket: S,
-    ) -> Pin<Box<impl GracefulConnection<Error = hyper::Error>>> {
+    ) -> Pin<Box<impl Graceful>> {
         let io = TokioIo::new(StallGuard::new(socket, self.write_timeout));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.header_timeout)
             .max_buf_size(READ_BUFFER_MAX)
-            .serve_connection(io, TowerToHyperService::new(self.router.clone()));
+            .serve_connection(io, self.service())
+            .with_upgrades();
         Box::pin(connection)
     }
 
     fn http2<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         &self,
         socket: S,
-    ) -> Pin<Box<impl GracefulConnection<Error = hyper::Error>>> {
+    ) -> Pin<Box<impl Graceful>> {
         let io = TokioIo::new(StallGuard::new(socket, self.write_timeout));
         let connection = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .keep_alive_interval(self.header_timeout)
             .keep_alive_timeout(self.header_timeout)
             .max_concurrent_streams(STREAMS_MAX)
-            .serve_connection(io, TowerToHyperService::new(self.router.clone()));
+            .serve_connection(io, self.service());
         Box::pin(connection)
     }
 }
 
-/// Serves a connection to its end; once the server stops, to the end of what is under way.
-async fn drive<C>(mut connection: Pin<Box<C>>, draining: &CancellationToken)
-where
-    C: GracefulConnection<Error = hyper::Error>,
+/// What answers requests.
+trait Handler:
+    Service<Request<Incoming>, Response = Response, Error = Infallible, Future: Send> + Send + 'static
 {
+}
+
+impl<S> Handler for S where
+    S: Service<Request<Incoming>, Response = Response, Error = Infallible, Future: Send> + Send + 'static
+{
+}
+
+/// A connection that can be asked to end after what is under way. hyper-util has such a trait, but not for
+/// connections that may be upgraded.
+trait Graceful: Future<Output = hyper::Result<()>> + Send {
+    /// Asks.
+    fn graceful_shutdown(self: Pin<&mut Self>);
+}
+
+impl<I, S> Graceful for http1::UpgradeableConnection<I, S>
+where
+    I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+    S: Handler,
+{
+    fn graceful_shutdown(self: Pin<&mut Self>) {
+        Self::graceful_shutdown(self);
+    }
+}
+
+impl<I, S> Graceful for http2::Connection<I, S, TokioExecutor>
+where
+    I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+    S: Handler,
+{
+    fn graceful_shutdown(self: Pin<&mut Self>) {
+        Self::graceful_shutdown(self);
+    }
+}
+
+/// Serves a connection to its end; once the server stops, to the end of what is under way.
+async fn drive<C: Graceful>(mut connection: Pin<Box<C>>, draining: &CancellationToken) {
     let ended = tokio::select! {
         biased;
         ended = connection.as_mut() => ended,

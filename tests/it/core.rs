@@ -90,7 +90,8 @@ impl Core {
     }
 
     async fn is_settled(&self) -> bool {
-        let options = FollowOptions { start: ReadStart::SeqNum(0), peek_settled: true };
+        let options =
+            FollowOptions { start: ReadStart::SeqNum(0), peek_settled: true, require_complete: false };
         let mut follow =
             self.sessions.follow(&self.root, &self.address, &self.out, options).await.expect("a follower");
         let settled = follow.is_settled();
@@ -134,7 +135,7 @@ async fn a_trim_hides_what_is_below_it_from_every_reader_at_once() {
     core.append(&core.root, &core.out, Command::Trim(2).into_record()).await.expect("trimmed");
     let bounds = core.sessions.bounds(&core.root, &core.address, &core.out).await.expect("bounds");
     assert_eq!((bounds.earliest, bounds.tail.seq_num), (2, 4));
-    let options = FollowOptions { start: ReadStart::SeqNum(0), peek_settled: false };
+    let options = FollowOptions { start: ReadStart::SeqNum(0), peek_settled: false, require_complete: false };
     let mut follow =
         core.sessions.follow(&core.root, &core.address, &core.out, options).await.expect("a follower");
     match follow.next(START.plus(Duration::from_secs(5))).await.expect("an event") {

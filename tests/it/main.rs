@@ -10,3 +10,4 @@ mod data_plane;
 mod errors;
 mod harness;
 mod log;
+mod schema;

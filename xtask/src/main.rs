@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask test | lint | bench`. With `cargo run`, the only commands anyone must know.
+//! Developer commands: `cargo xtask test | lint | schema | bench`. With `cargo run`, the only commands anyone must know.
 
 mod bench;
 mod lint;
@@ -6,6 +6,7 @@ mod node;
 mod packages;
 mod postgres;
 mod process;
+mod schema;
 mod stage;
 mod test;
 mod workspace;
@@ -28,6 +29,8 @@ enum Command {
     Test(test::TestArgs),
     /// The quick checks: format, clippy, dependencies, the one-way rule
     Lint,
+    /// Print `schema.graphql` anew
+    Schema,
     /// Measure a release build
     Bench(bench::BenchArgs),
 }
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Test(args) => test::run(&args),
         Command::Lint => lint::run(),
+        Command::Schema => schema::run(),
         Command::Bench(args) => bench::run(&args),
     };
     match done {

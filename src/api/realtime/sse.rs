@@ -54,8 +54,11 @@ pub async fn follow(
     headers: HeaderMap,
     path: ChannelPath,
 ) -> Result<Response, Failure> {
-    let options =
-        FollowOptions { start: start(&headers)?, peek_settled: flag(&headers, "x-peek-settled", "1") };
+    let options = FollowOptions {
+        start: start(&headers)?,
+        peek_settled: flag(&headers, "x-peek-settled", "1"),
+        require_complete: false,
+    };
     let gap = gap(&headers)?;
     let follow = app.sessions.follow(&caller, &path.session, &path.channel, options).await;
     let follow = follow.map_err(|error| Failure::from(error).on(Route::Load))?;

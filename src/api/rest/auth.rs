@@ -7,11 +7,11 @@ use serde_json::{Map, Value};
 use std::time::Duration;
 use utoipa::ToSchema;
 
-use super::list::period;
 use super::read::Reader;
 use crate::api::App;
 use crate::api::error::Failure;
 use crate::api::extract::{JsonObject, KeyAsker};
+use crate::api::period::period;
 use crate::domain::{Caller, Scopes, Timestamp};
 
 const BODY_MAX: usize = 32_768;

@@ -1,9 +1,9 @@
 //! The query of the list route.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use crate::api::error::Failure;
+use crate::api::period::period;
 use crate::domain::list::{Anchor, PAGE_SIZE_DEFAULT};
 use crate::domain::{
     Cursor, Error, ExternalId, Filter, PageRequest, Status, StatusSet, Timestamp, Violation,
@@ -167,25 +167,10 @@ fn page(fields: &HashMap<String, Vec<String>>, both: bool) -> crate::domain::Res
     Ok((PageRequest::new(size, anchor)?, step))
 }
 
-/// `45s`, `30m`, `12h`, `7d`, `2w`.
-pub fn period(text: &str) -> Option<Duration> {
-    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let seconds: u64 = match unit {
-        "s" => 1,
-        "m" => 60,
-        "h" => 3600,
-        "d" => 86_400,
-        "w" => 604_800,
-        _ => return None,
-    };
-    if !number.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    Some(Duration::from_secs(number.parse::<u64>().ok()?.checked_mul(seconds)?))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::domain::SessionId;
 
@@ -257,17 +242,5 @@ mod tests {
         assert_eq!(filter.created_to, Some(Timestamp::from_millis(0)));
         let filter = read("filter[createdAt][period]=1h").expect("reads").filter;
         assert_eq!(filter.created_from, Some(NOW.minus(Duration::from_secs(3600))));
-    }
-
-    #[test]
-    fn a_period_is_a_number_and_a_unit() {
-        for (text, seconds) in
-            [("45s", 45), ("30m", 1800), ("12h", 43_200), ("7d", 604_800), ("2w", 1_209_600)]
-        {
-            assert_eq!(period(text), Some(Duration::from_secs(seconds)), "{text}");
-        }
-        for text in ["", "d", "7", "7x", "-1d", "+1d", "1.5d", "7ä", "99999999999999999999d"] {
-            assert_eq!(period(text), None, "{text}");
-        }
     }
 }

@@ -14,11 +14,37 @@ const TAGS_MAX: usize = 10;
 const CONCURRENCY_MAX: usize = 2;
 const CONCURRENCY_NAME_MAX: usize = 122;
 
+/// What is wrong with a trigger config.
+#[derive(Debug)]
+pub enum Faults {
+    /// Fields of the wrong type.
+    Types(Vec<Violation>),
+    /// Broken limits.
+    Rules(Vec<Violation>),
+}
+
+/// 400 for wrong types, 422 for broken limits.
+impl From<Faults> for Failure {
+    fn from(faults: Faults) -> Self {
+        match faults {
+            Faults::Types(list) => Self::types(&list),
+            Faults::Rules(list) => Error::Invalid(list).into(),
+        }
+    }
+}
+
+impl From<Faults> for Error {
+    fn from(faults: Faults) -> Self {
+        let (Faults::Types(list) | Faults::Rules(list)) = faults;
+        Self::Invalid(list)
+    }
+}
+
 /// Checks a trigger config, and drops its nulls.
 ///
 /// # Errors
-/// 400 for wrong types, 422 for broken limits.
-pub fn checked(mut config: Map<String, Value>) -> Result<Map<String, Value>, Failure> {
+/// [`Faults`], all of one kind at once.
+pub fn checked(mut config: Map<String, Value>) -> Result<Map<String, Value>, Faults> {
     config.retain(|_, value| !value.is_null());
     let mut reader = Reader::new(&config, "triggerConfig.");
     let mut rules = Rules::default();
@@ -66,9 +92,11 @@ pub fn checked(mut config: Map<String, Value>) -> Result<Map<String, Value>, Fai
     rules.check("ttl", config.get("ttl").and_then(integer).is_none_or(|ttl| ttl >= 0), || {
         "must be at least 0".to_owned()
     });
-    reader.finish()?;
-    rules.finish()?;
-    Ok(config)
+    let types = reader.faults();
+    if !types.is_empty() {
+        return Err(Faults::Types(types));
+    }
+    if rules.0.is_empty() { Ok(config) } else { Err(Faults::Rules(rules.0)) }
 }
 
 /// An integer, also when it is written as `3.0`.
@@ -93,10 +121,6 @@ impl Rules {
             self.0.push(Violation { field: format!("triggerConfig.{name}"), message: message() });
         }
     }
-
-    fn finish(self) -> Result<(), Failure> {
-        if self.0.is_empty() { Ok(()) } else { Err(Error::Invalid(self.0).into()) }
-    }
 }
 
 #[cfg(test)]
@@ -109,7 +133,7 @@ mod tests {
         let mut whole = json!({"basePayload": {}});
         let whole = whole.as_object_mut().expect("an object");
         whole.extend(config.as_object().cloned().expect("an object"));
-        checked(whole.clone()).map_or_else(|failure| failure.status.as_u16(), |_| 200)
+        checked(whole.clone()).map_or_else(|faults| Failure::from(faults).status.as_u16(), |_| 200)
     }
 
     #[test]
@@ -144,7 +168,7 @@ mod tests {
         ] {
             assert_eq!(status(&config), expected, "{config}");
         }
-        assert_eq!(checked(Map::new()).expect_err("no payload").status.as_u16(), 400);
+        assert!(matches!(checked(Map::new()), Err(Faults::Types(_))));
     }
 
     #[test]

@@ -4,12 +4,16 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use quick_cache::sync::Cache;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, broadcast};
 
 use crate::domain::error::Result;
-use crate::domain::id::{EnvironmentId, ExternalId, SessionRef};
+use crate::domain::id::{EnvironmentId, ExternalId, SessionId, SessionRef};
 use crate::domain::port::MetadataStore;
 use crate::domain::session::{Session, SharedSession};
+use crate::domain::watch;
+
+/// Changes kept for who is slow to take them.
+const CHANGES_KEPT: usize = 1024;
 
 type Key = (EnvironmentId, SessionRef);
 
@@ -21,6 +25,8 @@ pub(super) struct Rows {
     /// Counts invalidations, so that a read that began before one cannot put its stale row back.
     generation: Mutex<u64>,
     awaited: Awaited,
+    /// The newest version of every session that changes.
+    changes: broadcast::Sender<SharedSession>,
 }
 
 type Awaited = Mutex<HashMap<(EnvironmentId, ExternalId), Arc<Notify>>>;
@@ -53,7 +59,13 @@ impl Drop for Awaiting<'_> {
 
 impl Rows {
     pub(super) fn new(store: Arc<dyn MetadataStore>, capacity: usize) -> Self {
-        Self { store, cache: Cache::new(capacity), generation: Mutex::default(), awaited: Mutex::default() }
+        Self {
+            store,
+            cache: Cache::new(capacity),
+            generation: Mutex::default(),
+            awaited: Mutex::default(),
+            changes: broadcast::Sender::new(CHANGES_KEPT),
+        }
     }
 
     pub(super) async fn find(
@@ -77,7 +89,30 @@ impl Rows {
         Ok(Some(session))
     }
 
-    /// Forgets every address that leads to these versions of a row, and wakes who waits for one of them.
+    /// The rows with these ids, in the same order; at most one query.
+    pub(super) async fn find_many(
+        &self,
+        environment: &EnvironmentId,
+        ids: &[SessionId],
+    ) -> Result<Vec<Option<SharedSession>>> {
+        let cached = |id: &SessionId| self.cache.get(&(environment.clone(), SessionRef::Id(id.clone())));
+        let mut found: HashMap<SessionId, SharedSession> =
+            ids.iter().filter_map(|id| Some((id.clone(), cached(id)?))).collect();
+        let missing: Vec<_> = ids.iter().filter(|id| !found.contains_key(*id)).cloned().collect();
+        if !missing.is_empty() {
+            let stored = self.store.find_sessions(environment, &missing).await?;
+            found.extend(stored.into_iter().map(|session| (session.id.clone(), Arc::new(session))));
+        }
+        Ok(ids.iter().map(|id| found.get(id).cloned()).collect())
+    }
+
+    /// From now on every session that is created or changed.
+    pub(super) fn changes(&self) -> watch::Changes {
+        self.changes.subscribe()
+    }
+
+    /// Forgets every address that leads to these versions of a row, wakes who waits for one of them, and tells the
+    /// last version, which is the newest, to who watches.
     pub(super) fn changed(&self, versions: &[&Session]) {
         let mut generation = self.lock();
         *generation += 1;
@@ -91,6 +126,10 @@ impl Rows {
                     waiters.notify_waiters();
                 }
             }
+        }
+        if let Some(newest) = versions.last().filter(|_| self.changes.receiver_count() > 0) {
+            // Nobody may be listening any more, which is no fault.
+            let _ = self.changes.send(Arc::new(Session::clone(newest)));
         }
     }
 

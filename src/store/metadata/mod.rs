@@ -92,6 +92,10 @@ impl MetadataStore for SqlMetadata {
         sessions::find(&self.reader, environment, address).await
     }
 
+    async fn find_sessions(&self, environment: &EnvironmentId, ids: &[SessionId]) -> Result<Vec<Session>> {
+        sessions::find_many(&self.reader, environment, ids).await
+    }
+
     async fn update_session(
         &self,
         environment: &EnvironmentId,

@@ -50,6 +50,17 @@ pub(super) async fn find(
     one(db, &select).await
 }
 
+/// The sessions with these ids.
+pub(super) async fn find_many(
+    db: &impl ConnectionTrait,
+    environment: &EnvironmentId,
+    ids: &[SessionId],
+) -> Result<Vec<Session>> {
+    let mut select = scoped(environment);
+    select.and_where(Expr::col(sessions::Column::Id).is_in(ids.iter().map(|id| id.as_str())));
+    db.query_all(&select).await.map_err(fault)?.iter().map(rows::session).collect()
+}
+
 /// Writes a closure where there is none; without an environment only for a seal found in the log.
 pub(super) async fn write_closure(
     db: &impl ConnectionTrait,

@@ -1,0 +1,278 @@
+//! From a request to its result: everything that the four transports have in common.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+
+use async_graphql::parser::parse_query;
+use async_graphql::parser::types::{
+    DocumentOperations, ExecutableDocument, FragmentDefinition, OperationDefinition, OperationType,
+    Selection, SelectionSet,
+};
+use async_graphql::{Name, Positioned, Request, Response, Value};
+use futures_util::stream::{self, BoxStream, StreamExt};
+use http::StatusCode;
+
+use super::cost::Cost;
+use super::error::{Fault, protocol};
+use super::events::{ChannelFeed, Handover};
+use super::guard::{self, Limits, Measure};
+use super::persisted::{Lookup, PersistedQueries};
+use super::reply::Reply;
+use super::schema::{self, Schema};
+use crate::api::App;
+use crate::api::error::Failure;
+use crate::api::trace::RequestId;
+use crate::config::GraphqlConfig;
+use crate::domain::{Caller, Error};
+use crate::telemetry::Door;
+
+/// Root fields that only append, and have no rate limit, like the append route.
+const UNLIMITED: [&str; 1] = ["appendRecords"];
+
+type Fragments = HashMap<Name, Positioned<FragmentDefinition>>;
+
+/// Who asks, and what they showed.
+#[derive(Clone, Debug)]
+pub(super) struct Credentials {
+    pub caller: Arc<Caller>,
+    /// The bearer, for limits that count by token.
+    pub bearer: Arc<str>,
+}
+
+/// One request's surroundings.
+#[derive(Clone, Debug)]
+pub(super) struct Asked {
+    /// `None`: nobody, who may look at the schema and nothing else.
+    pub credentials: Option<Credentials>,
+    pub id: RequestId,
+    /// False over GET.
+    pub may_change: bool,
+    /// For the count of followers.
+    pub door: Door,
+}
+
+/// A request that may be executed.
+pub(super) struct Prepared {
+    request: Request,
+    kind: OperationType,
+    cost: Arc<Cost>,
+    asked: Asked,
+}
+
+impl Prepared {
+    /// Whether it is to be answered once, or for as long as it is followed.
+    pub fn is_subscription(&self) -> bool {
+        self.kind == OperationType::Subscription
+    }
+}
+
+/// What a subscription yields. The end of the stream is the end of the subscription.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// An execution result.
+    Next(String),
+    /// Nothing comes after it.
+    Failed(Vec<Fault>),
+    /// The server stops; the client should come back. Nothing comes after it.
+    Stopping,
+}
+
+/// The executor with its limits.
+pub struct Engine {
+    schema: Schema,
+    persisted: PersistedQueries,
+    config: GraphqlConfig,
+    limits: Limits,
+}
+
+impl Engine {
+    /// An executor over the whole schema.
+    pub fn new(config: GraphqlConfig) -> Self {
+        let persisted = PersistedQueries::new();
+        Self { schema: schema::build(&config), persisted, config, limits: Limits::default() }
+    }
+
+    pub(super) fn config(&self) -> &GraphqlConfig {
+        &self.config
+    }
+
+    /// Reads a request and decides whether it may be executed.
+    pub(super) fn prepare(&self, app: &App, mut request: Request, asked: Asked) -> Result<Prepared, Fault> {
+        let persisted = self.persisted.look_up(&mut request)?;
+        if request.query.is_empty() {
+            return Err(Failure::bad_request("the request has no query").into());
+        }
+        guard::scan(&request.query, &self.limits).map_err(|refusal| too_large(&refusal))?;
+        let mut document = parse_query(&request.query).map_err(Fault::unparsable)?;
+        let name = request.operation_name.as_deref();
+        let measure = guard::measure(&document, name, &self.limits).map_err(|refusal| too_large(&refusal))?;
+        admit(app, &measure, &asked)?;
+        if let Lookup::Offered(offer) = persisted {
+            self.persisted.keep(offer, &request.query);
+        }
+        unwrap_root_fields(&mut document);
+        let cost = Arc::<Cost>::default();
+        request.set_parsed_query(document);
+        let mut request = request.data(app.clone()).data(cost.clone()).data(asked.door);
+        if let Some(Credentials { caller, .. }) = &asked.credentials {
+            request = request.data(schema::session_loader(app, caller)).data(caller.clone());
+        }
+        Ok(Prepared { request, kind: measure.kind, cost, asked })
+    }
+
+    /// Executes a query or a mutation.
+    pub(super) async fn execute(&self, prepared: Prepared) -> Reply {
+        let Prepared { request, cost, asked, .. } = prepared;
+        let limit = self.config.request_timeout;
+        match tokio::time::timeout(limit, self.schema.execute(request)).await {
+            Ok(response) => Reply::new(response, &asked.id, cost.points()),
+            Err(_) => {
+                let message = format!("the operation did not finish within {} seconds", limit.as_secs());
+                Reply::refusal(
+                    protocol(StatusCode::SERVICE_UNAVAILABLE, "request_timeout", message),
+                    &asked.id,
+                )
+            }
+        }
+    }
+
+    /// Executes any operation as a stream of answers. Nothing happens before it is polled.
+    pub(super) fn answers(self: &Arc<Self>, prepared: Prepared) -> BoxStream<'static, Answer> {
+        let this = self.clone();
+        if prepared.is_subscription() {
+            stream::once(async move { this.subscribe(prepared).await }).flatten().boxed()
+        } else {
+            stream::once(async move { Answer::of(this.execute(prepared).await) }).boxed()
+        }
+    }
+
+    async fn subscribe(&self, prepared: Prepared) -> BoxStream<'static, Answer> {
+        let Prepared { request, cost, asked, .. } = prepared;
+        let handover = Arc::<Handover>::default();
+        let mut responses = self.schema.execute_stream(request.data(handover.clone()));
+        // The resolver of a channel hands over what it has prepared and yields nothing itself.
+        let Some(first) = responses.next().await else {
+            return match handover.take() {
+                Some(feed) => answers_of(feed, asked.id),
+                None => stream::empty().boxed(),
+            };
+        };
+        let responses = stream::iter([first]).chain(responses);
+        let answers = responses.map(move |response| answer(response, &asked.id, cost.points()));
+        until_failed(answers)
+    }
+}
+
+impl Answer {
+    /// The answer of an operation that has only one.
+    fn of(reply: Reply) -> Self {
+        match reply.refused {
+            Some(faults) => Self::Failed(faults),
+            None => Self::Next(reply.json),
+        }
+    }
+}
+
+fn answer(response: Response, id: &RequestId, cost: usize) -> Answer {
+    if response.errors.iter().any(|error| error.source::<schema::Stopping>().is_some()) {
+        return Answer::Stopping;
+    }
+    let fails = response.is_err() && response.data == Value::Null;
+    if fails {
+        let faults: Vec<Fault> = response.errors.into_iter().map(Fault::from).collect();
+        super::reply::log(&faults, id);
+        return Answer::Failed(faults);
+    }
+    Answer::of(Reply::new(response, id, cost))
+}
+
+fn answers_of(feed: ChannelFeed, id: RequestId) -> BoxStream<'static, Answer> {
+    let answers = stream::unfold((feed, id), |(mut feed, id)| async move {
+        let answer = match feed.next().await? {
+            Ok(Some(json)) => Answer::Next(json),
+            Ok(None) => Answer::Stopping,
+            Err(error) => {
+                let faults = vec![Fault::from(error)];
+                super::reply::log(&faults, &id);
+                Answer::Failed(faults)
+            }
+        };
+        Some((answer, (feed, id)))
+    });
+    until_failed(answers)
+}
+
+/// Ends after the first answer that nothing may follow.
+fn until_failed(answers: impl stream::Stream<Item = Answer> + Send + 'static) -> BoxStream<'static, Answer> {
+    let ended = |ended: &mut bool, answer: Answer| {
+        let before = *ended;
+        *ended |= !matches!(answer, Answer::Next(_));
+        std::future::ready((!before).then_some(answer))
+    };
+    answers.scan(false, ended).boxed()
+}
+
+/// What is asked of anybody before anything is executed.
+fn admit(app: &App, measure: &Measure, asked: &Asked) -> Result<(), Failure> {
+    if measure.kind == OperationType::Mutation && !asked.may_change {
+        let message = "mutations must be sent with POST";
+        return Err(protocol(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message));
+    }
+    if measure.is_introspection {
+        return Ok(());
+    }
+    let Some(Credentials { caller, bearer }) = &asked.credentials else {
+        return Err(Error::Unauthenticated("Invalid or Missing API key").into());
+    };
+    caller.require_current(app.clock.now())?;
+    let limited = measure.kind != OperationType::Subscription
+        && !measure.root_fields.iter().all(|field| UNLIMITED.contains(&field.as_str()));
+    if limited {
+        app.rate_limiter.check(caller, bearer, app.clock.as_ref())?;
+    }
+    Ok(())
+}
+
+fn too_large(refusal: &guard::Refusal) -> Fault {
+    protocol(StatusCode::BAD_REQUEST, refusal.word(), refusal.to_string()).into()
+}
+
+/// Repeats the root field of a subscription that stands in a fragment where the executor looks for it. The
+/// fragment stays, because a fragment that nobody uses is no valid document.
+fn unwrap_root_field(operation: &mut OperationDefinition, fragments: &Fragments) {
+    fn find(set: &SelectionSet, fragments: &Fragments) -> Option<Positioned<Selection>> {
+        set.items.iter().find_map(|item| match &item.node {
+            Selection::Field(_) => Some(item.clone()),
+            Selection::InlineFragment(inline) => find(&inline.node.selection_set.node, fragments),
+            Selection::FragmentSpread(spread) => {
+                let fragment = fragments.get(&spread.node.fragment_name.node)?;
+                find(&fragment.node.selection_set.node, fragments)
+            }
+        })
+    }
+    let set = &mut operation.selection_set.node;
+    let direct = set.items.iter().any(|item| matches!(item.node, Selection::Field(_)));
+    if operation.ty == OperationType::Subscription && !direct {
+        let field = find(set, fragments);
+        set.items.extend(field);
+    }
+}
+
+fn unwrap_root_fields(document: &mut ExecutableDocument) {
+    let ExecutableDocument { operations, fragments } = document;
+    match operations {
+        DocumentOperations::Single(operation) => unwrap_root_field(&mut operation.node, fragments),
+        DocumentOperations::Multiple(operations) => {
+            for operation in operations.values_mut() {
+                unwrap_root_field(&mut operation.node, fragments);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine").field("config", &self.config).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,72 @@
+//! Answers as JSON text, the same for every transport.
+
+use async_graphql::{Response, Value};
+use http::{HeaderMap, StatusCode};
+use serde_json::json;
+
+use super::cost::COST_MAX;
+use super::error::Fault;
+use crate::api::trace::{Chain, RequestId};
+
+/// One execution result.
+#[derive(Debug)]
+pub(super) struct Reply {
+    /// The result as JSON.
+    pub json: String,
+    /// The status where the media type has one of its own for every result.
+    pub status: StatusCode,
+    /// Set when nothing was executed: the members of `errors`.
+    pub refused: Option<Vec<Fault>>,
+    /// Headers that go with a refusal.
+    pub headers: HeaderMap,
+}
+
+impl Reply {
+    /// A result of the executor.
+    pub fn new(response: Response, id: &RequestId, cost: usize) -> Self {
+        let faults: Vec<Fault> = response.errors.into_iter().map(Fault::from).collect();
+        log(&faults, id);
+        let executed = response.data != Value::Null || faults.iter().any(Fault::is_in_data);
+        if !faults.is_empty() && !executed {
+            return Self::refused(faults, id);
+        }
+        let data = serde_json::to_string(&response.data).unwrap_or_else(|_| "null".to_owned());
+        let errors = errors(&faults, id);
+        let extensions = json!({"cost": {"requested": cost, "limit": COST_MAX}});
+        let json = match errors {
+            Some(errors) => format!("{{\"errors\":{errors},\"data\":{data},\"extensions\":{extensions}}}"),
+            None => format!("{{\"data\":{data},\"extensions\":{extensions}}}"),
+        };
+        Self { json, status: StatusCode::OK, refused: None, headers: HeaderMap::new() }
+    }
+
+    /// A request that was not executed.
+    pub fn refusal(fault: impl Into<Fault>, id: &RequestId) -> Self {
+        let faults = vec![fault.into()];
+        log(&faults, id);
+        Self::refused(faults, id)
+    }
+
+    fn refused(faults: Vec<Fault>, id: &RequestId) -> Self {
+        let first = faults.first().map(|fault| &fault.failure);
+        let status = first.map_or(StatusCode::BAD_REQUEST, |failure| failure.status);
+        let headers = first.map(|failure| failure.headers().clone()).unwrap_or_default();
+        let json = format!("{{\"errors\":{}}}", errors(&faults, id).unwrap_or_default());
+        Self { json, status, refused: Some(faults), headers }
+    }
+}
+
+/// The member `errors`; absent when there is none.
+pub(super) fn errors(faults: &[Fault], id: &RequestId) -> Option<String> {
+    let list: Vec<_> = faults.iter().map(|fault| fault.to_json(id.as_str())).collect();
+    (!list.is_empty()).then(|| serde_json::Value::Array(list).to_string())
+}
+
+/// Faults of ours go to the log, once.
+pub(super) fn log(faults: &[Fault], id: &RequestId) {
+    for fault in faults {
+        if let Some(cause) = fault.failure.cause() {
+            tracing::error!(request.id = id.as_str(), error = %Chain(cause), code = fault.failure.code, "cannot answer an operation");
+        }
+    }
+}

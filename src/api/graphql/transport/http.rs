@@ -1,0 +1,256 @@
+//! GraphQL over HTTP: <https://graphql.github.io/graphql-over-http/draft/>.
+//!
+//! async-graphql-axum's own service executes mutations over GET and of any content type, has no limits, and puts its
+//! errors into words of its own; so everything around its body extractor is done here (ADR 9).
+
+use async_graphql::{BatchRequest, Extensions, ParseRequestError, Request as Operation, Variables};
+use async_graphql_axum::GraphQLBatchRequest;
+use axum::body::Body;
+use axum::extract::{FromRequest, Request};
+use axum::response::{IntoResponse, Response};
+use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
+use http::{HeaderMap, Method, StatusCode};
+use serde::de::DeserializeOwned;
+
+use super::accept::{Accept, Media};
+use super::{multipart, sse};
+use crate::api::App;
+use crate::api::error::Failure;
+use crate::api::extract::{LimitedBody, bearer};
+use crate::api::graphql::engine::{Asked, Credentials};
+use crate::api::graphql::error::{Fault, protocol};
+use crate::api::graphql::reply::Reply;
+use crate::api::trace::RequestId;
+use crate::telemetry::Door;
+
+/// Largest body, and largest query string in decoded bytes.
+const BODY_MAX: usize = 1_048_576;
+/// Most operations in one body.
+const BATCH_MAX: usize = 10;
+
+/// Answers one request.
+pub(super) async fn answer(app: App, id: RequestId, request: Request) -> Response {
+    let accept = Accept::of(request.headers());
+    let may_change = request.method() == Method::POST;
+    let door = match accept.stream() {
+        Some(Media::Multipart) => Door::Multipart,
+        _ => Door::GraphqlSse,
+    };
+    let read = async {
+        let credentials = credentials(&app, request.headers()).await?;
+        let operations =
+            if may_change { from_body(&app, request).await? } else { from_query(request.uri().query())? };
+        Ok::<_, Failure>((credentials, operations))
+    };
+    match read.await {
+        Err(failure) => refuse(failure, accept, &id),
+        Ok((credentials, BatchRequest::Single(operation))) => {
+            let asked = Asked { credentials, id, may_change, door };
+            one(&app, operation, asked, accept).await
+        }
+        Ok((credentials, BatchRequest::Batch(operations))) => {
+            let asked = Asked { credentials, id, may_change, door };
+            batch(&app, operations, &asked, accept).await
+        }
+    }
+}
+
+/// Who asks; `None` without a header. A header that is no good is refused rather than ignored.
+pub(super) async fn credentials(app: &App, headers: &HeaderMap) -> Result<Option<Credentials>, Failure> {
+    if !headers.contains_key(AUTHORIZATION) {
+        return Ok(None);
+    }
+    let bearer = bearer(headers)?;
+    let caller = app.auth.authenticate(bearer).await?;
+    Ok(Some(Credentials { caller, bearer: bearer.into() }))
+}
+
+async fn one(app: &App, operation: Operation, asked: Asked, accept: Accept) -> Response {
+    let id = asked.id.clone();
+    let prepared = match app.graphql.prepare(app, operation, asked) {
+        Ok(prepared) => prepared,
+        Err(fault) if accept.single() == Some(Media::EventStream) && is_in_document(&fault) => {
+            return sse::refusal(fault, id);
+        }
+        Err(fault) => return refuse(fault, accept, &id),
+    };
+    let media = if prepared.is_subscription() { accept.stream() } else { accept.single() };
+    match media {
+        Some(Media::EventStream) => sse::response(app.graphql.answers(prepared), id),
+        Some(Media::Multipart) => multipart::response(app.graphql.answers(prepared), id),
+        Some(media @ (Media::Json | Media::GraphqlResponse)) => {
+            respond(app.graphql.execute(prepared).await, media)
+        }
+        None => {
+            let message = if prepared.is_subscription() {
+                "a subscription needs a stream: accept text/event-stream, or multipart/mixed with \
+                 subscriptionSpec=1.0, or use a WebSocket (graphql-transport-ws)"
+            } else {
+                "accept application/graphql-response+json, application/json or text/event-stream"
+            };
+            refuse(protocol(StatusCode::NOT_ACCEPTABLE, "not_acceptable", message), accept, &id)
+        }
+    }
+}
+
+/// Several operations, executed one after the other.
+async fn batch(app: &App, operations: Vec<Operation>, asked: &Asked, accept: Accept) -> Response {
+    if !(1..=BATCH_MAX).contains(&operations.len()) {
+        let message = format!("a batch must hold 1 to {BATCH_MAX} operations");
+        return refuse(Failure::bad_request(message), accept, &asked.id);
+    }
+    let mut replies = Vec::with_capacity(operations.len());
+    for operation in operations {
+        let reply = match app.graphql.prepare(app, operation, asked.clone()) {
+            Ok(prepared) if prepared.is_subscription() => {
+                Reply::refusal(Failure::bad_request("a batch must not hold subscriptions"), &asked.id)
+            }
+            Ok(prepared) => app.graphql.execute(prepared).await,
+            Err(fault) => Reply::refusal(fault, &asked.id),
+        };
+        replies.push(reply.json);
+    }
+    let mut response = Response::new(Body::from(format!("[{}]", replies.join(","))));
+    response.headers_mut().insert(CONTENT_TYPE, content_type(accept.refusal()));
+    response
+}
+
+fn refuse(fault: impl Into<Fault>, accept: Accept, id: &RequestId) -> Response {
+    respond(Reply::refusal(fault, id), accept.refusal())
+}
+
+/// `application/json` keeps the old rule that every well-formed request gets a 200; only what is refused before
+/// the document counts has a status of its own.
+fn respond(reply: Reply, media: Media) -> Response {
+    let in_document = reply.refused.iter().flatten().all(is_in_document);
+    let status = if media == Media::Json && in_document { StatusCode::OK } else { reply.status };
+    let mut response = (status, reply.json).into_response();
+    *response.headers_mut() = reply.headers;
+    response.headers_mut().insert(CONTENT_TYPE, content_type(media));
+    response
+}
+
+/// Whether the refusal is about the GraphQL in a request that is well-formed otherwise.
+fn is_in_document(fault: &Fault) -> bool {
+    const WORDS: [&str; 5] = [
+        "graphql_parse_failed",
+        "graphql_validation_failed",
+        "query_too_large",
+        "query_too_complex",
+        "persisted_query_not_found",
+    ];
+    WORDS.contains(&fault.failure.code)
+}
+
+fn content_type(media: Media) -> HeaderValue {
+    HeaderValue::from_static(match media {
+        Media::GraphqlResponse => "application/graphql-response+json; charset=utf-8",
+        _ => "application/json; charset=utf-8",
+    })
+}
+
+/// A body that could not be read as operations.
+struct Unreadable;
+
+impl From<ParseRequestError> for Unreadable {
+    fn from(_: ParseRequestError) -> Self {
+        Self
+    }
+}
+
+impl IntoResponse for Unreadable {
+    fn into_response(self) -> Response {
+        Failure::from(self).into_response()
+    }
+}
+
+impl From<Unreadable> for Failure {
+    fn from(_: Unreadable) -> Self {
+        Self::bad_request(
+            "the body must be a JSON object with query (string) and, if given, operationName (string), variables \
+             (object) and extensions (object), or an array of such objects",
+        )
+    }
+}
+
+async fn from_body(app: &App, request: Request) -> Result<BatchRequest, Failure> {
+    if !is_json(request.headers()) {
+        let message = "the body must be application/json, in UTF-8";
+        return Err(protocol(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
+    }
+    let LimitedBody(bytes) = LimitedBody::<BODY_MAX>::from_request(request, app).await?;
+    let request =
+        Request::post(super::super::PATH).header(CONTENT_TYPE, "application/json").body(Body::from(bytes));
+    let request = request.map_err(|_| Failure::from(Unreadable))?;
+    Ok(GraphQLBatchRequest::<Unreadable>::from_request(request, &()).await?.into_inner())
+}
+
+/// Nothing else, because a browser sends other types across origins without asking.
+fn is_json(headers: &HeaderMap) -> bool {
+    let mut parts =
+        headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default().split(';');
+    let json = parts.next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"));
+    let mut charsets = parts.filter_map(|parameter| {
+        let (name, value) = parameter.split_once('=')?;
+        name.trim().eq_ignore_ascii_case("charset").then(|| value.trim().trim_matches('"'))
+    });
+    json && charsets.all(|charset| charset.eq_ignore_ascii_case("utf-8"))
+}
+
+fn from_query(query: Option<&str>) -> Result<BatchRequest, Failure> {
+    let mut operation = Operation::new("");
+    for (name, value) in url::form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
+        match name.as_ref() {
+            "query" => operation.query = value.into_owned(),
+            "operationName" if !value.is_empty() => operation.operation_name = Some(value.into_owned()),
+            "variables" => operation.variables = json::<Variables>("variables", &value)?,
+            "extensions" => {
+                operation.extensions = json::<Option<Extensions>>("extensions", &value)?.unwrap_or_default();
+            }
+            _ => {}
+        }
+    }
+    Ok(BatchRequest::Single(operation))
+}
+
+fn json<T: DeserializeOwned + Default>(name: &str, text: &str) -> Result<T, Failure> {
+    if text.is_empty() {
+        return Ok(T::default());
+    }
+    serde_json::from_str(text).map_err(|_| Failure::bad_request(format!("{name} must be a JSON object")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_json_in_utf8_is_a_body() {
+        for (text, json) in [
+            ("application/json", true),
+            ("application/json; charset=utf-8", true),
+            ("Application/JSON;charset=\"UTF-8\"", true),
+            ("application/json; charset=utf-16", false),
+            ("text/plain", false),
+            ("application/graphql", false),
+            ("multipart/form-data; boundary=x", false),
+            ("", false),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(CONTENT_TYPE, HeaderValue::from_str(text).expect("a header"));
+            assert_eq!(is_json(&headers), json, "{text}");
+        }
+        assert!(!is_json(&HeaderMap::new()));
+    }
+
+    #[test]
+    fn a_query_string_carries_every_parameter() {
+        let query = "query=%7Ba%7D&operationName=A&variables=%7B%22x%22%3A1%7D&extensions=%7B%7D&other=1";
+        let BatchRequest::Single(operation) = from_query(Some(query)).expect("reads") else { panic!("one") };
+        assert_eq!((operation.query.as_str(), operation.operation_name.as_deref()), ("{a}", Some("A")));
+        assert_eq!(operation.variables.len(), 1);
+        for query in ["variables=1", "variables=%5B%5D", "extensions=x"] {
+            assert_eq!(from_query(Some(query)).expect_err(query).status.as_u16(), 400);
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! The messages of `graphql-transport-ws` and its close codes:
+//! <https://github.com/enisdenjo/graphql-ws/blob/master/PROTOCOL.md>.
+
+use async_graphql::{Extensions, Request, Variables};
+use axum::extract::ws::CloseFrame;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// The subprotocol.
+pub(super) const PROTOCOL: &str = "graphql-transport-ws";
+/// Longest reason of a close frame: 125 bytes of payload less two of code.
+const REASON_MAX: usize = 123;
+
+/// What a client says.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub(super) enum ClientMessage {
+    ConnectionInit {
+        payload: Option<Map<String, Value>>,
+    },
+    Ping {
+        payload: Option<Map<String, Value>>,
+    },
+    Pong {
+        #[serde(rename = "payload")]
+        _payload: Option<Map<String, Value>>,
+    },
+    Subscribe {
+        id: String,
+        payload: Subscribe,
+    },
+    Complete {
+        id: String,
+    },
+}
+
+/// An operation.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Subscribe {
+    /// Absent only where a persisted query is named.
+    query: Option<String>,
+    operation_name: Option<String>,
+    variables: Option<Variables>,
+    extensions: Option<Extensions>,
+}
+
+impl ClientMessage {
+    /// Reads a text frame.
+    ///
+    /// # Errors
+    /// [`Close::invalid`] for anything that is not a message.
+    pub fn parse(text: &str) -> Result<Self, Close> {
+        let message: Self = serde_json::from_str(text).map_err(|error| Close::invalid(&reason(&error)))?;
+        match &message {
+            Self::Subscribe { id, .. } | Self::Complete { id } if id.is_empty() => {
+                Err(Close::invalid("the id must not be empty"))
+            }
+            Self::Subscribe { payload, .. } if payload.query.is_none() && !payload.is_persisted() => {
+                Err(Close::invalid("the payload has no query"))
+            }
+            _ => Ok(message),
+        }
+    }
+}
+
+/// What is wrong, without the place, which means nothing to who has not written the JSON by hand.
+fn reason(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    text.split(" at line ").next().unwrap_or_default().to_owned()
+}
+
+impl Subscribe {
+    fn is_persisted(&self) -> bool {
+        self.extensions.as_ref().is_some_and(|extensions| extensions.contains_key("persistedQuery"))
+    }
+
+    /// The request that the engine takes.
+    pub fn into_request(self) -> Request {
+        let mut request = Request::new(self.query.unwrap_or_default());
+        request.operation_name = self.operation_name;
+        request.variables = self.variables.unwrap_or_default();
+        request.extensions = self.extensions.unwrap_or_default();
+        request
+    }
+}
+
+/// A message to the client, as text.
+pub(super) fn message(kind: &str, id: &str, payload: &str) -> String {
+    // Ids are the client's and may hold anything.
+    let id = Value::from(id).to_string();
+    let mut text = String::with_capacity(kind.len() + id.len() + payload.len() + 30);
+    for part in ["{\"id\":", &id, ",\"type\":\"", kind, "\",\"payload\":", payload, "}"] {
+        text.push_str(part);
+    }
+    text
+}
+
+/// The end of an operation.
+pub(super) fn complete(id: &str) -> String {
+    format!("{{\"id\":{},\"type\":\"complete\"}}", Value::from(id))
+}
+
+/// The acceptance of a connection.
+pub(super) const ACK: &str = "{\"type\":\"connection_ack\"}";
+
+/// The answer to a ping, with its payload.
+pub(super) fn pong(payload: Option<Map<String, Value>>) -> String {
+    #[derive(Serialize)]
+    struct Pong {
+        r#type: &'static str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        payload: Option<Map<String, Value>>,
+    }
+    serde_json::to_string(&Pong { r#type: "pong", payload }).unwrap_or_default()
+}
+
+/// Why we end a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Close {
+    pub code: u16,
+    pub reason: String,
+}
+
+impl Close {
+    fn new(code: u16, reason: &str) -> Self {
+        let mut end = reason.len().min(REASON_MAX);
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        Self { code, reason: reason[..end].to_owned() }
+    }
+
+    /// The server stops; clients come back.
+    pub fn going_away() -> Self {
+        Self::new(1001, "the server is stopping")
+    }
+
+    /// Frames that are no WebSocket's.
+    pub fn broken() -> Self {
+        Self::new(1002, "protocol error")
+    }
+
+    /// A message over the limit.
+    pub fn too_large(limit: usize) -> Self {
+        Self::new(1009, &format!("a message must be at most {limit} bytes"))
+    }
+
+    /// A message that the protocol does not know.
+    pub fn invalid(reason: &str) -> Self {
+        Self::new(4400, &format!("Invalid message: {reason}"))
+    }
+
+    /// An operation before the connection was accepted.
+    pub fn unauthorized() -> Self {
+        Self::new(4401, "Unauthorized")
+    }
+
+    /// Credentials that are no good, or have ended.
+    pub fn forbidden(reason: &str) -> Self {
+        Self::new(4403, &format!("Forbidden: {reason}"))
+    }
+
+    /// The client does not speak our protocol.
+    pub fn wrong_protocol() -> Self {
+        Self::new(4406, &format!("Subprotocol not acceptable; use {PROTOCOL}"))
+    }
+
+    /// No `connection_init` in time.
+    pub fn init_timeout() -> Self {
+        Self::new(4408, "Connection initialisation timeout")
+    }
+
+    /// An id in use.
+    pub fn duplicate(id: &str) -> Self {
+        Self::new(4409, &format!("Subscriber for {id} already exists"))
+    }
+
+    /// A second `connection_init`.
+    pub fn too_many_inits() -> Self {
+        Self::new(4429, "Too many initialisation requests")
+    }
+
+    /// No sign of life.
+    pub fn dead() -> Self {
+        Self::new(4499, "No answer to a ping")
+    }
+
+    /// The frame.
+    pub fn frame(self) -> CloseFrame {
+        CloseFrame { code: self.code, reason: self.reason.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_message_closes_with_4400() {
+        for text in [
+            "",
+            "1",
+            "[]",
+            "{}",
+            r#"{"type":1}"#,
+            r#"{"type":"start","id":"1","payload":{"query":"{a}"}}"#,
+            r#"{"type":"subscribe","payload":{"query":"{a}"}}"#,
+            r#"{"type":"subscribe","id":"","payload":{"query":"{a}"}}"#,
+            r#"{"type":"subscribe","id":1,"payload":{"query":"{a}"}}"#,
+            r#"{"type":"subscribe","id":"1"}"#,
+            r#"{"type":"subscribe","id":"1","payload":"{a}"}"#,
+            r#"{"type":"subscribe","id":"1","payload":{}}"#,
+            r#"{"type":"subscribe","id":"1","payload":{"query":1}}"#,
+            r#"{"type":"subscribe","id":"1","payload":{"query":"{a}","variables":[]}}"#,
+            r#"{"type":"complete"}"#,
+            r#"{"type":"connection_init","payload":"x"}"#,
+            r#"{"type":"ping","payload":1}"#,
+        ] {
+            assert_eq!(ClientMessage::parse(text).expect_err(text).code, 4400);
+        }
+    }
+
+    #[test]
+    fn a_reason_fits_its_frame() {
+        let close = Close::duplicate(&"ä".repeat(200));
+        assert!(close.reason.len() <= REASON_MAX);
+    }
+
+    #[test]
+    fn an_id_is_escaped() {
+        let text = message("next", "a\"b", "{}");
+        let value: Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(value, serde_json::json!({"id": "a\"b", "type": "next", "payload": {}}));
+    }
+}

@@ -1,0 +1,44 @@
+//! Subscriptions over `multipart/mixed`, as Apollo's clients and routers speak it:
+//! <https://www.apollographql.com/docs/graphos/routing/operations/subscriptions/multipart-protocol>.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::Response;
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use http::header::{CONTENT_TYPE, HeaderValue};
+
+use super::sse::{cut, framed, streaming};
+use crate::api::graphql::engine::Answer;
+use crate::api::graphql::reply;
+use crate::api::trace::RequestId;
+
+/// The protocol asks for a heartbeat in every silence of five seconds.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+const END: Bytes = Bytes::from_static(b"\r\n--graphql--\r\n");
+
+/// The answers as parts.
+pub(super) fn response(answers: BoxStream<'static, Answer>, id: RequestId) -> Response {
+    let frame = move |answer| match answer {
+        Some(Answer::Next(json)) => Ok((part(&format!("{{\"payload\":{json}}}")), false)),
+        Some(Answer::Failed(faults)) => {
+            let errors = reply::errors(&faults, &id).unwrap_or_default();
+            let mut last = part(&format!("{{\"payload\":{{\"errors\":{errors}}}}}")).to_vec();
+            last.extend_from_slice(&END);
+            Ok((Bytes::from(last), true))
+        }
+        Some(Answer::Stopping) => Err(cut()),
+        None => Ok((END, true)),
+    };
+    let mut response = Response::new(Body::from_stream(framed(answers, HEARTBEAT, part("{}"), frame)));
+    let headers = response.headers_mut();
+    let kind = "multipart/mixed;boundary=\"graphql\";subscriptionSpec=\"1.0\"";
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    streaming(headers);
+    response
+}
+
+fn part(json: &str) -> Bytes {
+    Bytes::from(format!("\r\n--graphql\r\ncontent-type: application/json\r\n\r\n{json}"))
+}

@@ -1,0 +1,342 @@
+//! GraphQL over WebSocket.
+//!
+//! One task serves one socket and everything that is subscribed over it. It takes the next answer only when the last
+//! one has been handed to the socket, so a slow client holds no queue: its followers fall back to the stored log.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
+use axum::extract::{FromRequestParts, Request};
+use axum::response::{IntoResponse, Response};
+use futures_util::SinkExt;
+use futures_util::future::{AbortHandle, FutureExt};
+use futures_util::stream::{self, Abortable, BoxStream, SelectAll, StreamExt};
+use http::StatusCode;
+use http::header::{ORIGIN, SEC_WEBSOCKET_PROTOCOL};
+use serde_json::{Map, Value};
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
+
+use super::http::credentials;
+use super::messages::{ACK, ClientMessage, Close, PROTOCOL, Subscribe, complete, message, pong};
+use crate::api::App;
+use crate::api::cors;
+use crate::api::error::Failure;
+use crate::api::graphql::engine::{Answer, Asked, Credentials};
+use crate::api::graphql::error::{Fault, protocol};
+use crate::api::graphql::reply;
+use crate::api::trace::RequestId;
+use crate::domain::Cut;
+use crate::telemetry::Door;
+
+/// Largest message of a client.
+const MESSAGE_MAX: usize = 1_048_576;
+/// The library's own 128 KiB would be most of an idle connection.
+const READ_BUFFER: usize = 4096;
+/// How much is collected before it is written.
+const WRITE_BUFFER: usize = 16 * 1024;
+/// Answers handed to the socket before it is flushed and the client is listened to.
+const BURST: usize = 64;
+/// How long a closing connection may take.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// Longest id of an operation.
+const ID_MAX: usize = 256;
+
+/// Takes a connection over.
+pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Response {
+    let (mut parts, _) = request.into_parts();
+    let allowed = cors::allowed_origin(app.config.allowed_origins.as_deref(), &parts.headers);
+    if parts.headers.contains_key(ORIGIN) && allowed.is_none() {
+        return protocol(StatusCode::FORBIDDEN, "unauthorized", "pages of this origin may not connect")
+            .into_response();
+    }
+    let credentials = match credentials(&app, &parts.headers).await {
+        Ok(credentials) => credentials,
+        Err(failure) => return failure.into_response(),
+    };
+    // What the connection holds until it ends: its place under the cap, its count in the metrics.
+    let held = parts.extensions.remove::<Arc<dyn Any + Send + Sync>>();
+    let offered =
+        parts.headers.get(SEC_WEBSOCKET_PROTOCOL).and_then(|value| value.to_str().ok()?.split(',').next());
+    let offered = offered.and_then(|first| first.trim().parse().ok());
+    let Ok(upgrade) = WebSocketUpgrade::from_request_parts(&mut parts, &()).await else {
+        return Failure::bad_request("this is not the handshake of a WebSocket").into_response();
+    };
+    let mut upgrade = upgrade
+        .read_buffer_size(READ_BUFFER)
+        .write_buffer_size(WRITE_BUFFER)
+        // Up to twice the limit is read, so that the refusal has a code; beyond it the connection just ends.
+        .max_message_size(2 * MESSAGE_MAX)
+        .max_frame_size(2 * MESSAGE_MAX)
+        .protocols([PROTOCOL]);
+    let spoken = upgrade.selected_protocol().is_some();
+    if let (false, Some(offered)) = (spoken, offered) {
+        // A browser tells its page a close code only if it got a protocol that it had asked for.
+        upgrade.set_selected_protocol(offered);
+    }
+    upgrade.on_upgrade(move |socket| async move {
+        let tasks = app.shutdown.clone();
+        tasks.spawn(async move {
+            let _held = held;
+            let _open = app.metrics.websocket();
+            let mut connection = Connection::new(app, id, socket, credentials);
+            let close = if spoken { connection.serve().await } else { Some(Close::wrong_protocol()) };
+            connection.end(close).await;
+        });
+    })
+}
+
+/// An answer of one of the operations, or the end of it.
+type Tagged = (Arc<str>, Option<Answer>);
+
+struct Connection {
+    app: App,
+    id: RequestId,
+    socket: WebSocket,
+    credentials: Option<Credentials>,
+    acknowledged: bool,
+    answers: SelectAll<Abortable<BoxStream<'static, Tagged>>>,
+    running: HashMap<Arc<str>, AbortHandle>,
+    /// Completes when the credentials end or the server stops.
+    cut: Pin<Box<dyn Future<Output = Cut> + Send>>,
+    /// When to look for signs of life; before the acknowledgement, when to give up.
+    beat: Pin<Box<Sleep>>,
+    pinged: bool,
+}
+
+impl Connection {
+    fn new(app: App, id: RequestId, socket: WebSocket, credentials: Option<Credentials>) -> Self {
+        let cut = app.sessions.until_cut(credentials.as_ref().map(|shown| shown.caller.as_ref()));
+        let beat = Box::pin(sleep(app.graphql.config().init_timeout));
+        Self {
+            app,
+            id,
+            socket,
+            credentials,
+            acknowledged: false,
+            answers: SelectAll::new(),
+            running: HashMap::new(),
+            cut: Box::pin(cut),
+            beat,
+            pinged: false,
+        }
+    }
+
+    /// Serves until the client goes, which gives `None`, or has to go.
+    async fn serve(&mut self) -> Option<Close> {
+        loop {
+            // Not biased: a channel that never pauses must not keep the client from being heard.
+            let step = tokio::select! {
+                cut = &mut self.cut => Err(closed_by(cut)),
+                Some(answer) = self.answers.next(), if !self.answers.is_empty() => self.deliver(answer).await,
+                message = self.socket.recv() => match message {
+                    Some(Ok(Message::Close(_))) | None => return None,
+                    Some(Err(_)) => Err(Close::broken()),
+                    Some(Ok(message)) => self.take(message).await,
+                },
+                () = &mut self.beat => self.look_for_life().await,
+            };
+            if let Err(close) = step {
+                return Some(close);
+            }
+        }
+    }
+
+    async fn end(mut self, close: Option<Close>) {
+        if let Some(close) = close {
+            let farewell = async {
+                // A client that is gone cannot be told; whoever does not close the other half is not waited for.
+                let _ = self.socket.send(Message::Close(Some(close.frame()))).await;
+                while let Some(Ok(_)) = self.socket.recv().await {}
+            };
+            let _ = tokio::time::timeout(FAREWELL, farewell).await;
+        }
+    }
+
+    /// Hands an answer and those that are ready behind it to the socket.
+    async fn deliver(&mut self, first: Tagged) -> Result<(), Close> {
+        let mut next = Some(first);
+        for left in (0..BURST).rev() {
+            let Some((id, answer)) = next.take() else { break };
+            let text = match answer {
+                Some(Answer::Next(json)) => message("next", &id, &json),
+                Some(Answer::Failed(faults)) => {
+                    self.forget(&id);
+                    self.failed(&id, &faults)?
+                }
+                Some(Answer::Stopping) => return Err(Close::going_away()),
+                None => {
+                    self.forget(&id);
+                    complete(&id)
+                }
+            };
+            self.feed(text).await;
+            if left > 0 {
+                next = self.answers.next().now_or_never().flatten();
+            }
+        }
+        // A dead socket shows at the next read.
+        let _ = self.socket.flush().await;
+        Ok(())
+    }
+
+    /// The refusal of an operation. Credentials that ended under it end the connection.
+    fn failed(&self, id: &str, faults: &[Fault]) -> Result<String, Close> {
+        let caller = self.credentials.as_ref().map(|shown| &shown.caller);
+        if let Some(Err(error)) = caller.map(|caller| caller.require_current(self.app.clock.now())) {
+            return Err(Close::forbidden(&error.detail()));
+        }
+        Ok(message("error", id, &reply::errors(faults, &self.id).unwrap_or_default()))
+    }
+
+    async fn feed(&mut self, text: String) {
+        let _ = self.socket.feed(Message::Text(text.into())).await;
+    }
+
+    async fn send(&mut self, text: String) -> Result<(), Close> {
+        let _ = self.socket.send(Message::Text(text.into())).await;
+        Ok(())
+    }
+
+    async fn take(&mut self, message: Message) -> Result<(), Close> {
+        self.pinged = false;
+        let text = match message {
+            Message::Text(text) if text.len() > MESSAGE_MAX => return Err(Close::too_large(MESSAGE_MAX)),
+            Message::Text(text) => text,
+            Message::Binary(_) => return Err(Close::invalid("messages are text")),
+            Message::Ping(_) | Message::Pong(_) | Message::Close(_) => return Ok(()),
+        };
+        match ClientMessage::parse(&text)? {
+            ClientMessage::ConnectionInit { payload } => self.init(payload.unwrap_or_default()).await,
+            ClientMessage::Ping { payload } => self.send(pong(payload)).await,
+            ClientMessage::Pong { .. } => Ok(()),
+            ClientMessage::Subscribe { .. } if !self.acknowledged => Err(Close::unauthorized()),
+            ClientMessage::Subscribe { id, payload } => self.subscribe(&id, payload).await,
+            ClientMessage::Complete { id } => {
+                self.forget(&id);
+                Ok(())
+            }
+        }
+    }
+
+    /// Accepts the connection. A token in the payload wins over the one of the handshake.
+    async fn init(&mut self, payload: Map<String, Value>) -> Result<(), Close> {
+        if self.acknowledged {
+            return Err(Close::too_many_inits());
+        }
+        if let Some(bearer) = bearer(&payload)? {
+            let caller = self.app.auth.authenticate(bearer).await;
+            let caller = caller.map_err(|error| Close::forbidden(&Failure::from(error).message))?;
+            self.cut = Box::pin(self.app.sessions.until_cut(Some(&caller)));
+            self.credentials = Some(Credentials { caller, bearer: bearer.into() });
+        }
+        self.acknowledged = true;
+        self.rest();
+        self.send(ACK.to_owned()).await
+    }
+
+    async fn subscribe(&mut self, id: &str, payload: Subscribe) -> Result<(), Close> {
+        if self.running.contains_key(id) {
+            return Err(Close::duplicate(id));
+        }
+        if id.len() > ID_MAX {
+            return Err(Close::invalid(&format!("the id must be at most {ID_MAX} bytes")));
+        }
+        let most = self.app.graphql.config().max_subscriptions;
+        if self.running.len() >= most {
+            let reason = format!("a connection may have {most} operations under way");
+            let failure = protocol(StatusCode::TOO_MANY_REQUESTS, "limit_exceeded", reason);
+            return self.refuse(id, failure.into()).await;
+        }
+        let asked = Asked {
+            credentials: self.credentials.clone(),
+            id: self.id.clone(),
+            may_change: true,
+            door: Door::Websocket,
+        };
+        match self.app.graphql.prepare(&self.app, payload.into_request(), asked) {
+            Err(fault) => self.refuse(id, fault).await,
+            Ok(prepared) => {
+                let id: Arc<str> = id.into();
+                let (handle, registration) = AbortHandle::new_pair();
+                let tagged = tagged(id.clone(), self.app.graphql.answers(prepared));
+                self.answers.push(Abortable::new(tagged, registration));
+                self.running.insert(id, handle);
+                Ok(())
+            }
+        }
+    }
+
+    async fn refuse(&mut self, id: &str, fault: Fault) -> Result<(), Close> {
+        let faults = [fault];
+        reply::log(&faults, &self.id);
+        let text = self.failed(id, &faults)?;
+        self.send(text).await
+    }
+
+    fn forget(&mut self, id: &str) {
+        if let Some(running) = self.running.remove(id) {
+            running.abort();
+        }
+    }
+
+    /// The protocol's own pings are the client's to send; the transport's are answered by every browser.
+    async fn look_for_life(&mut self) -> Result<(), Close> {
+        if !self.acknowledged {
+            return Err(Close::init_timeout());
+        }
+        if self.pinged {
+            return Err(Close::dead());
+        }
+        self.pinged = true;
+        self.rest();
+        let _ = self.socket.send(Message::Ping(Default::default())).await;
+        Ok(())
+    }
+
+    fn rest(&mut self) {
+        self.beat = Box::pin(sleep_until(Instant::now() + self.app.graphql.config().ping_interval));
+    }
+}
+
+/// The answers of an operation, each with its id, and its end. A failure is an end of its own.
+fn tagged(id: Arc<str>, answers: BoxStream<'static, Answer>) -> BoxStream<'static, Tagged> {
+    stream::unfold((answers, id, false), |(mut answers, id, ended)| async move {
+        if ended {
+            return None;
+        }
+        let answer = answers.next().await;
+        let ended = !matches!(answer, Some(Answer::Next(_)));
+        Some(((id.clone(), answer), (answers, id, ended)))
+    })
+    .boxed()
+}
+
+fn closed_by(cut: Cut) -> Close {
+    match cut {
+        Cut::Stopping => Close::going_away(),
+        Cut::Credentials(error) => Close::forbidden(&error.detail()),
+    }
+}
+
+/// The token in the payload of an init: `authorization`, in any case, with or without the scheme.
+fn bearer(payload: &Map<String, Value>) -> Result<Option<&str>, Close> {
+    let Some((_, value)) = payload.iter().find(|(name, _)| name.eq_ignore_ascii_case("authorization")) else {
+        return Ok(None);
+    };
+    let text = match value {
+        Value::Null => return Ok(None),
+        Value::String(text) => text.trim(),
+        _ => return Err(Close::forbidden("authorization must be a string")),
+    };
+    let bearer = match text.split_once(' ') {
+        Some((scheme, rest)) if scheme.eq_ignore_ascii_case("bearer") => rest.trim(),
+        Some(_) => return Err(Close::forbidden("Invalid or Missing API key")),
+        None => text,
+    };
+    Ok((!bearer.is_empty()).then_some(bearer))
+}

@@ -62,37 +62,48 @@ pub(crate) struct Followers {
 
 impl Followers {
     /// Connects `each` followers to every channel and returns once the server has accepted them all.
-    pub(crate) async fn connect(
+    pub(crate) async fn follow(
         target: &dyn Target,
         server: &Server,
         channels: &[String],
         each: usize,
+    ) -> anyhow::Result<Self> {
+        let of = |channel: usize| std::iter::repeat_n(channel, each);
+        let readers = (0..channels.len())
+            .flat_map(of)
+            .map(|channel| (channel, target.follow(server, &channels[channel])));
+        let followers = Self::connect(server, readers).await?;
+        target.settle(server, followers.tasks.len())?;
+        Ok(followers)
+    }
+
+    /// Connects the readers, each with the number of its channel, and returns once the server has accepted them all.
+    pub(crate) async fn connect(
+        server: &Server,
+        readers: impl Iterator<Item = (usize, Box<dyn Reader>)>,
     ) -> anyhow::Result<Self> {
         let (ready, mut accepted) = mpsc::unbounded_channel();
         let (timed_from, timed) = watch::channel(u64::MAX);
         let (stop, stopped) = watch::channel(false);
         let delivered = Arc::new(AtomicU64::new(0));
         let mut tasks = Vec::new();
-        for (channel, session) in channels.iter().enumerate() {
-            for _ in 0..each {
-                let stream = TcpStream::connect(server.address).await?;
-                stream.set_nodelay(true)?;
-                let follower = Follower {
-                    stream,
-                    reader: target.follow(server, session),
-                    ready: Some(ready.clone()),
-                    delivered: Arc::clone(&delivered),
-                    timed: timed.clone(),
-                };
-                tasks.push(tokio::spawn(follower.run(channel, stopped.clone())));
-            }
+        for (channel, reader) in readers {
+            let stream = TcpStream::connect(server.address).await?;
+            stream.set_nodelay(true)?;
+            let follower = Follower {
+                stream,
+                reader,
+                ready: Some(ready.clone()),
+                delivered: Arc::clone(&delivered),
+                timed: timed.clone(),
+            };
+            tasks.push(tokio::spawn(follower.run(channel, stopped.clone())));
         }
         drop(ready);
         for _ in 0..tasks.len() {
             let accepted = tokio::time::timeout(PATIENCE, accepted.recv()).await?;
             ensure!(accepted.is_some(), "a follower was refused");
         }
-        target.settle(server, tasks.len())?;
         Ok(Self { tasks, delivered, timed_from, stop })
     }
 
@@ -162,7 +173,7 @@ impl Follower {
 
 /// Appends at the plan's rate and counts what arrives.
 pub(crate) async fn deliver(target: &dyn Target, server: &Server, plan: &Plan) -> anyhow::Result<Delivered> {
-    let followers = Followers::connect(target, server, &plan.channels, plan.followers).await?;
+    let followers = Followers::follow(target, server, &plan.channels, plan.followers).await?;
     let warm = u64::try_from(WARM_UP.as_nanos())?;
     followers.timed_from.send_replace(nanos() + warm);
     let (server_before, client_before) = (server.cpu()?, own_cpu()?);
@@ -208,7 +219,7 @@ async fn write_all(target: &dyn Target, server: &Server, plan: &Plan) -> anyhow:
                 }
                 let turn = turn % requests.len();
                 let (_, number, request) = &mut requests[turn];
-                writer.append(request, *number).await?;
+                writer.send(request, *number).await?;
                 *number += 1;
             }
             Ok(requests.into_iter().map(|(channel, number, _)| (channel, number)).collect())

@@ -1,10 +1,9 @@
 //! What the numbers should be, and whether they are.
 
-use super::report::{Metric, Samples, Table, align};
+use super::graphql;
+use super::report::{GRAPHQL, Metric, OURS, Samples, Table, align};
 use super::rows;
 use super::stats::Spread;
-
-const OURS: &str = "sessiond";
 
 /// One goal and what the run says to it.
 struct Goal {
@@ -72,7 +71,7 @@ fn goals(samples: &Samples, floor: Spread) -> Vec<Goal> {
     let floor_bound = floor.p50 + 0.15;
     let per_follower = rows::MEMORY.iter().map(|row| ours(Table::Memory, row, Metric::KibPerFollower));
     let per_follower = per_follower.flatten().reduce(f64::max);
-    vec![
+    let mut goals = vec![
         Goal::new(
             "acks a second, 64 sessions",
             best_rate.map(|best| (format!(">= {best:.0} (better peer)"), best)),
@@ -112,5 +111,40 @@ fn goals(samples: &Samples, floor: Spread) -> Vec<Goal> {
         catch_up("catch-up over SSE, their plain read", read("durable-streams, plain read")),
         Goal::new("memory of an idle SSE follower", bound("<= 13 KiB", 13.0), per_follower, "KiB", at_most),
         Goal::new("the same, stretch", bound("<= 8 KiB", 8.0), per_follower, "KiB", at_most),
+    ];
+    goals.extend(graphql_goals(samples));
+    goals
+}
+
+/// Those of the GraphQL door, most of them by what the other door costs in the same run.
+fn graphql_goals(samples: &Samples) -> Vec<Goal> {
+    let at_most = |value: f64, bound: f64| value <= bound;
+    let value = |table, row: &str, server, metric| samples.value(table, row, server, metric);
+    let fan = rows::delivery(1, 1000);
+    let per_delivery = |server| value(Table::Delivery, &fan, server, Metric::ServerUs);
+    let delivery = |what, times: f64| {
+        let wanted =
+            per_delivery(OURS).map(|sse| (format!("<= {:.2} us ({times} x SSE)", times * sse), times * sse));
+        Goal::new(what, wanted, per_delivery(GRAPHQL), "us", at_most)
+    };
+    let weight = |row: &str| value(Table::Memory, row, GRAPHQL, Metric::KibPerFollower);
+    let subscribed = rows::MEMORY.iter().filter_map(|row| weight(row)).reduce(f64::max);
+    let memory = |what, most: f64, measured| {
+        Goal::new(what, Some((format!("<= {most} KiB"), most)), measured, "KiB", at_most)
+    };
+    vec![
+        delivery("server CPU per delivery over WebSocket, 1 channel x 1000", 2.0),
+        delivery("the same, stretch", 0.5),
+        memory("memory of a WebSocket that follows nothing", 20.0, weight(graphql::IDLE)),
+        memory("the same, stretch", 11.0, weight(graphql::IDLE)),
+        memory("memory of a WebSocket with one subscription", 20.0, subscribed),
+        memory("the same, stretch", 11.0, subscribed),
+        Goal::new(
+            "catch-up over WebSocket, bytes of records",
+            Some((">= 100 MB/s".to_owned(), 100.0)),
+            value(Table::CatchUp, rows::CATCH_UP, "sessiond, GraphQL, batch: 100", Metric::RecordMegabytes),
+            "MB/s",
+            |value, bound| value >= bound,
+        ),
     ]
 }

@@ -9,10 +9,10 @@ use super::record::{Mark, Marks};
 use super::target::Reader;
 
 /// The status line and headers of an answer.
-struct Head {
-    status: u16,
+pub(crate) struct Head {
+    pub(crate) status: u16,
     /// Bytes up to the body.
-    len: usize,
+    pub(crate) len: usize,
     body: Length,
 }
 
@@ -23,7 +23,7 @@ enum Length {
 
 impl Head {
     /// The head at the start of `bytes`, once it is complete.
-    fn parse(bytes: &[u8]) -> anyhow::Result<Option<Self>> {
+    pub(crate) fn parse(bytes: &[u8]) -> anyhow::Result<Option<Self>> {
         let Some(len) = bytes.windows(4).position(|four| four == b"\r\n\r\n").map(|at| at + 4) else {
             return Ok(None);
         };

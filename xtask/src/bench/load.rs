@@ -1,4 +1,4 @@
-//! Writers: one connection and one append at a time each.
+//! Writers: one connection and one request at a time each.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,6 +10,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::record::Request;
+use super::report::Metric;
 use super::server::{Server, own_cpu};
 use super::stats::{Latency, Spread};
 use super::target::Target;
@@ -19,7 +20,7 @@ const WARM_UP: Duration = Duration::from_secs(1);
 /// Writers that fill a channel before it is read.
 const FILLERS: u64 = 64;
 
-/// A connection that appends.
+/// A connection that appends, or asks.
 pub(crate) struct Writer {
     stream: TcpStream,
     buffer: Vec<u8>,
@@ -32,13 +33,16 @@ impl Writer {
         Ok(Self { stream, buffer: vec![0; 4096] })
     }
 
-    /// Appends record `number` and waits for the ack.
-    pub(crate) async fn append(&mut self, request: &mut Request, number: u64) -> anyhow::Result<()> {
+    /// Sends the request, with record `number` if it appends, and waits for the answer.
+    pub(crate) async fn send(&mut self, request: &mut Request, number: u64) -> anyhow::Result<()> {
         self.stream.write_all(request.stamp(number)).await?;
         let mut filled = 0;
         loop {
+            if filled == self.buffer.len() {
+                self.buffer.resize(2 * filled, 0);
+            }
             let read = self.stream.read(&mut self.buffer[filled..]).await?;
-            ensure!(read > 0, "the server hung up on an append");
+            ensure!(read > 0, "the server hung up on a request");
             filled += read;
             if (request.answered)(&self.buffer[..filled])?.is_some() {
                 return Ok(());
@@ -47,24 +51,36 @@ impl Writer {
     }
 }
 
-/// What a row of acks came to.
-pub(crate) struct Acks {
-    pub(crate) per_second: f64,
-    pub(crate) spread: Spread,
-    pub(crate) server_us: f64,
-    pub(crate) client_us: f64,
+/// What a row of answers came to.
+pub(crate) struct Answers {
+    per_second: f64,
+    spread: Spread,
+    server_us: f64,
+    client_us: f64,
 }
 
-/// One sequential writer per session, for `time` after warming up.
-pub(crate) async fn acks(
-    target: &dyn Target,
+impl Answers {
+    /// As the tables show them.
+    pub(crate) fn values(&self) -> Vec<(Metric, f64)> {
+        vec![
+            (Metric::PerSecond, self.per_second),
+            (Metric::P50, self.spread.p50),
+            (Metric::P99, self.spread.p99),
+            (Metric::ServerUs, self.server_us),
+            (Metric::ClientUs, self.client_us),
+        ]
+    }
+}
+
+/// One sequential writer per request, for `time` after warming up.
+pub(crate) async fn answers(
     server: &Server,
-    sessions: &[String],
+    requests: Vec<Request>,
     time: Duration,
-) -> anyhow::Result<Acks> {
-    let mut writers = Vec::with_capacity(sessions.len());
-    for session in sessions {
-        writers.push((Writer::connect(server).await?, target.append(server, session)));
+) -> anyhow::Result<Answers> {
+    let mut writers = Vec::with_capacity(requests.len());
+    for request in requests {
+        writers.push((Writer::connect(server).await?, request));
     }
     let start = Instant::now() + WARM_UP;
     let end = start + time;
@@ -84,7 +100,7 @@ pub(crate) async fn acks(
     let count = spread.count.max(1) as f64;
     // A busy machine wakes us late, so the rates are over the time that really passed.
     let stretch = took.as_secs_f64() / time.as_secs_f64();
-    Ok(Acks {
+    Ok(Answers {
         per_second: count / time.as_secs_f64(),
         spread,
         server_us: micros(server_after - server_before) / (count * stretch),
@@ -104,7 +120,7 @@ async fn write(
         if sent >= end {
             break;
         }
-        writer.append(&mut request, number).await?;
+        writer.send(&mut request, number).await?;
         let answered = Instant::now();
         if sent >= start && answered <= end {
             latency.record(answered - sent);
@@ -132,7 +148,7 @@ pub(crate) async fn fill(
                 if number >= count {
                     return Ok(());
                 }
-                writer.append(&mut request, number).await?;
+                writer.send(&mut request, number).await?;
             }
         });
     }

@@ -7,10 +7,12 @@ mod catchup;
 mod delivery;
 mod durable_streams;
 mod goals;
+mod graphql;
 mod http;
 mod lists;
 mod load;
 mod machine;
+mod memory;
 mod ours;
 mod record;
 mod redis;
@@ -20,6 +22,7 @@ mod rows;
 mod server;
 mod stats;
 mod target;
+mod ws;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -32,10 +35,10 @@ use tokio::runtime::Builder;
 
 use self::durable_streams::DurableStreams;
 use self::machine::{Machine, sync_floor};
-use self::ours::Ours;
+use self::ours::{Ours, Way};
 use self::redis::Redis;
-use self::report::Samples;
-use self::rows::{Bench, Row, fresh};
+use self::report::{OURS, Samples};
+use self::rows::{Bench, DELIVERIES, Row, fresh};
 use self::stats::{Spread, median};
 use self::target::Target;
 use crate::process;
@@ -131,7 +134,7 @@ fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Resu
         bench.ack(&targets, &extra, &mut floors)?;
     }
     if wanted(Row::Delivery) {
-        bench.delivery(&targets)?;
+        bench.delivery(&targets, &DELIVERIES)?;
     }
     if wanted(Row::CatchUp) {
         bench.catch_up(&targets)?;
@@ -139,10 +142,13 @@ fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Resu
     if wanted(Row::Memory) {
         bench.memory(&targets)?;
     }
-    if wanted(Row::Lists)
-        && let Some(ours) = targets.iter().find(|target| target.name() == "sessiond")
-    {
-        bench.lists(ours.as_ref())?;
+    if let Some(ours) = targets.iter().find(|target| target.name() == OURS) {
+        if wanted(Row::Graphql) {
+            bench.graphql(&binary(args, workspace))?;
+        }
+        if wanted(Row::Lists) {
+            bench.lists(ours.as_ref())?;
+        }
     }
     floors.push(sync_floor(home)?);
     let text = report(&head, &floors, &bench.samples)?;
@@ -155,17 +161,21 @@ fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Resu
 
 /// The servers to measure, ours first; and those that get the 64 session row only.
 fn targets(args: &BenchArgs, workspace: &Workspace) -> (Targets, Targets) {
-    let binary = args.binary.clone().unwrap_or_else(|| workspace.target.join("release/sessiond"));
+    let ours = |way| Box::new(Ours { binary: binary(args, workspace), way });
     let (mut targets, mut extra) = (Targets::new(), Targets::new());
     if !args.without_ours {
-        targets.push(Box::new(Ours { binary: binary.clone(), part_ids: false }));
-        extra.push(Box::new(Ours { binary, part_ids: true }));
+        targets.push(ours(Way::Plain));
+        extra.push(ours(Way::PartIds));
     }
     if args.peers {
         targets.push(Box::new(Redis));
         targets.push(Box::new(DurableStreams::new(workspace)));
     }
     (targets, extra)
+}
+
+fn binary(args: &BenchArgs, workspace: &Workspace) -> PathBuf {
+    args.binary.clone().unwrap_or_else(|| workspace.target.join("release/sessiond"))
 }
 
 /// No path of this machine goes into the report.
@@ -192,7 +202,7 @@ fn report(head: &[String], floors: &[Spread], samples: &Samples) -> anyhow::Resu
         range.join(", ")
     ));
     text.push_str("Records are 256 bytes of JSON; loopback; every ack is after fsync. ");
-    text.push_str("Ack rows are the median of the alternating rounds. A ratio is ours over theirs.\n\n");
+    text.push_str("Rows of alternating rounds are their median. A ratio is ours over theirs, or GraphQL over the other door.\n\n");
     text.push_str(&samples.tables());
     text.push_str("\n## Goals\n\n");
     text.push_str(&goals::table(samples, floor));

@@ -1,4 +1,4 @@
-//! sessiond under test: sessions over REST, appends and followers on the realtime routes.
+//! sessiond under test: sessions over REST, appends on the realtime routes, followers there or over GraphQL.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -8,8 +8,10 @@ use anyhow::{Context, ensure};
 
 use super::http::{self, Body};
 use super::record::{self, Request};
+use super::report;
 use super::server::Server;
 use super::target::{Reader, Target};
+use super::ws::Subscriptions;
 use crate::process;
 
 /// The root key of the measured server, which lives for one row.
@@ -18,13 +20,26 @@ pub(crate) const KEY: &str = "tr_dev_benchmarkbenchmark0001";
 /// The release build of this checkout.
 pub(crate) struct Ours {
     pub(crate) binary: PathBuf,
-    /// Whether appends carry a part id, as those of the SDK do.
-    pub(crate) part_ids: bool,
+    pub(crate) way: Way,
+}
+
+/// How it is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    Plain,
+    /// Appends carry a part id, as those of the SDK do.
+    PartIds,
+    /// Followers subscribe over WebSocket.
+    Graphql,
 }
 
 impl Target for Ours {
     fn name(&self) -> &'static str {
-        if self.part_ids { "sessiond, X-Part-Id" } else { "sessiond" }
+        match self.way {
+            Way::Plain => report::OURS,
+            Way::PartIds => "sessiond, X-Part-Id",
+            Way::Graphql => report::GRAPHQL,
+        }
     }
 
     fn prepare(&mut self) -> anyhow::Result<String> {
@@ -50,7 +65,7 @@ impl Target for Ours {
         let mut stream = server.connect()?;
         for session in sessions {
             let body = format!(
-                r#"{{"type":"bench","externalId":"{session}","taskIdentifier":"bench","triggerConfig":{{"basePayload":{{}}}}}}"#
+                r#"{{"type":"bench","externalId":"{session}","tags":["bench"],"taskIdentifier":"bench","triggerConfig":{{"basePayload":{{}}}}}}"#
             );
             let length = body.len().to_string();
             let headers = [("Content-Type", "application/json"), ("Content-Length", length.as_str())];
@@ -66,20 +81,27 @@ impl Target for Ours {
         let line = format!("POST /realtime/v1/sessions/{session}/in/append");
         let length = record::LEN.to_string();
         let mut headers = vec![("Content-Type", "application/json"), ("Content-Length", length.as_str())];
-        if self.part_ids {
+        let part_ids = self.way == Way::PartIds;
+        if part_ids {
             headers.push(("X-Part-Id", "part-00000000"));
         }
         let request = Request::new(&ask(&line, server, &headers), b"", http::answered);
-        if self.part_ids { request.numbering(b"part-") } else { request }
+        if part_ids { request.numbering(b"part-") } else { request }
     }
 
     fn follow(&self, server: &Server, session: &str) -> Box<dyn Reader> {
+        if self.way == Way::Graphql {
+            return Box::new(Subscriptions::new(server, &[session]));
+        }
         let line = format!("GET /realtime/v1/sessions/{session}/in");
         let headers = [("Accept", "text/event-stream"), ("Timeout-Seconds", "600")];
         Box::new(Body::new(ask(&line, server, &headers)))
     }
 
     fn catch_up(&self, server: &Server, session: &str) -> Vec<(&'static str, Box<dyn Reader>)> {
+        if self.way == Way::Graphql {
+            return vec![("batch: 100", self.follow(server, session))];
+        }
         let records = format!("GET /realtime/v1/sessions/{session}/in/records");
         vec![
             ("SSE", self.follow(server, session)),

@@ -17,15 +17,16 @@ const BEFORE: &[u8] = br#"{"kind":"message","payload":{"role":"user","parts":[{"
 const AFTER: &[u8] = br#""}]}}"#;
 const FILLER: usize = LEN - BEFORE.len() - MARK - AFTER.len();
 
-/// Tells whether `bytes` start with the whole answer to one append, and how long it is. An answer that is not a
+/// Tells whether `bytes` start with the whole answer to one request, and how long it is. An answer that is not a
 /// success is an error.
 pub(crate) type Answered = fn(&[u8]) -> anyhow::Result<Option<usize>>;
 
-/// A whole append request, rendered once; only the record in it changes.
+/// A whole request, rendered once; only the record in it changes, if it appends one.
 #[derive(Clone)]
 pub(crate) struct Request {
     bytes: Vec<u8>,
-    at: usize,
+    /// Where the record's text begins.
+    at: Option<usize>,
     /// Where the head says the record's number too.
     numbered_at: Option<usize>,
     pub(crate) answered: Answered,
@@ -40,7 +41,12 @@ impl Request {
         bytes.resize(bytes.len() + MARK + FILLER, b'.');
         bytes.extend_from_slice(AFTER);
         bytes.extend_from_slice(end);
-        Self { bytes, at: head.len() + BEFORE.len(), numbered_at: None, answered }
+        Self { bytes, at: Some(head.len() + BEFORE.len()), numbered_at: None, answered }
+    }
+
+    /// A request that appends nothing.
+    pub(crate) fn plain(bytes: Vec<u8>, answered: Answered) -> Self {
+        Self { bytes, at: None, numbered_at: None, answered }
     }
 
     /// Also writes the number of each record over the eight characters after `word` in the head.
@@ -52,7 +58,8 @@ impl Request {
 
     /// The request with record `number`, sent now.
     pub(crate) fn stamp(&mut self, number: u64) -> &[u8] {
-        let text = &mut self.bytes[self.at..self.at + MARK + FILLER];
+        let Some(at) = self.at else { return &self.bytes };
+        let text = &mut self.bytes[at..at + MARK + FILLER];
         text[0] = TILDE;
         digits(&mut text[1..=NUMBER], number);
         text[1 + NUMBER] = b'.';

@@ -2,6 +2,10 @@
 
 use super::stats::median;
 
+/// How the tables name ours, and what is told beside it.
+pub(crate) const OURS: &str = "sessiond";
+pub(crate) const GRAPHQL: &str = "sessiond, GraphQL";
+
 /// What a number measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Metric {
@@ -12,6 +16,7 @@ pub(crate) enum Metric {
     ClientUs,
     Lost,
     MegabytesPerSecond,
+    RecordMegabytes,
     BytesPerRecord,
     KibPerFollower,
     EmptyMib,
@@ -31,6 +36,7 @@ impl Metric {
             Self::ClientUs => "client CPU us",
             Self::Lost => "lost",
             Self::MegabytesPerSecond => "MB/s on the wire",
+            Self::RecordMegabytes => "MB/s of records",
             Self::BytesPerRecord => "bytes a record",
             Self::KibPerFollower => "KiB a follower",
             Self::EmptyMib => "empty server MiB",
@@ -43,9 +49,11 @@ impl Metric {
 
     fn show(self, value: f64) -> String {
         match self {
-            Self::PerSecond | Self::Lost | Self::MegabytesPerSecond | Self::BytesPerRecord => {
-                format!("{value:.0}")
-            }
+            Self::PerSecond
+            | Self::Lost
+            | Self::MegabytesPerSecond
+            | Self::RecordMegabytes
+            | Self::BytesPerRecord => format!("{value:.0}"),
             Self::ClientUs | Self::KibPerFollower | Self::EmptyMib => format!("{value:.1}"),
             _ => format!("{value:.2}"),
         }
@@ -64,18 +72,20 @@ pub(crate) enum Table {
     Delivery,
     CatchUp,
     Memory,
+    Page,
     Lists,
 }
 
 impl Table {
-    const ALL: [Self; 5] = [Self::Ack, Self::Delivery, Self::CatchUp, Self::Memory, Self::Lists];
+    const ALL: [Self; 6] = [Self::Ack, Self::Delivery, Self::CatchUp, Self::Memory, Self::Page, Self::Lists];
 
     fn title(self) -> &'static str {
         match self {
             Self::Ack => "Append to ack, one sequential writer per session",
             Self::Delivery => "Append to delivery at the followers; CPU per delivery",
             Self::CatchUp => "Catch-up of 100,000 records over one connection; CPU per record",
-            Self::Memory => "Resident memory of 1000 idle followers",
+            Self::Memory => "Resident memory of idle followers",
+            Self::Page => "A page of 50 of 1000 sessions, six fields of each over GraphQL; CPU per page",
             Self::Lists => "Lists over HTTP, pages of 50 of 1,000,000 sessions in SQLite",
         }
     }
@@ -137,14 +147,18 @@ impl Samples {
                 let values = metrics.iter().map(|m| self.value(table, row, server, *m).map(|v| m.show(v)));
                 lines.push(line(row, server, values));
             }
-            let Some((ours, peers)) =
-                servers.split_first().filter(|(first, _)| first.starts_with("sessiond"))
+            let Some((ours, others)) = servers.split_first().filter(|(first, _)| first.starts_with(OURS))
             else {
                 continue;
             };
-            for peer in peers.iter().filter(|peer| !peer.starts_with("sessiond")) {
-                let ratios = metrics.iter().map(|metric| self.ratio(table, row, ours, peer, *metric));
-                lines.push(line("", &format!("{ours} / {peer}"), ratios));
+            for other in others {
+                let (one, beside) = match other {
+                    door if door.starts_with(GRAPHQL) => (door, ours),
+                    variant if variant.starts_with(OURS) => continue,
+                    peer => (ours, peer),
+                };
+                let ratios = metrics.iter().map(|metric| self.ratio(table, row, one, beside, *metric));
+                lines.push(line("", &format!("{one} / {beside}"), ratios));
             }
         }
         align(&lines)

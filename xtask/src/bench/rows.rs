@@ -2,16 +2,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::Duration;
 
 use clap::ValueEnum;
 use tokio::runtime::Runtime;
 
 use super::catchup::catch_up;
-use super::delivery::{Followers, Plan, deliver};
+use super::delivery::{Plan, deliver};
 use super::load;
 use super::machine::sync_floor;
+use super::record;
 use super::report::{Metric, Sample, Samples, Table};
 use super::server::Server;
 use super::stats::Spread;
@@ -19,8 +19,10 @@ use super::target::Target;
 
 /// Sessions of the ack rows.
 const SESSIONS: [usize; 3] = [1, 64, 1000];
-/// Channels, followers of each, appends a second over all.
-const DELIVERIES: [(usize, usize, f64); 4] =
+/// A delivery row: channels, followers of each, appends a second over all.
+type Delivery = (usize, usize, f64);
+/// What the servers are compared by.
+pub(crate) const DELIVERIES: [Delivery; 4] =
     [(1, 1, 50.0), (1, 100, 50.0), (1, 1000, 10.0), (1000, 1, 500.0)];
 /// Records of the catch-up row.
 const RECORDS: u64 = 100_000;
@@ -28,8 +30,6 @@ const RECORDS: u64 = 100_000;
 pub(crate) const MEMORY: [&str; 2] = ["1 channel x 1000", "1000 channels x 1"];
 /// The catch-up row.
 pub(crate) const CATCH_UP: &str = "100,000 records";
-/// How long a server may settle before its memory is read.
-const SETTLE: Duration = Duration::from_millis(1500);
 
 /// A group of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -42,6 +42,8 @@ pub(crate) enum Row {
     CatchUp,
     /// Memory of idle followers
     Memory,
+    /// Delivery, catch-up and memory over GraphQL beside SSE, and a page of sessions; ours only
+    Graphql,
     /// List queries over 1,000,000 sessions, ours only
     Lists,
 }
@@ -100,25 +102,20 @@ impl Bench<'_> {
         for count in counts {
             let sessions = names("ack", *count);
             target.create(&server, &sessions)?;
-            let acks = self.runtime.block_on(load::acks(target, &server, &sessions, self.time))?;
+            let requests = sessions.iter().map(|session| target.append(&server, session)).collect();
+            let acks = self.runtime.block_on(load::answers(&server, requests, self.time))?;
             self.samples.push(Sample {
                 table: Table::Ack,
                 row: ack(*count),
                 server: target.name().to_owned(),
-                values: vec![
-                    (Metric::PerSecond, acks.per_second),
-                    (Metric::P50, acks.spread.p50),
-                    (Metric::P99, acks.spread.p99),
-                    (Metric::ServerUs, acks.server_us),
-                    (Metric::ClientUs, acks.client_us),
-                ],
+                values: acks.values(),
             });
         }
         Ok(())
     }
 
-    pub(crate) fn delivery(&mut self, targets: &[Box<dyn Target>]) -> anyhow::Result<()> {
-        for (channels, followers, rate) in DELIVERIES {
+    pub(crate) fn delivery(&mut self, targets: &[Box<dyn Target>], rows: &[Delivery]) -> anyhow::Result<()> {
+        for &(channels, followers, rate) in rows {
             for target in targets {
                 let server = self.start(target.as_ref())?;
                 let plan = Plan { channels: names("deliver", channels), followers, rate, time: self.time };
@@ -152,44 +149,17 @@ impl Bench<'_> {
                 let (name, _) = target.catch_up(&server, &sessions[0]).swap_remove(way);
                 let reader = || target.catch_up(&server, &sessions[0]).swap_remove(way).1;
                 let caught_up = catch_up(&server, RECORDS, self.time, reader)?;
+                let per_second = caught_up.rate * 1e6 / caught_up.bytes as f64 * RECORDS as f64;
                 self.samples.push(Sample {
                     table: Table::CatchUp,
                     row: CATCH_UP.to_owned(),
                     server: format!("{}, {name}", target.name()),
                     values: vec![
                         (Metric::MegabytesPerSecond, caught_up.rate),
-                        (Metric::PerSecond, caught_up.rate * 1e6 / caught_up.bytes as f64 * RECORDS as f64),
+                        (Metric::RecordMegabytes, per_second * record::LEN as f64 / 1e6),
+                        (Metric::PerSecond, per_second),
                         (Metric::ServerUs, caught_up.server_us),
                         (Metric::BytesPerRecord, caught_up.bytes as f64 / RECORDS as f64),
-                    ],
-                });
-            }
-        }
-        Ok(())
-    }
-
-    pub(crate) fn memory(&mut self, targets: &[Box<dyn Target>]) -> anyhow::Result<()> {
-        for (row, (channels, followers)) in MEMORY.into_iter().zip([(1, 1000), (1000, 1)]) {
-            for target in targets {
-                let server = self.start(target.as_ref())?;
-                thread::sleep(SETTLE);
-                let empty = server.rss()?;
-                let channels = names("idle", channels);
-                target.create(&server, &channels)?;
-                thread::sleep(SETTLE);
-                let before = server.rss()?;
-                let follow = Followers::connect(target.as_ref(), &server, &channels, followers);
-                let connected = self.runtime.block_on(follow)?;
-                thread::sleep(SETTLE);
-                let grown = server.rss()?.saturating_sub(before);
-                self.runtime.block_on(connected.leave())?;
-                self.samples.push(Sample {
-                    table: Table::Memory,
-                    row: row.to_owned(),
-                    server: target.name().to_owned(),
-                    values: vec![
-                        (Metric::KibPerFollower, grown as f64 / 1000.0),
-                        (Metric::EmptyMib, empty as f64 / 1024.0),
                     ],
                 });
             }
@@ -208,6 +178,7 @@ pub(crate) fn fresh(home: &Path, name: &str) -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
-fn names(prefix: &str, count: usize) -> Vec<String> {
+/// Names of sessions.
+pub(crate) fn names(prefix: &str, count: usize) -> Vec<String> {
     (0..count).map(|number| format!("{prefix}-{count}-{number}")).collect()
 }

@@ -1,0 +1,73 @@
+//! What idle followers weigh, in the resident memory of the server.
+
+use std::future::Future;
+use std::thread;
+use std::time::Duration;
+
+use super::delivery::Followers;
+use super::report::{Metric, Sample, Table};
+use super::rows::{Bench, MEMORY, names};
+use super::server::Server;
+use super::target::Target;
+
+/// How long a server may settle before its memory is read.
+const SETTLE: Duration = Duration::from_millis(1500);
+
+/// A server that has settled, and its channels.
+pub(crate) struct Idle {
+    pub(crate) server: Server,
+    pub(crate) channels: Vec<String>,
+    /// KiB that it held before it had any.
+    empty: u64,
+}
+
+impl Bench<'_> {
+    /// 1000 followers of one channel, and of a channel each.
+    pub(crate) fn memory(&mut self, targets: &[Box<dyn Target>]) -> anyhow::Result<()> {
+        for (row, (channels, followers)) in MEMORY.into_iter().zip([(1, 1000), (1000, 1)]) {
+            for target in targets {
+                let target = target.as_ref();
+                let idle = self.idle(target, channels)?;
+                let follow = Followers::follow(target, &idle.server, &idle.channels, followers);
+                let grown = self.growth(&idle.server, follow)?;
+                self.weigh(target, row, &idle, grown / 1000.0);
+            }
+        }
+        Ok(())
+    }
+
+    /// A fresh server with so many channels.
+    pub(crate) fn idle(&self, target: &dyn Target, channels: usize) -> anyhow::Result<Idle> {
+        let server = self.start(target)?;
+        thread::sleep(SETTLE);
+        let empty = server.rss()?;
+        let channels = names("idle", channels);
+        target.create(&server, &channels)?;
+        thread::sleep(SETTLE);
+        Ok(Idle { server, channels, empty })
+    }
+
+    /// KiB by which the server grows with these followers, who then leave.
+    pub(crate) fn growth(
+        &self,
+        server: &Server,
+        follow: impl Future<Output = anyhow::Result<Followers>>,
+    ) -> anyhow::Result<f64> {
+        let before = server.rss()?;
+        let connected = self.runtime.block_on(follow)?;
+        thread::sleep(SETTLE);
+        let grown = server.rss()?.saturating_sub(before);
+        self.runtime.block_on(connected.leave())?;
+        Ok(grown as f64)
+    }
+
+    /// Notes what one follower weighs.
+    pub(crate) fn weigh(&mut self, target: &dyn Target, row: &str, idle: &Idle, kib: f64) {
+        self.samples.push(Sample {
+            table: Table::Memory,
+            row: row.to_owned(),
+            server: target.name().to_owned(),
+            values: vec![(Metric::KibPerFollower, kib), (Metric::EmptyMib, idle.empty as f64 / 1024.0)],
+        });
+    }
+}

@@ -153,6 +153,9 @@ impl Rows {
 
     /// Forgets every address that leads to these versions of a row, wakes who waits for one of them, and tells the
     /// last version, which is the newest, to who watches.
+    ///
+    /// Two changes of a session may come here in another order than that in which they were stored. The older one is
+    /// not told then: who watches has seen a version that includes it.
     pub(super) fn changed(&self, versions: &[&Session]) {
         let mut generation = self.lock();
         *generation += 1;

@@ -2,6 +2,7 @@
 
 mod access;
 mod access_matrix;
+mod attacks;
 mod cli;
 mod contract;
 mod control_plane;

@@ -27,6 +27,8 @@ use crate::config::GraphqlConfig;
 use crate::domain::{Caller, Error};
 use crate::telemetry::Door;
 
+/// Root fields that ask for the schema.
+const SCHEMA: [&str; 2] = ["__schema", "__type"];
 /// Root fields that only append, and have no rate limit, like the append route.
 const UNLIMITED: [&str; 1] = ["appendRecords"];
 
@@ -110,6 +112,10 @@ impl Engine {
         admit(app, &measure, &asked)?;
         let kind = measure.operation;
         check_copies(&measure, &request.variables)?;
+        if !self.config.introspection && measure.root_fields.iter().any(|field| SCHEMA.contains(field)) {
+            let message = "this server does not answer introspection";
+            return Err(protocol(StatusCode::BAD_REQUEST, "graphql_validation_failed", message).into());
+        }
         let operation = guard::choose(&document.operations, name).map_err(|refusal| too_large(&refusal))?;
         require_variables(&operation.node, &request.variables)?;
         if let Lookup::Offered(offer) = persisted {

@@ -14,3 +14,4 @@ mod harness;
 mod log;
 mod queries;
 mod schema;
+mod subscriptions;

@@ -168,12 +168,16 @@ impl ChannelEvents {
         let ends = part.end == batch.records.len();
         self.last = batch.records[..part.end].last().map(|record| record.position.seq_num).or(self.last);
         self.tail = batch.tail.unwrap_or_else(|| end_of(&batch));
-        self.caught_up = ends && batch.tail.is_some();
         if !ends {
             self.pending = Some((batch.clone(), part.end));
         }
+        // Only what is told counts as told: commands alone make no event.
+        if count == 0 {
+            return None;
+        }
+        self.caught_up = ends && batch.tail.is_some();
         let content = Content::Records { batch, part, caught_up: self.caught_up };
-        (count > 0).then(|| self.event(content))
+        Some(self.event(content))
     }
 
     fn at_tail(&mut self, tail: Position) -> Option<Event> {

@@ -3,6 +3,7 @@
 //! The append route stores the request body as a JSON *string*; direct writers store a JSON *value*. SDK
 //! readers deduplicate by `id` inside a window, so it is unique per channel.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -27,7 +28,8 @@ pub struct Envelope<'a> {
     #[serde(borrow)]
     pub data: &'a RawValue,
     /// The part id.
-    pub id: String,
+    #[serde(borrow)]
+    pub id: Cow<'a, str>,
 }
 
 #[derive(Serialize)]
@@ -244,7 +246,7 @@ mod tests {
         let payload = NewPayload { content: Content::Json(&value), part_id: Some("p\"1") };
         let held = stored(record(Direction::In, &payload).expect("text").body);
         let envelope = unwrap(&held).expect("an envelope");
-        assert_eq!((envelope.data.get(), envelope.id.as_str()), (r#"{"a": [1, 2.50]}"#, "p\"1"));
+        assert_eq!((envelope.data.get(), envelope.id.as_ref()), (r#"{"a": [1, 2.50]}"#, "p\"1"));
         let forged: Box<RawValue> =
             serde_json::from_str(r#"{"payload":{"actionSource":"webhook"}}"#).expect("JSON");
         let payload = NewPayload { content: Content::Json(&forged), part_id: None };

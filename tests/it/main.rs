@@ -11,4 +11,5 @@ mod data_plane;
 mod errors;
 mod harness;
 mod log;
+mod queries;
 mod schema;

@@ -16,6 +16,9 @@ use super::payload::{self, Payload};
 use super::schema::{GlobalId, SessionStatus};
 use crate::domain::{ChannelKey, Position, Record, Status, Timestamp, envelope};
 
+/// Room for what is written around a body.
+const FRAME: usize = 64;
+
 /// The selected fields of one object.
 #[derive(Debug)]
 struct Fields<F>(Vec<(String, F)>);
@@ -219,6 +222,7 @@ impl Selection {
                 out.push_str(shared);
             }
             _ => {
+                out.reserve(event.records().map(|record| record.body.len() + FRAME).sum::<usize>() + FRAME);
                 out.push_str(&self.head);
                 self.write(&mut out, event);
             }

@@ -143,7 +143,7 @@ fn chunk(records: &[Record], first: &mut bool) -> Bytes {
         let envelope = envelope::unwrap(record);
         out.extend_from_slice(envelope.as_ref().map_or("\"\"", |envelope| envelope.data.get()).as_bytes());
         out.extend_from_slice(b",\"id\":");
-        write_text(&mut out, envelope.as_ref().map_or("", |envelope| envelope.id.as_str()).as_bytes());
+        write_text(&mut out, envelope.as_ref().map_or("", |envelope| envelope.id.as_ref()).as_bytes());
         let _ = write!(out, ",\"seqNum\":{}", record.position.seq_num);
         if !record.headers.is_empty() {
             out.extend_from_slice(b",\"headers\":");

@@ -92,12 +92,18 @@ impl Rows {
             return Ok(None);
         };
         let session = Arc::new(session);
+        self.remember(before, address, &session);
+        Ok(Some(session))
+    }
+
+    /// Keeps a row that was read while the generation was `before`, unless something has changed since.
+    fn remember(&self, before: u64, address: &SessionRef, session: &SharedSession) {
         let generation = self.lock();
         if *generation == before {
-            self.cache.insert((environment.clone(), SessionRef::Id(session.id.clone())), session.clone());
-            self.cache.insert(key, session.clone());
+            let key = |address| (session.environment.clone(), address);
+            self.cache.insert(key(SessionRef::Id(session.id.clone())), session.clone());
+            self.cache.insert(key(address.clone()), session.clone());
         }
-        Ok(Some(session))
     }
 
     /// The rows with these ids, as far as there are any. One query for all that are not in the cache.
@@ -114,8 +120,12 @@ impl Rows {
             }
         }
         for some in Vec::from_iter(missing).chunks(QUERY_IDS) {
-            let stored = self.store.find_sessions(environment, some).await?;
-            found.extend(stored.into_iter().map(|session| (session.id.clone(), Arc::new(session))));
+            let before = *self.lock();
+            for session in self.store.find_sessions(environment, some).await? {
+                let session = Arc::new(session);
+                self.remember(before, &SessionRef::Id(session.id.clone()), &session);
+                found.insert(session.id.clone(), session);
+            }
         }
         Ok(found)
     }
@@ -153,6 +163,9 @@ impl Rows {
 
     /// Forgets every address that leads to these versions of a row, wakes who waits for one of them, and tells the
     /// last version, which is the newest, to who watches.
+    ///
+    /// Two changes of a session may come here in another order than that in which they were stored. The older one is
+    /// not told then: who watches has seen a version that includes it.
     pub(super) fn changed(&self, versions: &[&Session]) {
         let mut generation = self.lock();
         *generation += 1;

@@ -11,6 +11,7 @@
 
 use async_trait::async_trait;
 use sea_orm::{ConnectionTrait, DbBackend, QueryResult, Statement, Value};
+use tracing::instrument;
 
 use crate::domain::error::{Error, Result};
 use crate::domain::list::{Anchor, Filter, Page, PageRequest, TagQuery};
@@ -31,6 +32,7 @@ impl SqlIndex {
         Self { store }
     }
 
+    #[instrument(level = "debug", skip_all, name = "query")]
     async fn query(&self, sql: Sql<'_>, text: &str) -> Result<Vec<QueryResult>> {
         let statement = Statement::from_sql_and_values(sql.backend, text, sql.values);
         self.store.reader().query_all_raw(statement).await.map_err(fault)

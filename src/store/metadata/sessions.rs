@@ -6,6 +6,7 @@ use entity::{session_tags, sessions};
 use sea_orm::sea_query::{Expr, ExprTrait, LockType, OnConflict, Query, SelectStatement, UpdateStatement};
 use sea_orm::{ActiveValue::Set, ConnectionTrait, EntityTrait, QueryTrait};
 use serde_json::Value;
+use tracing::instrument;
 
 use super::{SqlMetadata, fault, rows};
 use crate::domain::error::{Error, Result};
@@ -34,6 +35,7 @@ fn scoped_update(environment: &EnvironmentId) -> UpdateStatement {
     update
 }
 
+#[instrument(level = "debug", skip_all, name = "query")]
 async fn one(db: &impl ConnectionTrait, select: &SelectStatement) -> Result<Option<Session>> {
     db.query_one(select).await.map_err(fault)?.as_ref().map(rows::session).transpose()
 }
@@ -53,6 +55,7 @@ pub(super) async fn find(
 }
 
 /// The sessions with these ids.
+#[instrument(level = "debug", skip_all, name = "query")]
 pub(super) async fn find_many(
     db: &impl ConnectionTrait,
     environment: &EnvironmentId,

@@ -65,7 +65,7 @@ async fn a_batch_of_payloads_is_stored_as_text_and_as_values_and_comes_back() {
     let records = core.sessions.appended(&appended).await.expect("read back");
     assert_eq!((places(&records), appended.ack.tail.seq_num), (vec![0, 1], 2));
     let envelopes: Vec<_> = records.iter().map(|record| envelope::unwrap(record).expect("one")).collect();
-    assert_eq!((envelopes[0].data.get(), envelopes[0].id.as_str()), (r#""{\"n\":1}""#, "a"));
+    assert_eq!((envelopes[0].data.get(), envelopes[0].id.as_ref()), (r#""{\"n\":1}""#, "a"));
     assert_eq!(envelopes[1].data.get(), r#"{"n": 1.50}"#);
     let late =
         core.sessions.append_payloads(&core.root, &core.address, &core.out, &payloads[1..], Some(0)).await;

@@ -27,8 +27,14 @@ impl ChannelNode {
         Self { session, key }
     }
 
-    async fn bounds(&self, ctx: &Context<'_>) -> crate::domain::Result<Bounds> {
-        app(ctx).sessions.bounds(caller(ctx)?, &self.address(), &self.key.address).await
+    async fn bounds(&self, ctx: &Context<'_>) -> Result<Bounds> {
+        self.load(ctx).await?;
+        Ok(app(ctx).sessions.bounds(caller(ctx)?, &self.address(), &self.key.address).await?)
+    }
+
+    /// The row as it is now. Asked for by all channels of an answer at once, it is in memory when they come to it.
+    async fn load(&self, ctx: &Context<'_>) -> Result<Option<SharedSession>> {
+        load_session(ctx, self.key.session.clone()).await
     }
 
     fn address(&self) -> SessionRef {
@@ -72,7 +78,7 @@ impl ChannelNode {
     /// True once nothing can be appended any more, because the session is closed or expired.
     async fn sealed(&self, ctx: &Context<'_>) -> Result<bool> {
         // The row that this request began with may be older than a close.
-        let session = load_session(ctx, self.key.session.clone()).await?;
+        let session = self.load(ctx).await?;
         let session = session.as_ref().unwrap_or(&self.session);
         Ok(session.require_active(app(ctx).clock.now()).is_err())
     }
@@ -99,6 +105,7 @@ impl ChannelNode {
             Way::Backward(cursor) => RecordAnchor::Before(cursor),
         };
         let request = RecordPageRequest::new(size, anchor)?;
+        self.load(ctx).await?;
         let page = app(ctx).sessions.page(caller(ctx)?, &self.address(), &self.key.address, request).await?;
         let node = |record| RecordNode { channel: self.key.clone(), record };
         let nodes: Vec<_> = page.records.into_iter().map(node).collect();

@@ -15,12 +15,16 @@ mod user_error;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_graphql::dataloader::{DataLoader, Loader};
-use async_graphql::runtime::{TokioSpawner, TokioTimer};
+use async_graphql::runtime::{Timer, TokioSpawner};
 use async_graphql::{Context, Interface, SDLExportOptions};
 
 use super::cost::CostLimit;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+
 use crate::api::App;
 use crate::config::GraphqlConfig;
 use crate::domain::session::SharedSession;
@@ -85,7 +89,16 @@ pub(super) struct SessionLoader {
 /// The loader of one request.
 pub(super) fn session_loader(app: &App, caller: &Arc<Caller>) -> DataLoader<SessionLoader> {
     let loader = SessionLoader { app: app.clone(), caller: caller.clone() };
-    DataLoader::new(loader, TokioSpawner::current(), TokioTimer::default())
+    DataLoader::new(loader, TokioSpawner::current(), NextTurn)
+}
+
+/// Collects what is asked for until everybody who is ready has asked; waiting any longer gains nothing.
+struct NextTurn;
+
+impl Timer for NextTurn {
+    fn delay(&self, _: Duration) -> BoxFuture<'static, ()> {
+        tokio::task::yield_now().boxed()
+    }
 }
 
 impl Loader<SessionId> for SessionLoader {

@@ -51,6 +51,15 @@ struct Seen {
     latency: Latency,
 }
 
+/// How followers come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// As after a restart: what opening them takes, a server may hold for all of them together.
+    AtOnce,
+    /// Each when the one before it has been accepted.
+    OneByOne,
+}
+
 /// Followers that wait for records.
 pub(crate) struct Followers {
     tasks: Vec<JoinHandle<anyhow::Result<Seen>>>,
@@ -67,12 +76,13 @@ impl Followers {
         server: &Server,
         channels: &[String],
         each: usize,
+        pace: Pace,
     ) -> anyhow::Result<Self> {
         let of = |channel: usize| std::iter::repeat_n(channel, each);
         let readers = (0..channels.len())
             .flat_map(of)
             .map(|channel| (channel, target.follow(server, &channels[channel])));
-        let followers = Self::connect(server, readers).await?;
+        let followers = Self::connect(server, readers, pace).await?;
         target.settle(server, followers.tasks.len())?;
         Ok(followers)
     }
@@ -81,12 +91,13 @@ impl Followers {
     pub(crate) async fn connect(
         server: &Server,
         readers: impl Iterator<Item = (usize, Box<dyn Reader>)>,
+        pace: Pace,
     ) -> anyhow::Result<Self> {
         let (ready, mut accepted) = mpsc::unbounded_channel();
         let (timed_from, timed) = watch::channel(u64::MAX);
         let (stop, stopped) = watch::channel(false);
         let delivered = Arc::new(AtomicU64::new(0));
-        let mut tasks = Vec::new();
+        let (mut tasks, mut awaited) = (Vec::new(), 0);
         for (channel, reader) in readers {
             let stream = TcpStream::connect(server.address).await?;
             stream.set_nodelay(true)?;
@@ -98,12 +109,13 @@ impl Followers {
                 timed: timed.clone(),
             };
             tasks.push(tokio::spawn(follower.run(channel, stopped.clone())));
+            awaited += 1;
+            if pace == Pace::OneByOne {
+                accept(&mut accepted, &mut awaited).await?;
+            }
         }
         drop(ready);
-        for _ in 0..tasks.len() {
-            let accepted = tokio::time::timeout(PATIENCE, accepted.recv()).await?;
-            ensure!(accepted.is_some(), "a follower was refused");
-        }
+        accept(&mut accepted, &mut awaited).await?;
         Ok(Self { tasks, delivered, timed_from, stop })
     }
 
@@ -127,6 +139,16 @@ impl Followers {
         }
         Ok(seen)
     }
+}
+
+/// Waits until so many have been accepted.
+async fn accept(accepted: &mut mpsc::UnboundedReceiver<()>, awaited: &mut usize) -> anyhow::Result<()> {
+    while *awaited > 0 {
+        let one = tokio::time::timeout(PATIENCE, accepted.recv()).await?;
+        ensure!(one.is_some(), "a follower was refused");
+        *awaited -= 1;
+    }
+    Ok(())
 }
 
 struct Follower {
@@ -173,7 +195,7 @@ impl Follower {
 
 /// Appends at the plan's rate and counts what arrives.
 pub(crate) async fn deliver(target: &dyn Target, server: &Server, plan: &Plan) -> anyhow::Result<Delivered> {
-    let followers = Followers::follow(target, server, &plan.channels, plan.followers).await?;
+    let followers = Followers::follow(target, server, &plan.channels, plan.followers, Pace::AtOnce).await?;
     let warm = u64::try_from(WARM_UP.as_nanos())?;
     followers.timed_from.send_replace(nanos() + warm);
     let (server_before, client_before) = (server.cpu()?, own_cpu()?);

@@ -1,6 +1,8 @@
 //! What the numbers should be, and whether they are.
 
+use super::delivery::Pace;
 use super::graphql;
+use super::memory::weighed;
 use super::report::{GRAPHQL, Metric, OURS, Samples, Table, align};
 use super::rows;
 use super::stats::Spread;
@@ -128,7 +130,8 @@ fn graphql_goals(samples: &Samples) -> Vec<Goal> {
         Goal::new(what, wanted, per_delivery(GRAPHQL), "us", at_most)
     };
     let weight = |row: &str| value(Table::Memory, row, GRAPHQL, Metric::KibPerFollower);
-    let subscribed = rows::MEMORY.iter().filter_map(|row| weight(row)).reduce(f64::max);
+    let subscribed =
+        |pace| rows::MEMORY.iter().filter_map(|row| weight(&weighed(row, pace))).reduce(f64::max);
     let memory = |what, most: f64, measured| {
         Goal::new(what, Some((format!("<= {most} KiB"), most)), measured, "KiB", at_most)
     };
@@ -137,8 +140,9 @@ fn graphql_goals(samples: &Samples) -> Vec<Goal> {
         delivery("the same, stretch", 0.5),
         memory("memory of a WebSocket that follows nothing", 20.0, weight(graphql::IDLE)),
         memory("the same, stretch", 11.0, weight(graphql::IDLE)),
-        memory("memory of a WebSocket with one subscription", 20.0, subscribed),
-        memory("the same, stretch", 11.0, subscribed),
+        memory("memory of a WebSocket with one subscription", 20.0, subscribed(Pace::OneByOne)),
+        memory("the same, stretch", 11.0, subscribed(Pace::OneByOne)),
+        memory("the same, all opened at once", 20.0, subscribed(Pace::AtOnce)),
         Goal::new(
             "catch-up over WebSocket, bytes of records",
             Some((">= 100 MB/s".to_owned(), 100.0)),

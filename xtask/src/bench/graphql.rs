@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
-use super::delivery::Followers;
+use super::delivery::{Followers, Pace};
 use super::http;
 use super::load;
 use super::ours::{self, Ours, Way};
@@ -18,10 +18,10 @@ use super::ws::Subscriptions;
 
 /// Those of the delivery rows that are told of both doors.
 const DELIVERIES: [(usize, usize, f64); 2] = [(1, 1000, 10.0), (1000, 1, 500.0)];
-/// Memory rows that only sockets have: sockets, and channels that each follows.
-const SOCKETS: [(&str, usize, usize); 2] = [(IDLE, 1000, 0), ("100 connections x 100", 100, 100)];
+/// Memory rows that only sockets have: sockets, and channels that each follows. They come one by one.
+const SOCKETS: [(&str, usize, usize); 2] = [(IDLE, 1000, 0), ("100 connections x 100, one by one", 100, 100)];
 /// Connections that follow nothing, after the acknowledgement.
-pub(crate) const IDLE: &str = "1000 connections x 0";
+pub(crate) const IDLE: &str = "1000 connections x 0, one by one";
 /// Connections that ask for a page, one request at a time each.
 const ASKING: [usize; 2] = [1, 16];
 const PAGE: &str =
@@ -36,7 +36,8 @@ impl Bench<'_> {
             self.delivery(&doors, &DELIVERIES)?;
         }
         self.catch_up(&doors)?;
-        self.memory(&doors)?;
+        self.memory(&doors, Pace::AtOnce)?;
+        self.memory(&doors, Pace::OneByOne)?;
         let [_, graphql] = &doors;
         self.sockets(graphql.as_ref())?;
         self.pages(graphql.as_ref())
@@ -48,7 +49,8 @@ impl Bench<'_> {
             let channels: Vec<_> = idle.channels.iter().map(String::as_str).collect();
             let socket = || Box::new(Subscriptions::new(&idle.server, &channels)) as Box<dyn Reader>;
             let readers = (0..sockets).map(|_| (0, socket()));
-            let grown = self.growth(&idle.server, Followers::connect(&idle.server, readers))?;
+            let grown =
+                self.growth(&idle.server, Followers::connect(&idle.server, readers, Pace::OneByOne))?;
             self.weigh(target, row, &idle, grown / (sockets * followed.max(1)) as f64);
         }
         Ok(())

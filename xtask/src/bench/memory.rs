@@ -4,7 +4,7 @@ use std::future::Future;
 use std::thread;
 use std::time::Duration;
 
-use super::delivery::Followers;
+use super::delivery::{Followers, Pace};
 use super::report::{Metric, Sample, Table};
 use super::rows::{Bench, MEMORY, names};
 use super::server::Server;
@@ -12,6 +12,11 @@ use super::target::Target;
 
 /// How long a server may settle before its memory is read.
 const SETTLE: Duration = Duration::from_millis(1500);
+
+/// Name of a memory row.
+pub(crate) fn weighed(row: &str, pace: Pace) -> String {
+    format!("{row}{}", if pace == Pace::OneByOne { ", one by one" } else { "" })
+}
 
 /// A server that has settled, and its channels.
 pub(crate) struct Idle {
@@ -23,14 +28,14 @@ pub(crate) struct Idle {
 
 impl Bench<'_> {
     /// 1000 followers of one channel, and of a channel each.
-    pub(crate) fn memory(&mut self, targets: &[Box<dyn Target>]) -> anyhow::Result<()> {
+    pub(crate) fn memory(&mut self, targets: &[Box<dyn Target>], pace: Pace) -> anyhow::Result<()> {
         for (row, (channels, followers)) in MEMORY.into_iter().zip([(1, 1000), (1000, 1)]) {
             for target in targets {
                 let target = target.as_ref();
                 let idle = self.idle(target, channels)?;
-                let follow = Followers::follow(target, &idle.server, &idle.channels, followers);
+                let follow = Followers::follow(target, &idle.server, &idle.channels, followers, pace);
                 let grown = self.growth(&idle.server, follow)?;
-                self.weigh(target, row, &idle, grown / 1000.0);
+                self.weigh(target, &weighed(row, pace), &idle, grown / 1000.0);
             }
         }
         Ok(())

@@ -33,6 +33,7 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use tokio::runtime::Builder;
 
+use self::delivery::Pace;
 use self::durable_streams::DurableStreams;
 use self::machine::{Machine, sync_floor};
 use self::ours::{Ours, Way};
@@ -140,7 +141,7 @@ fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Resu
         bench.catch_up(&targets)?;
     }
     if wanted(Row::Memory) {
-        bench.memory(&targets)?;
+        bench.memory(&targets, Pace::AtOnce)?;
     }
     if let Some(ours) = targets.iter().find(|target| target.name() == OURS) {
         if wanted(Row::Graphql) {

@@ -1,6 +1,8 @@
 //! GraphQL subscriptions over WebSocket: a handshake by hand and the headers of frames, so that the client, which
 //! shares the cores with the server, costs no more than one that reads server-sent events.
 
+use std::collections::VecDeque;
+
 use anyhow::{bail, ensure};
 use serde_json::json;
 
@@ -24,12 +26,11 @@ const START: usize = 125;
 #[derive(Default)]
 pub(crate) struct Subscriptions {
     handshake: Vec<u8>,
-    /// The frames that subscribe, sent after the acknowledgement.
-    subscribe: Vec<u8>,
-    /// Subscriptions of which nothing has been heard; the first event says that all stored records are out.
-    awaited: usize,
+    /// The frames that subscribe, one by one: the next when the one before has had its first event.
+    subscribe: VecDeque<Vec<u8>>,
     open: bool,
-    acknowledged: bool,
+    /// Nothing is awaited but records.
+    ready: bool,
     /// The head of the answer to the handshake, then the header of a frame, as far as it has arrived.
     head: Vec<u8>,
     frame: Option<Frame>,
@@ -47,17 +48,15 @@ impl Subscriptions {
             ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
             ("Sec-WebSocket-Protocol", "graphql-transport-ws"),
         ];
-        let mut subscribe = Vec::new();
-        for (id, session) in sessions.iter().enumerate() {
+        let subscribe = |(id, session): (usize, &&str)| {
             let variables = json!({ "by": { "externalId": session } });
             let payload = json!({ "query": DOCUMENT, "variables": variables });
             let message = json!({ "type": "subscribe", "id": id.to_string(), "payload": payload });
-            subscribe.extend(frame(TEXT, message.to_string().as_bytes()));
-        }
+            frame(TEXT, message.to_string().as_bytes())
+        };
         Self {
             handshake: http::request("GET /graphql", server.address, &headers),
-            subscribe,
-            awaited: sessions.len(),
+            subscribe: sessions.iter().enumerate().map(subscribe).collect(),
             ..Self::default()
         }
     }
@@ -98,11 +97,11 @@ impl Subscriptions {
     /// A frame has come to its end.
     fn take(&mut self, kind: u8, reply: &mut Vec<u8>) -> anyhow::Result<()> {
         match kind {
-            TEXT if self.says("next") => self.awaited = self.awaited.saturating_sub(1),
-            TEXT if self.says("connection_ack") => {
-                self.acknowledged = true;
-                reply.append(&mut self.subscribe);
-            }
+            TEXT if self.says("next") && self.ready => (),
+            TEXT if self.says("next") || self.says("connection_ack") => match self.subscribe.pop_front() {
+                Some(next) => reply.extend(next),
+                None => self.ready = true,
+            },
             PING => reply.extend(frame(PONG, &self.start)),
             PONG => (),
             CLOSE => bail!("the server closed the socket: {}", String::from_utf8_lossy(&self.start)),
@@ -123,7 +122,7 @@ impl Reader for Subscriptions {
     }
 
     fn ready(&self) -> bool {
-        self.acknowledged && self.awaited == 0
+        self.ready
     }
 
     fn feed(&mut self, bytes: &[u8], on: &mut dyn FnMut(Mark)) -> anyhow::Result<Option<Vec<u8>>> {
@@ -204,7 +203,7 @@ mod tests {
         }
         for cut in 0..stream.len() {
             let mut socket =
-                Subscriptions { subscribe: b"subscribe".to_vec(), awaited: 1, ..Subscriptions::default() };
+                Subscriptions { subscribe: [b"subscribe".to_vec()].into(), ..Subscriptions::default() };
             let (mut seen, mut replies) = (Vec::new(), Vec::new());
             for part in [&stream[..cut], &stream[cut..]] {
                 replies.extend(
@@ -213,7 +212,10 @@ mod tests {
             }
             assert_eq!(seen, [7, 8], "cut at {cut}");
             assert!(socket.ready());
-            assert!(replies.ends_with(&[b"subscribe".as_slice(), &frame(PONG, b"")].concat()));
+            assert!(
+                replies.ends_with(&[b"subscribe".as_slice(), &frame(PONG, b"")].concat()),
+                "cut at {cut}"
+            );
         }
     }
 

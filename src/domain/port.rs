@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 
 use super::channel::ChannelKey;
@@ -140,10 +141,14 @@ pub trait ListIndex: Send + Sync {
 pub trait ChannelStore: Send + Sync {
     /// Appends a batch as one unit: every record becomes visible, or none does.
     ///
+    /// The batch takes its place in line before this returns: of two appends to one channel, made one after the other,
+    /// the first is stored first. Dropping the future undoes nothing. Whoever appends bounds what it has in flight.
+    ///
     /// Checks, in this order and in the same commit: the session's seal, part ids, the fencing token, the
     /// expected sequence number. If every part id of the batch is known with the same content the original
-    /// places are answered and nothing is written. Timestamps never run backwards within a channel. A trim or
-    /// fence command takes a place like any record and acts with the commit that stores it.
+    /// places are answered and nothing is written; [`PartIds`](super::record::PartIds) says for how long one is known.
+    /// Timestamps never run backwards within a channel. A trim or fence command takes a place like any record and acts
+    /// with the commit that stores it.
     ///
     /// # Errors
     /// [`Error::Closed`](super::Error::Closed) once the session is sealed;
@@ -152,7 +157,7 @@ pub trait ChannelStore: Send + Sync {
     /// [`Error::Fenced`](super::Error::Fenced); [`Error::SeqNumMismatch`](super::Error::SeqNumMismatch);
     /// [`Error::Unavailable`](super::Error::Unavailable) when the log cannot promise durability, in which case
     /// the records may or may not be there after a restart.
-    async fn append(&self, key: &ChannelKey, input: AppendInput) -> Result<AppendAck>;
+    fn append(&self, key: &ChannelKey, input: AppendInput) -> BoxFuture<'static, Result<AppendAck>>;
 
     /// Where a channel begins and ends.
     async fn bounds(&self, key: &ChannelKey) -> Result<Bounds>;

@@ -139,6 +139,22 @@ impl NewRecord {
     }
 }
 
+/// How long a part id names one record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PartIds {
+    /// Chosen by the caller to be unique in the channel: a known one with another content is a fault.
+    #[default]
+    Lasting,
+    /// Short and random, as direct writers make them: they tell a batch that is sent again after a broken connection,
+    /// and one that comes again later does so by chance. A batch counts as repeated only if each of its records has a
+    /// part id that stands among the last [`RESEND_WINDOW`] records with the same content; else it is stored, whatever
+    /// is known.
+    Recent,
+}
+
+/// How far back a batch is looked for that a direct writer may have sent before.
+pub const RESEND_WINDOW: u64 = 1000;
+
 /// A batch to append as one unit, checked for size.
 #[derive(Clone, Debug, Default)]
 pub struct AppendInput {
@@ -148,6 +164,8 @@ pub struct AppendInput {
     /// Refuse unless this is the token that is set; an unfenced channel has the empty one. Absent: not checked
     /// (S2's cooperative rule).
     pub fencing_token: Option<String>,
+    /// What the part ids of the records are worth.
+    pub part_ids: PartIds,
 }
 
 impl AppendInput {
@@ -194,6 +212,11 @@ impl AppendInput {
     /// The records, in order.
     pub fn records(&self) -> &[NewRecord] {
         &self.records
+    }
+
+    /// See [`metered_size`], of all records.
+    pub fn metered_size(&self) -> usize {
+        self.records.iter().map(NewRecord::metered_size).sum()
     }
 
     /// Hands the records over.

@@ -75,7 +75,9 @@ impl Sessions {
         let session = self.require(caller, Action::Write, address).await?;
         session.require_active(self.clock.now())?;
         let key = ChannelKey { session: session.id.clone(), address: channel.clone() };
+        let room = self.room.reserve(&input).await;
         let result = self.channels.append(&key, input).await;
+        drop(room);
         if let Err(Error::Closed { at, reason }) = &result {
             let closure = Closure { at: *at, reason: reason.clone() };
             self.complete_close(&session, &closure).await?;

@@ -2,6 +2,7 @@
 
 mod control;
 mod data;
+mod room;
 mod rows;
 
 use std::future::Future;
@@ -20,6 +21,7 @@ use super::port::{ChannelStore, ListIndex, MetadataStore};
 use super::record::{AppendAck, ReadStart};
 use super::session::{Closure, NewSession, Session, SharedSession};
 use super::timer::Timers;
+use room::Room;
 use rows::Rows;
 
 /// How the use cases are set up.
@@ -105,6 +107,7 @@ pub struct Sessions {
     clock: Arc<dyn Clock>,
     bounds: Bounds,
     rows: Rows,
+    room: Room,
 }
 
 impl Sessions {
@@ -113,7 +116,7 @@ impl Sessions {
         let Backends { store, channels, index, clock, timers, stopping } = backends;
         let rows = Rows::new(store.clone(), config.cached_rows);
         let bounds = Bounds { clock: clock.clone(), timers, stopping };
-        Arc::new(Self { store, channels, index, clock, bounds, rows })
+        Arc::new(Self { store, channels, index, clock, bounds, rows, room: Room::default() })
     }
 
     /// The clock that every rule is judged by.

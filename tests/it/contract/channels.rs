@@ -15,7 +15,7 @@ use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use sessiond::domain::channel::ChannelName;
 use sessiond::domain::port::Followed;
-use sessiond::domain::record::{Command, ReadLimit};
+use sessiond::domain::record::{Command, PartIds, ReadLimit};
 use sessiond::domain::{
     AppendAck, AppendInput, ChannelAddress, ChannelKey, ChannelStore, Closure, Direction, Error, NewRecord,
     ReadStart, Record, RecordBatch, Result, SessionId, SystemClock, Timestamp,
@@ -158,6 +158,8 @@ suite!("channels": [log = open_log], [
     sequence_numbers_start_at_zero_and_an_ack_names_every_place,
     concurrent_appends_get_gapless_numbers,
     concurrent_batches_are_never_interleaved,
+    appends_are_stored_in_the_order_in_which_they_were_made,
+    an_append_that_nobody_waits_for_is_stored,
     a_refused_batch_leaves_nothing_behind,
     the_expected_sequence_number_is_compared_and_set,
     of_many_writers_that_expect_the_same_tail_one_wins,
@@ -190,6 +192,8 @@ suite!("channels": [log = open_log], [
     concurrent_repeats_store_one_record,
     a_repeat_passes_a_fence_and_a_moved_tail,
     a_refused_append_does_not_use_its_part_id_up,
+    a_recent_batch_sent_again_is_stored_once,
+    a_recent_part_id_that_comes_again_by_chance_is_stored,
     the_first_seal_holds,
     of_many_seals_one_holds,
     a_sealed_session_takes_no_append_not_even_a_repeat,

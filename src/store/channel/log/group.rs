@@ -14,7 +14,7 @@ use super::queue::{Append, Prepared, Request, Sweep, gone};
 use super::state::{Channel, Memory};
 use super::store::{self, Store};
 use super::{CommitStats, Shared};
-use crate::domain::record::{BATCH_RECORDS_MAX, Command, METERED_MAX, metered_size};
+use crate::domain::record::{BATCH_RECORDS_MAX, Command, METERED_MAX, PartIds, RESEND_WINDOW, metered_size};
 use crate::domain::{
     AppendAck, ChannelKey, Closure, Error, Position, Record, RecordBatch, Result, SeqNum, SessionId,
     Timestamp,
@@ -113,7 +113,7 @@ impl<'a> Group<'a> {
         }
         let fresh = self.memory.next_number;
         let channel = self.memory.channel(store, key)?;
-        if let Some(places) = known_parts(store, &self.parts, channel, &append.records)? {
+        if let Some(places) = known_parts(store, &self.parts, channel, &append)? {
             return Ok(repeated(&places, channel.tail.next));
         }
         check_writer(channel, &append)?;
@@ -275,11 +275,13 @@ fn known_parts(
     store: &Store,
     fresh: &HashMap<Vec<u8>, Part>,
     channel: &Channel,
-    records: &[Prepared],
+    append: &Append,
 ) -> Result<Option<Vec<Position>>> {
     let Some(number) = channel.number else { return Ok(None) };
+    let recent = append.part_ids == PartIds::Recent;
+    let window = channel.tail.next.seq_num.saturating_sub(RESEND_WINDOW);
     let mut places = Vec::new();
-    for prepared in records {
+    for prepared in &append.records {
         let (Some(hash), Some(id)) = (prepared.hash, &prepared.record.part_id) else { continue };
         let key = codec::part_key(number, id);
         let part = match fresh.get(&key) {
@@ -287,14 +289,17 @@ fn known_parts(
             None => store.part(&key)?,
         };
         match part {
+            Some(part) if recent && part.position.seq_num < window => {}
             Some(part) if part.hash == hash => places.push(part.position),
+            Some(_) if recent => {}
             Some(_) => return Err(Error::IdempotencyMismatch { part_id: id.to_string() }),
             None => {}
         }
     }
     match places.len() {
         0 => Ok(None),
-        known if known == records.len() => Ok(Some(places)),
+        known if known == append.records.len() => Ok(Some(places)),
+        _ if recent => Ok(None),
         _ => Err(Error::Conflict("only some records of the batch were appended before".to_owned())),
     }
 }

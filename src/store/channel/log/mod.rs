@@ -21,6 +21,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::stream::BoxStream;
 use quick_cache::sync::Cache;
 use tokio::sync::{Semaphore, oneshot};
@@ -270,13 +271,17 @@ impl fmt::Debug for LogChannels {
 
 #[async_trait]
 impl ChannelStore for LogChannels {
-    async fn append(&self, key: &ChannelKey, input: AppendInput) -> Result<AppendAck> {
-        self.check()?;
-        let append = Append::prepare(input)?;
+    fn append(&self, key: &ChannelKey, input: AppendInput) -> BoxFuture<'static, Result<AppendAck>> {
         let (reply, answer) = oneshot::channel();
-        let cost = append.cost();
-        self.shared.queue.push(cost, Request::Append { key: key.clone(), append, reply }).await?;
-        answer.await.unwrap_or_else(|_| Err(gone()))
+        let queued = self
+            .check()
+            .and_then(|()| Append::prepare(input))
+            .and_then(|append| self.shared.queue.push(Request::Append { key: key.clone(), append, reply }));
+        async move {
+            queued?;
+            answer.await.unwrap_or_else(|_| Err(gone()))
+        }
+        .boxed()
     }
 
     async fn bounds(&self, key: &ChannelKey) -> Result<Bounds> {
@@ -302,14 +307,14 @@ impl ChannelStore for LogChannels {
     async fn seal(&self, session: &SessionId, closure: Closure) -> Result<Closure> {
         self.check()?;
         let (reply, answer) = oneshot::channel();
-        self.shared.queue.push_now(Request::Seal { session: session.clone(), closure, reply }, None)?;
+        self.shared.queue.push(Request::Seal { session: session.clone(), closure, reply })?;
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 
     async fn settle(&self, session: &SessionId) -> Result<()> {
         self.check()?;
         let (reply, answer) = oneshot::channel();
-        self.shared.queue.push_now(Request::Settle { session: session.clone(), reply }, None)?;
+        self.shared.queue.push(Request::Settle { session: session.clone(), reply })?;
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 

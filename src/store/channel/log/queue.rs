@@ -1,21 +1,16 @@
-//! What waits for the writer: bounded in bytes, so that a flood waits in its callers and not in memory.
+//! What waits for the writer, in the order in which it was asked.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
 
 use super::codec::{self, Unreadable};
-use crate::domain::record::{Command, NewRecord};
+use crate::domain::record::{Command, NewRecord, PartIds};
 use crate::domain::{
     AppendAck, AppendInput, ChannelKey, Closure, Error, Result, SeqNum, SessionId, Timestamp,
 };
-
-/// Most bytes that may wait, by [`Request::cost`].
-const QUEUE_BYTES: usize = 32 << 20;
-/// What a request costs besides its records.
-const REQUEST_BYTES: usize = 512;
 
 /// Something for the writer to do, and where its answer goes.
 pub(super) enum Request {
@@ -30,6 +25,7 @@ pub(super) struct Append {
     pub records: Vec<Prepared>,
     pub match_seq_num: Option<SeqNum>,
     pub fencing_token: Option<String>,
+    pub part_ids: PartIds,
     /// Metered size of all records.
     pub metered: usize,
 }
@@ -56,16 +52,12 @@ pub(super) enum Sweep {
 
 impl Append {
     pub(super) fn prepare(input: AppendInput) -> Result<Self> {
-        let (match_seq_num, fencing_token) = (input.match_seq_num, input.fencing_token.clone());
+        let (match_seq_num, part_ids) = (input.match_seq_num, input.part_ids);
+        let fencing_token = input.fencing_token.clone();
         let records = input.into_records();
         let records: Vec<_> = records.into_iter().map(Prepared::new).collect::<Result<_>>()?;
         let metered = records.iter().map(|record| record.metered).sum();
-        Ok(Self { records, match_seq_num, fencing_token, metered })
-    }
-
-    /// What waiting costs.
-    pub(super) fn cost(&self) -> usize {
-        REQUEST_BYTES + self.metered + 128 * self.records.len()
+        Ok(Self { records, match_seq_num, fencing_token, part_ids, metered })
     }
 }
 
@@ -96,48 +88,29 @@ fn content_hash(record: &NewRecord) -> [u8; 16] {
     hash
 }
 
-/// A request and its share of the queue, given back once it was taken.
-pub(super) struct Queued {
-    pub request: Request,
-    _permit: Option<OwnedSemaphorePermit>,
-}
-
 /// The queue between callers and the writer.
+#[derive(Default)]
 pub(super) struct Queue {
     state: Mutex<State>,
     arrived: Condvar,
-    room: Arc<Semaphore>,
 }
 
 #[derive(Default)]
 struct State {
-    waiting: VecDeque<Queued>,
+    waiting: VecDeque<Request>,
     /// The writer sleeps: only then is waking it worth a system call.
     idle: bool,
     closed: bool,
 }
 
-impl Default for Queue {
-    fn default() -> Self {
-        Self { state: Mutex::default(), arrived: Condvar::new(), room: Arc::new(Semaphore::new(QUEUE_BYTES)) }
-    }
-}
-
 impl Queue {
-    /// Queues an append once there is room.
-    pub(super) async fn push(&self, cost: usize, request: Request) -> Result<()> {
-        let cost = u32::try_from(cost.min(QUEUE_BYTES)).unwrap_or(u32::MAX);
-        let permit = self.room.clone().acquire_many_owned(cost).await.map_err(|_| gone())?;
-        self.push_now(request, Some(permit))
-    }
-
-    /// Queues without waiting for room: for the few requests that are not appends.
-    pub(super) fn push_now(&self, request: Request, permit: Option<OwnedSemaphorePermit>) -> Result<()> {
+    /// Queues a request.
+    pub(super) fn push(&self, request: Request) -> Result<()> {
         let mut state = self.lock();
         if state.closed {
             return Err(gone());
         }
-        state.waiting.push_back(Queued { request, _permit: permit });
+        state.waiting.push_back(request);
         let wake = std::mem::take(&mut state.idle);
         drop(state);
         if wake {
@@ -147,7 +120,7 @@ impl Queue {
     }
 
     /// Waits for requests and takes all of them; false when the queue is closed and empty.
-    pub(super) fn take(&self, into: &mut VecDeque<Queued>) -> bool {
+    pub(super) fn take(&self, into: &mut VecDeque<Request>) -> bool {
         let mut state = self.lock();
         while state.waiting.is_empty() {
             if state.closed {
@@ -161,13 +134,12 @@ impl Queue {
     }
 
     /// Takes what has come meanwhile, without waiting.
-    pub(super) fn take_more(&self, into: &mut VecDeque<Queued>) {
+    pub(super) fn take_more(&self, into: &mut VecDeque<Request>) {
         into.append(&mut self.lock().waiting);
     }
 
     /// Refuses every later request; those that wait are still taken.
     pub(super) fn close(&self) {
-        self.room.close();
         self.lock().closed = true;
         self.arrived.notify_one();
     }

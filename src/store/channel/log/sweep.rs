@@ -148,7 +148,7 @@ impl Sweeper<'_> {
 
     fn hand_over(&self, sweep: Sweep) -> Result<()> {
         let (reply, answer) = oneshot::channel();
-        self.shared.queue.push_now(Request::Sweep { sweep, reply }, None)?;
+        self.shared.queue.push(Request::Sweep { sweep, reply })?;
         answer.blocking_recv().unwrap_or_else(|_| Err(gone()))
     }
 }

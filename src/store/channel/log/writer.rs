@@ -26,15 +26,15 @@ pub(super) fn run(shared: &Arc<Shared>, mut memory: Memory) {
             shared.queue.take_more(&mut waiting);
         }
         if shared.poisoned.load(Ordering::SeqCst) {
-            waiting.drain(..).for_each(|queued| refuse(queued.request));
+            waiting.drain(..).for_each(refuse);
             continue;
         }
         memory.trim();
         let mut group = Group::new(shared, &mut memory);
         while group.bytes() < GROUP_BYTES
-            && let Some(queued) = waiting.pop_front()
+            && let Some(request) = waiting.pop_front()
         {
-            group.add(queued.request);
+            group.add(request);
         }
         if let Err(error) = group.commit() {
             shared.poisoned.store(true, Ordering::SeqCst);
@@ -52,6 +52,6 @@ impl Drop for Last<'_> {
         self.0.queue.close();
         let mut waiting = VecDeque::new();
         self.0.queue.take_more(&mut waiting);
-        waiting.into_iter().for_each(|queued| refuse(queued.request));
+        waiting.into_iter().for_each(refuse);
     }
 }

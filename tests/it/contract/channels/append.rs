@@ -44,6 +44,23 @@ pub(super) async fn concurrent_appends_get_gapless_numbers(channels: Channels) {
     assert_eq!(channels.all(&key).await, given.into_iter().map(|(_, body)| body).collect::<Vec<_>>());
 }
 
+pub(super) async fn appends_are_stored_in_the_order_in_which_they_were_made(channels: Channels) {
+    let key = channel();
+    let made = (0..300u64).map(|number| (number, channels.store.append(&key, data(&[&number.to_string()]))));
+    // The last one is waited for first.
+    for (number, append) in made.collect::<Vec<_>>().into_iter().rev() {
+        assert_eq!(append.await.expect("appends").start.seq_num, number);
+    }
+    assert_eq!(channels.all(&key).await, (0..300).map(|number| number.to_string()).collect::<Vec<_>>());
+}
+
+pub(super) async fn an_append_that_nobody_waits_for_is_stored(channels: Channels) {
+    let key = channel();
+    drop(channels.store.append(&key, data(&["a"])));
+    assert_eq!(channels.append(&key, data(&["b"])).await.start.seq_num, 1);
+    assert_eq!(channels.all(&key).await, ["a", "b"]);
+}
+
 pub(super) async fn concurrent_batches_are_never_interleaved(channels: Channels) {
     let key = channel();
     let writers = (0..16).map(|writer| {

@@ -96,3 +96,35 @@ pub(super) async fn a_refused_append_does_not_use_its_part_id_up(channels: Chann
     channels.refused(&key, expecting(7, one("p", "a"))).await;
     assert!(!channels.append(&key, one("p", "b")).await.repeated);
 }
+
+fn resent(ids: &[&str]) -> AppendInput {
+    let records = ids.iter().map(|id| part(id, &format!("{{\"data\":1,\"id\":\"{id}\"}}")));
+    let mut input = AppendInput::new(records.collect()).expect("fits");
+    input.part_ids = PartIds::Recent;
+    input
+}
+
+pub(super) async fn a_recent_batch_sent_again_is_stored_once(channels: Channels) {
+    let key = channel();
+    channels.append(&key, resent(&["a", "b"])).await;
+    channels.append(&key, resent(&["c"])).await;
+    let again = channels.append(&key, resent(&["a", "b"])).await;
+    assert_eq!((again.repeated, again.start.seq_num, again.end.seq_num, again.tail.seq_num), (true, 0, 2, 3));
+    assert!(channels.append(&key, resent(&["c"])).await.repeated);
+    let mixed = channels.append(&key, resent(&["c", "d"])).await;
+    assert_eq!((mixed.repeated, mixed.start.seq_num), (false, 3), "it is not the batch that was sent before");
+}
+
+pub(super) async fn a_recent_part_id_that_comes_again_by_chance_is_stored(channels: Channels) {
+    let key = channel();
+    channels.append(&key, resent(&["a"])).await;
+    let mut other = one("a", "{\"data\":2,\"id\":\"a\"}");
+    other.part_ids = PartIds::Recent;
+    assert_eq!(channels.append(&key, other.clone()).await.start.seq_num, 1, "another body");
+    assert!(channels.append(&key, other.clone()).await.repeated);
+    let filler = AppendInput::new(vec![NewRecord::data("x"); 1000]).expect("fits");
+    channels.append(&key, filler).await;
+    let late = channels.append(&key, other.clone()).await;
+    assert_eq!((late.repeated, late.start.seq_num), (false, 1002), "long ago");
+    assert!(channels.append(&key, other).await.repeated);
+}

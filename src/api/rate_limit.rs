@@ -123,6 +123,7 @@ mod tests {
 
     fn caller(kind: CallerKind) -> Caller {
         Caller {
+            signed_with: None,
             environment: EnvironmentId::from_stored("env_a"),
             kind,
             key: KeyId::from_stored("key_a"),

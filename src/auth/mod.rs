@@ -2,6 +2,7 @@
 //!
 //! Knows no transport: what a refusal looks like on the wire is `api`'s.
 
+pub mod direct;
 pub mod keys;
 mod leases;
 pub mod token;
@@ -19,6 +20,7 @@ use crate::domain::timer::Timers;
 use crate::domain::{
     Caller, CallerKind, Clock, EnvironmentId, Error, KeyId, MetadataStore, Result, Scopes, Session, Timestamp,
 };
+use direct::Grant;
 use leases::Leases;
 use token::Bearer;
 use vault::Vault;
@@ -51,6 +53,7 @@ pub struct Auth {
     callers: Cache<String, Arc<Caller>>,
     /// With the sweep that they were read under: keys from before one are worth nothing after it.
     signing: Cache<EnvironmentId, (u64, Arc<[SigningKey]>)>,
+    grants: Cache<String, Arc<Grant>>,
     leases: Leases,
     /// Wakes the streams that a revocation ends.
     timers: Arc<Timers>,
@@ -76,6 +79,7 @@ impl Auth {
             clock,
             callers: Cache::new(CACHED_CALLERS),
             signing: Cache::new(CACHED_CALLERS),
+            grants: Cache::new(CACHED_CALLERS),
             leases: Leases::default(),
             timers,
             revision: AtomicI64::new(-1),
@@ -119,7 +123,14 @@ impl Auth {
         let key = key.filter(|key| key.is_live(now)).ok_or(INVALID_KEY)?;
         let revoked = self.leases.of(&key.environment, &key.id, None);
         let kind = key.scopes.map_or(CallerKind::Root, CallerKind::ScopedKey);
-        Ok(Caller { environment: key.environment, kind, key: key.id, expires_at: key.ends_at, revoked })
+        Ok(Caller {
+            environment: key.environment,
+            kind,
+            key: key.id,
+            signed_with: None,
+            expires_at: key.ends_at,
+            revoked,
+        })
     }
 
     async fn public(&self, bearer: &str, environment: Option<EnvironmentId>) -> Result<Caller> {
@@ -145,6 +156,7 @@ impl Auth {
         }
         Ok(Caller {
             revoked: self.leases.of(&environment, &key.id, minted_by.as_ref()),
+            signed_with: minted_by.is_some().then(|| key.id.clone()),
             key: minted_by.unwrap_or_else(|| key.id.clone()),
             environment,
             kind: CallerKind::Public(Scopes::new(claims.scopes)),
@@ -233,6 +245,7 @@ impl Auth {
         self.sweeps.fetch_add(1, Ordering::AcqRel);
         self.callers.clear();
         self.signing.clear();
+        self.grants.clear();
         let mut next_end = None;
         let mut failed = None;
         for environment in self.leases.environments() {

@@ -24,6 +24,7 @@ const HINT_LEN: usize = 4;
 pub struct Vault {
     seal: RandomizedNonceKey,
     lookup: hmac::Key,
+    direct: [u8; KEY_LEN],
 }
 
 impl Vault {
@@ -50,12 +51,18 @@ impl Vault {
         let seal = RandomizedNonceKey::new(&AES_256_GCM, &derive(&master, b"sessiond secret sealing v1")?)
             .map_err(Error::internal)?;
         let lookup = hmac::Key::new(hmac::HMAC_SHA256, &derive(&master, b"sessiond secret lookup v1")?);
-        Ok(Self { seal, lookup })
+        let direct = derive(&master, b"sessiond direct tokens v1")?;
+        Ok(Self { seal, lookup, direct })
     }
 
     /// What a secret is found by in the store.
     pub fn lookup_hash(&self, secret: &str) -> Vec<u8> {
         hmac::sign(&self.lookup, secret.as_bytes()).as_ref().to_vec()
+    }
+
+    /// What tokens for direct writes are signed with.
+    pub(super) fn direct_key(&self) -> &[u8] {
+        &self.direct
     }
 
     /// Encrypts a secret, bound to its environment and key id.

@@ -144,6 +144,8 @@ pub struct Caller {
     pub kind: CallerKind,
     /// The key shown, or the key that the token was signed with or minted by.
     pub key: KeyId,
+    /// The key that the token was signed with, where another one minted it: the caller stands on both.
+    pub signed_with: Option<KeyId>,
     /// When the credentials end; every stream of theirs ends with them.
     pub expires_at: Option<Timestamp>,
     /// Cancelled when the key is revoked.

@@ -4,8 +4,10 @@
 //! readers deduplicate by `id` inside a window, so it is unique per channel.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use data_encoding::BASE64URL_NOPAD;
@@ -16,7 +18,7 @@ use serde_json::value::RawValue;
 
 use super::channel::Direction;
 use super::error::{Error, Result};
-use super::record::{Header, NewRecord, Record};
+use super::record::{Header, NewRecord, PART_ID_MAX, PartIds, Record};
 
 /// First header of a control record; its value is the subtype.
 const CONTROL_HEADER: &[u8] = b"trigger-control";
@@ -108,6 +110,64 @@ pub(super) fn record(direction: Direction, payload: &NewPayload<'_>) -> Result<N
         Content::Json(_) => wrap_json(data, id),
     };
     Ok(NewRecord { part_id: payload.part_id.map(Into::into), ..NewRecord::data(body) })
+}
+
+/// Makes the records of a direct writer, who wraps them himself, what the append routes would have made of them: what is
+/// sent to `.in` loses the claim that only the server may make. Returns what their part ids are worth: a batch in which
+/// every record is an envelope of its own is known again if it is sent twice.
+///
+/// # Errors
+/// As [`record`].
+pub(super) fn adopt(direction: Direction, records: &mut [NewRecord]) -> Result<PartIds> {
+    if direction == Direction::In {
+        for record in records.iter_mut() {
+            if let Some(body) = body_without_forged_source(&record.body)? {
+                record.body = body;
+            }
+        }
+    }
+    let mut ids = BTreeSet::new();
+    for record in records.iter() {
+        match envelope_id(record) {
+            Some(id) if ids.insert(id.clone()) => {}
+            _ => return Ok(PartIds::Lasting),
+        }
+    }
+    for record in records.iter_mut() {
+        record.part_id = envelope_id(record);
+    }
+    Ok(PartIds::Recent)
+}
+
+/// The id of a data record's envelope, if it could be a part id.
+fn envelope_id(record: &NewRecord) -> Option<Arc<str>> {
+    if !record.headers.is_empty() || record.body.first() != Some(&b'{') {
+        return None;
+    }
+    let Envelope { id, .. } = serde_json::from_slice(&record.body).ok()?;
+    (1..=PART_ID_MAX).contains(&id.len()).then(|| id.into())
+}
+
+/// As [`without_forged_source`], for the data inside an envelope, and whatever a reader might take for one.
+fn body_without_forged_source(body: &Bytes) -> Result<Option<Bytes>> {
+    let Ok(text) = std::str::from_utf8(body) else { return Ok(None) };
+    if !may_name_source(text) {
+        return Ok(None);
+    }
+    let Ok(Fields(fields)) = serde_json::from_str(text) else { return Ok(None) };
+    let mut cleaned = Vec::with_capacity(fields.len());
+    for (name, value) in &fields {
+        cleaned.push(if is_text(name, "data") { value_without_forged_source(value.get())? } else { None });
+    }
+    Ok(cleaned.iter().any(Option::is_some).then(|| {
+        let fields = fields.iter().zip(&cleaned);
+        Fields::write(
+            fields.map(|((name, value), cleaned)| {
+                (name.get(), cleaned.as_deref().unwrap_or_else(|| value.get()))
+            }),
+        )
+        .into()
+    }))
 }
 
 /// The fields of a JSON object as they were written. Nothing inside them is looked at, so that neither depth, nor
@@ -298,6 +358,34 @@ mod tests {
             ),
         ] {
             assert_eq!(without_forged_source(forged).as_deref(), Some(clean));
+        }
+    }
+
+    #[test]
+    fn a_direct_writers_envelope_is_cleaned_on_the_way_in_and_names_its_part() {
+        let adopted = |direction, bodies: &[&str]| {
+            let mut records: Vec<_> = bodies.iter().map(|body| NewRecord::data(body.to_string())).collect();
+            let part_ids = adopt(direction, &mut records).expect("text");
+            let texts = records.iter().map(|record| String::from_utf8_lossy(&record.body).into_owned());
+            let ids = records.iter().map(|record| record.part_id.as_deref().unwrap_or_default().to_owned());
+            (part_ids, texts.collect::<Vec<_>>(), ids.collect::<Vec<_>>())
+        };
+        let forged = r#"{"data":{"payload":{"actionSource":"webhook"}},"id":"abc1234"}"#;
+        let (part_ids, texts, ids) = adopted(Direction::In, &[forged]);
+        assert_eq!((part_ids, ids[0].as_str()), (PartIds::Recent, "abc1234"));
+        assert_eq!(texts[0], r#"{"data":{"payload":{}},"id":"abc1234"}"#);
+        assert_eq!(adopted(Direction::Out, &[forged]).1[0], forged, "the agent is not a client");
+        for hidden in [
+            r#"{"data":1,"d\u0061ta":{"payload":{"actionSource":"webhook"}},"id":"a"}"#,
+            r#"{"id":7,"data":"{\"payload\":{\"actionSource\":\"webhook\"}}"}"#,
+        ] {
+            assert!(!adopted(Direction::In, &[hidden]).1[0].contains("actionSource"), "{hidden}");
+        }
+        let honest = [r#"{"data":"x","id":"a"}"#, r#"{"data":"x","id":"b"}"#];
+        assert_eq!(adopted(Direction::In, &honest).2, ["a", "b"]);
+        for other in [[honest[0], "plain"], [honest[0], honest[0]], [honest[0], r#"{"data":1,"id":""}"#]] {
+            let (part_ids, _, ids) = adopted(Direction::Out, &other);
+            assert_eq!((part_ids, ids), (PartIds::Lasting, vec![String::new(), String::new()]), "{other:?}");
         }
     }
 

@@ -30,5 +30,8 @@ pub use list::{Cursor, Filter, Page, PageRequest, StatusSet, TagQuery};
 pub use port::{ChannelStore, ListIndex, MetadataStore};
 pub use record::{AppendAck, AppendInput, NewRecord, Position, ReadStart, Record, RecordBatch, SeqNum};
 pub use session::{Closure, NewSession, Session, SessionPatch, Status};
-pub use sessions::{Appended, Backends, CreateSession, Created, FollowOptions, Sessions, SessionsConfig};
+pub use sessions::{
+    Appended, Appender, Backends, CreateSession, Created, DirectBatch, FollowOptions, Sessions,
+    SessionsConfig, WriterEnd, WriterEvent,
+};
 pub use watch::{Watch, WatchEvent};

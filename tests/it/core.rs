@@ -65,6 +65,7 @@ impl Core {
         };
         let sessions = Sessions::new(backends, SessionsConfig::default());
         let root = Caller {
+            signed_with: None,
             environment: environment.id,
             kind: CallerKind::Root,
             key: key.key.id,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use futures_util::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use tracing::instrument;
 
+use super::appender::may_write;
 use super::{Appended, FollowOptions, Sessions};
 use crate::domain::access::{Action, Caller, UNAUTHORIZED};
 use crate::domain::channel::{ChannelAddress, ChannelKey, Direction};
@@ -64,25 +65,30 @@ impl Sessions {
         channel: &ChannelAddress,
         input: AppendInput,
     ) -> Result<Appended> {
-        if !caller.is_private() {
-            if channel.direction == Direction::Out {
-                return Err(Error::Denied("Appending to the out channel requires secret key authentication"));
-            }
-            if input.records().iter().any(envelope::claims_control) {
-                return Err(Error::Denied("Control and command records require secret key authentication"));
-            }
-        }
+        may_write(caller, channel, input.records())?;
         let session = self.require(caller, Action::Write, address).await?;
         session.require_active(self.clock.now())?;
         let key = ChannelKey { session: session.id.clone(), address: channel.clone() };
         let room = self.room.reserve(&input).await;
         let result = self.channels.append(&key, input).await;
         drop(room);
+        let ack = self.after_append(&session, &key, result).await?;
+        Ok(Appended { ack, session, key })
+    }
+
+    /// What must follow an append, whatever came of it.
+    pub(super) async fn after_append(
+        &self,
+        session: &SharedSession,
+        key: &ChannelKey,
+        result: Result<AppendAck>,
+    ) -> Result<AppendAck> {
         if let Err(Error::Closed { at, reason }) = &result {
+            tracing::debug!(channel = %key, "an append met the seal of its session");
             let closure = Closure { at: *at, reason: reason.clone() };
-            self.complete_close(&session, &closure).await?;
+            self.complete_close(session, &closure).await?;
         }
-        Ok(Appended { ack: result?, session, key })
+        result
     }
 
     /// Appends payloads as one unit, each wrapped in its envelope.

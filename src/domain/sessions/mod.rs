@@ -1,9 +1,12 @@
 //! The use cases, one method each. Every front end calls these and nothing below them.
 
+mod appender;
 mod control;
 mod data;
+mod direct;
 mod room;
 mod rows;
+mod waiters;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -21,6 +24,8 @@ use super::port::{ChannelStore, ListIndex, MetadataStore};
 use super::record::{AppendAck, ReadStart};
 use super::session::{Closure, NewSession, Session, SharedSession};
 use super::timer::Timers;
+pub use appender::{Appender, WriterEnd, WriterEvent};
+pub use direct::DirectBatch;
 use room::Room;
 use rows::Rows;
 

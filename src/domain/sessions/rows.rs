@@ -4,8 +4,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use quick_cache::sync::Cache;
-use tokio::sync::{Notify, broadcast};
+use tokio::sync::broadcast;
 
+use super::waiters::{Waiter, Waiters};
 use crate::domain::error::Result;
 use crate::domain::id::{EnvironmentId, ExternalId, SessionId, SessionRef};
 use crate::domain::port::MetadataStore;
@@ -28,40 +29,14 @@ pub(super) struct Rows {
     cache: Cache<Key, SharedSession>,
     /// Counts invalidations, so that a read that began before one cannot put its stale row back.
     generation: Mutex<u64>,
-    awaited: Awaited,
+    /// Who waits for an external id to be given to a session.
+    awaited: Waiters<(EnvironmentId, ExternalId)>,
+    /// Who must know when a session is closed.
+    open: Waiters<SessionId>,
     /// The newest version of every session that changes.
     changes: broadcast::Sender<SharedSession>,
     /// What was told last of a session. Changed under the lock of `generation`.
     told: Cache<SessionId, SharedSession>,
-}
-
-type Awaited = Mutex<HashMap<(EnvironmentId, ExternalId), Arc<Notify>>>;
-
-/// One wait for an external id; the last one to give up takes the entry with it.
-struct Awaiting<'a> {
-    awaited: &'a Awaited,
-    key: (EnvironmentId, ExternalId),
-    /// Taken when it is given up.
-    waiters: Option<Arc<Notify>>,
-}
-
-impl<'a> Awaiting<'a> {
-    fn new(awaited: &'a Awaited, key: (EnvironmentId, ExternalId)) -> Self {
-        let waiters =
-            awaited.lock().unwrap_or_else(PoisonError::into_inner).entry(key.clone()).or_default().clone();
-        Self { awaited, key, waiters: Some(waiters) }
-    }
-}
-
-impl Drop for Awaiting<'_> {
-    fn drop(&mut self) {
-        let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
-        // Under the lock, so that of two that give up together the second one sees the first one gone.
-        drop(self.waiters.take());
-        if awaited.get(&self.key).is_some_and(|waiters| Arc::strong_count(waiters) == 1) {
-            awaited.remove(&self.key);
-        }
-    }
 }
 
 impl Rows {
@@ -70,7 +45,8 @@ impl Rows {
             store,
             cache: Cache::new(capacity),
             generation: Mutex::default(),
-            awaited: Mutex::default(),
+            awaited: Waiters::default(),
+            open: Waiters::default(),
             changes: broadcast::Sender::new(CHANGES_KEPT),
             told: Cache::new(VERSIONS_KEPT),
         }
@@ -87,6 +63,15 @@ impl Rows {
         {
             return Ok(Some(session));
         }
+        self.read(environment, address).await
+    }
+
+    /// As [`Rows::find`], but never from the cache.
+    pub(super) async fn read(
+        &self,
+        environment: &EnvironmentId,
+        address: &SessionRef,
+    ) -> Result<Option<SharedSession>> {
         let before = *self.lock();
         let Some(session) = self.store.find_session(environment, address).await? else {
             return Ok(None);
@@ -150,15 +135,13 @@ impl Rows {
     /// Wakes who waits for a session that was there before: whoever created it may not have come to it.
     pub(super) fn found(&self, session: &Session) {
         if let Some(external) = &session.external_id {
-            self.awaken(&session.environment, external);
+            self.awaited.wake(&(session.environment.clone(), external.clone()));
         }
     }
 
-    fn awaken(&self, environment: &EnvironmentId, external: &ExternalId) {
-        let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(waiters) = awaited.remove(&(environment.clone(), external.clone())) {
-            waiters.notify_waiters();
-        }
+    /// One who is woken when this session is closed, if it was open when he joined.
+    pub(super) fn until_closed(&self, session: &SessionId) -> Waiter<SessionId> {
+        self.open.join(session.clone())
     }
 
     /// Forgets every address that leads to these versions of a row, wakes who waits for one of them, and tells the
@@ -174,8 +157,11 @@ impl Rows {
             self.cache.remove(&(environment.clone(), SessionRef::Id(session.id.clone())));
             if let Some(external) = &session.external_id {
                 self.cache.remove(&(environment.clone(), SessionRef::External(external.clone())));
-                self.awaken(environment, external);
+                self.awaited.wake(&(environment.clone(), external.clone()));
             }
+        }
+        if let Some(closed) = versions.last().filter(|session| session.closed.is_some()) {
+            self.open.wake(&closed.id);
         }
         let Some(newest) = versions.last().filter(|_| self.changes.receiver_count() > 0) else { return };
         if self.told.get(&newest.id).is_none_or(|told| newest.is_newer_than(&told)) {
@@ -194,9 +180,8 @@ impl Rows {
     ) -> Result<SharedSession> {
         let address = SessionRef::External(external.clone());
         loop {
-            let awaiting = Awaiting::new(&self.awaited, (environment.clone(), external.clone()));
-            let Some(waiters) = awaiting.waiters.clone() else { continue };
-            let arrival = waiters.notified_owned();
+            let waiter = self.awaited.join((environment.clone(), external.clone()));
+            let arrival = waiter.woken();
             if let Some(session) = self.find(environment, &address).await? {
                 return Ok(session);
             }

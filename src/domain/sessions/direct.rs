@@ -1,0 +1,85 @@
+//! Writing past the append routes: what a caller must know to write directly, and what its batches become.
+
+use std::sync::Arc;
+
+use tracing::instrument;
+
+use super::Sessions;
+use crate::domain::access::{Action, Caller};
+use crate::domain::channel::{ChannelAddress, Direction};
+use crate::domain::envelope;
+use crate::domain::error::{Error, Result};
+use crate::domain::id::SessionRef;
+use crate::domain::record::{AppendAck, AppendInput, NewRecord};
+use crate::domain::session::SharedSession;
+
+/// A batch as a direct writer sends it.
+#[derive(Clone, Debug, Default)]
+pub struct DirectBatch {
+    /// The records, which the writer has wrapped itself.
+    pub records: Vec<NewRecord>,
+    /// See [`AppendInput::match_seq_num`].
+    pub match_seq_num: Option<u64>,
+    /// See [`AppendInput::fencing_token`].
+    pub fencing_token: Option<String>,
+}
+
+impl DirectBatch {
+    /// The batch as the log takes it, under the rules of its channel.
+    ///
+    /// # Errors
+    /// As [`AppendInput::new`].
+    pub fn into_input(mut self, direction: Direction) -> Result<AppendInput> {
+        let part_ids = envelope::adopt(direction, &mut self.records)?;
+        let mut input = AppendInput::new(self.records)?;
+        input.part_ids = part_ids;
+        input.match_seq_num = self.match_seq_num;
+        input.fencing_token = self.fencing_token;
+        Ok(input)
+    }
+}
+
+impl Sessions {
+    /// Prepares a channel for direct writes. `None` for an external id that no session has yet: writes find nothing
+    /// until one has.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] also for `.out` without a secret key; [`Error::NotFound`] for an unknown `session_...` id;
+    /// [`Error::Closed`], [`Error::Expired`].
+    #[instrument(skip_all, name = "initialize", fields(session.id = %address))]
+    pub async fn initialize(
+        &self,
+        caller: &Caller,
+        address: &SessionRef,
+        channel: &ChannelAddress,
+    ) -> Result<Option<SharedSession>> {
+        if channel.direction == Direction::Out && !caller.is_private() {
+            return Err(Error::Denied("Initializing the out channel requires secret key authentication"));
+        }
+        let Some(session) = self.visible(caller, Action::Write, address).await? else {
+            return match address {
+                SessionRef::Id(_) => Err(Error::NotFound("session")),
+                SessionRef::External(_) => Ok(None),
+            };
+        };
+        // What is handed out lasts, so another replica's close must not hide behind a cached row.
+        let row = self.rows.read(&caller.environment, &SessionRef::Id(session.id.clone())).await?;
+        let row = row.ok_or(Error::NotFound("session"))?;
+        row.require_active(self.clock.now())?;
+        Ok(Some(row))
+    }
+
+    /// Appends one batch of a direct writer.
+    ///
+    /// # Errors
+    /// As [`Sessions::append`].
+    pub async fn append_direct(
+        self: &Arc<Self>,
+        caller: &Caller,
+        address: &SessionRef,
+        channel: &ChannelAddress,
+        batch: DirectBatch,
+    ) -> Result<AppendAck> {
+        self.append(caller, address, channel, batch.into_input(channel.direction)?).await
+    }
+}

@@ -269,6 +269,10 @@ fn api_config(config: &Config) -> ApiConfig {
         body_chunk_timeout: http.body_pause_timeout,
         body_timeout: http.body_timeout,
         graphql: config.graphql.clone(),
+        direct: config.direct.clone(),
+        // Of the URL what an origin is: scheme, host, port.
+        public_url: http.public_url.as_ref().map(|url| url.origin().ascii_serialization()),
+        tls: http.tls.certificate.is_some(),
     }
 }
 

@@ -91,6 +91,8 @@ pub enum Door {
     GraphqlSse,
     /// GraphQL over multipart.
     Multipart,
+    /// Reads over the S2 wire.
+    S2,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -106,6 +108,7 @@ pub struct Metrics {
     followers: Family<FollowerLabels, Gauge>,
     connections: Gauge,
     websockets: Gauge,
+    append_sessions: Gauge,
     commits: Histogram,
     commit_records: Histogram,
     commit_bytes: Counter,
@@ -122,6 +125,7 @@ impl Metrics {
             followers: Family::default(),
             connections: Gauge::default(),
             websockets: Gauge::default(),
+            append_sessions: Gauge::default(),
             commits: latency_histogram(),
             commit_records: size_histogram(),
             commit_bytes: Counter::default(),
@@ -129,7 +133,7 @@ impl Metrics {
         };
         metrics.log_healthy.set(1.0);
         // A gauge that was never touched is not shown.
-        for door in [Door::Sse, Door::Websocket, Door::GraphqlSse, Door::Multipart] {
+        for door in [Door::Sse, Door::Websocket, Door::GraphqlSse, Door::Multipart, Door::S2] {
             drop(metrics.followers.get_or_create(&FollowerLabels { door }));
         }
         let Self { registry, requests, appends, followers, connections, websockets, commits, .. } =
@@ -151,7 +155,12 @@ impl Metrics {
             seconds(),
             commits.clone(),
         );
-        let Self { registry, commit_records, commit_bytes, log_healthy, .. } = &mut metrics;
+        let Self { registry, append_sessions, commit_records, commit_bytes, log_healthy, .. } = &mut metrics;
+        registry.register(
+            "append_sessions",
+            "Open append sessions of direct writers",
+            append_sessions.clone(),
+        );
         registry.register("log_commit_records", "Records in one group commit", commit_records.clone());
         registry.register("log_bytes", "Metered bytes committed to the log", commit_bytes.clone());
         registry.register(
@@ -207,6 +216,11 @@ impl Metrics {
     /// A connection became a WebSocket; it ends when the guard is dropped.
     pub fn websocket(&self) -> GaugeGuard {
         GaugeGuard::new(self.websockets.clone())
+    }
+
+    /// A direct writer's append session began; it ends when the guard is dropped.
+    pub fn append_session(&self) -> GaugeGuard {
+        GaugeGuard::new(self.append_sessions.clone())
     }
 
     /// The log has committed a group.

@@ -29,6 +29,8 @@ pub enum Route {
     Change,
     /// Appends to a channel of this direction.
     Append(Direction),
+    /// Prepares a channel for direct writes.
+    Initialize,
 }
 
 /// A refusal, ready for the wire.
@@ -42,6 +44,8 @@ pub struct Failure {
     pub message: String,
     /// What else the body says.
     extra: Map<String, Value>,
+    /// The whole body, where a protocol has a shape of its own.
+    shape: Option<Map<String, Value>>,
     /// `x-should-retry`, where the status alone would mislead the SDK.
     retry: Option<bool>,
     headers: HeaderMap,
@@ -120,6 +124,7 @@ impl Failure {
             code,
             message: message.into(),
             extra: Map::new(),
+            shape: None,
             retry: None,
             headers: HeaderMap::new(),
             cause: None,
@@ -188,6 +193,13 @@ impl Failure {
         self
     }
 
+    /// With a body of another shape.
+    #[must_use]
+    pub fn in_shape(mut self, body: Map<String, Value>) -> Self {
+        self.shape = Some(body);
+        self
+    }
+
     /// In the words that clients expect of this route.
     #[must_use]
     pub fn on(mut self, route: Route) -> Self {
@@ -196,8 +208,12 @@ impl Failure {
                 Route::Load => "Not found",
                 Route::Change => "Session not found",
                 Route::Append(_) => "Resource not found",
+                Route::Initialize => "Session not found",
             }
             .to_owned();
+        }
+        if route == Route::Initialize {
+            return self.on_initialize();
         }
         let Route::Append(direction) = route else { return self };
         if self.code == Code::SessionClosed.as_str() {
@@ -212,6 +228,18 @@ impl Failure {
             self.retry = Some(false);
         }
         self.with("ok", json!(false))
+    }
+
+    fn on_initialize(mut self) -> Self {
+        let state = match self.code {
+            code if code == Code::SessionClosed.as_str() => "a closed",
+            code if code == Code::SessionExpired.as_str() => "an expired",
+            _ => return self,
+        };
+        self.status = StatusCode::BAD_REQUEST;
+        self.message = format!("Cannot initialize a channel on {state} session");
+        self.retry = Some(false);
+        self
     }
 
     fn closing_connection(mut self) -> Self {
@@ -236,10 +264,13 @@ impl Failure {
 
     /// The body; the request id is shown with faults of ours.
     pub fn body(&self, request_id: Option<&str>) -> Value {
-        let mut body = Map::new();
-        body.insert("error".to_owned(), json!(self.message));
-        body.insert("code".to_owned(), json!(self.code));
-        body.extend(self.extra.clone());
+        let mut body = self.shape.clone().unwrap_or_else(|| {
+            let mut body = Map::new();
+            body.insert("error".to_owned(), json!(self.message));
+            body.insert("code".to_owned(), json!(self.code));
+            body.extend(self.extra.clone());
+            body
+        });
         if let Some(id) = request_id.filter(|_| self.status.is_server_error()) {
             body.insert("requestId".to_owned(), json!(id));
         }

@@ -7,11 +7,13 @@ pub mod error;
 pub mod extract;
 pub mod graphql;
 pub mod openapi;
+pub mod origin;
 pub mod period;
 pub mod playground;
 pub mod rate_limit;
 pub mod realtime;
 pub mod rest;
+pub mod s2;
 pub mod trace;
 
 use std::fmt;
@@ -27,7 +29,7 @@ use http::header::{CONTENT_TYPE, HeaderValue};
 use serde_json::json;
 
 use crate::auth::Auth;
-use crate::config::GraphqlConfig;
+use crate::config::{DirectConfig, GraphqlConfig};
 use crate::domain::{Clock, Sessions};
 use crate::shutdown::Shutdown;
 use crate::telemetry::Metrics;
@@ -47,6 +49,12 @@ pub struct ApiConfig {
     pub body_timeout: Duration,
     /// The GraphQL door.
     pub graphql: GraphqlConfig,
+    /// Direct writes.
+    pub direct: DirectConfig,
+    /// Where callers reach this server; `None` reads it off each request.
+    pub public_url: Option<String>,
+    /// The listener itself speaks TLS.
+    pub tls: bool,
 }
 
 /// What the front ends stand on.
@@ -103,7 +111,7 @@ impl std::ops::Deref for Shared {
 }
 
 /// Every route template: the only values that the `route` label of a metric may have.
-const ROUTES: [&str; 21] = [
+const ROUTES: [&str; 23] = [
     "/",
     "/healthz",
     "/readyz",
@@ -125,6 +133,8 @@ const ROUTES: [&str; 21] = [
     "/realtime/v1/sessions/{session}/channels/{channel}/{io}",
     "/realtime/v1/sessions/{session}/channels/{channel}/{io}/append",
     "/realtime/v1/sessions/{session}/channels/{channel}/{io}/records",
+    "/v1/streams/{stream}/records",
+    "/v1/streams/{stream}/records/tail",
 ];
 
 impl Shared {

@@ -7,7 +7,7 @@ use utoipa::openapi::{OpenApi, OpenApiBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::{App, realtime, rest};
+use super::{App, realtime, rest, s2};
 
 /// What every route of a kind may refuse with, beside what its own annotation says.
 const REFUSALS: [(&str, &str); 7] = [
@@ -35,12 +35,15 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(rest::auth::claims))
         .routes(routes!(rest::auth::jwt))
         .routes(routes!(rest::auth::public_tokens))
-        .routes(routes!(realtime::sse::follow, realtime::head, realtime::initialize))
+        .routes(routes!(realtime::sse::follow, realtime::head, s2::initialize::initialize))
         .routes(routes!(realtime::append::append))
         .routes(routes!(realtime::records::records))
-        .routes(routes!(realtime::sse::follow_named, realtime::head_named, realtime::initialize_named))
+        .routes(routes!(realtime::sse::follow_named, realtime::head_named))
+        .routes(routes!(s2::initialize::initialize_named))
         .routes(routes!(realtime::append::append_named))
         .routes(routes!(realtime::records::records_named))
+        .routes(routes!(s2::append, s2::read))
+        .routes(routes!(s2::check_tail))
 }
 
 /// The document with everything that holds for all routes added, as it is served.
@@ -137,7 +140,7 @@ mod tests {
     fn every_documented_path_has_a_metric_label_and_every_operation_its_refusals() {
         let document = document();
         let paths = document["paths"].as_object().expect("paths");
-        assert_eq!(paths.len(), 12);
+        assert_eq!(paths.len(), 14);
         for (path, item) in paths {
             assert!(super::super::ROUTES.contains(&path.as_str()), "{path}");
             for (method, operation) in item.as_object().expect("an object") {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use url::Url;
 
 use super::fault;
 use crate::domain::Violation;
@@ -15,6 +16,9 @@ use crate::domain::Violation;
 pub struct HttpConfig {
     /// Address and port; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// Where callers reach this server, if not as each request says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public_url: Option<Url>,
     /// Connections served at once.
     pub max_connections: usize,
     /// Longest time to send the head of a request.

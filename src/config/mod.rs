@@ -1,5 +1,6 @@
 //! Settings: embedded defaults < TOML file < `SESSIOND_*` environment < flags. Nobody else reads the environment.
 
+mod direct;
 mod graphql;
 mod http;
 mod store;
@@ -12,6 +13,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::domain::{Error, Result, Violation};
+pub use direct::DirectConfig;
 pub use graphql::GraphqlConfig;
 pub use http::{HttpConfig, RateLimitConfig, TlsConfig};
 pub use store::{AuthConfig, LogConfig, MetadataConfig};
@@ -38,6 +40,8 @@ pub struct Config {
     pub http: HttpConfig,
     /// The GraphQL door.
     pub graphql: GraphqlConfig,
+    /// Direct writes.
+    pub direct: DirectConfig,
     /// The metadata store.
     pub metadata: MetadataConfig,
     /// The embedded log.
@@ -115,6 +119,7 @@ impl Config {
         let mut faults = Vec::new();
         self.http.validate(&mut faults);
         self.graphql.validate(&mut faults);
+        self.direct.validate(&mut faults);
         self.metadata.validate(&mut faults);
         if self.metadata.is_postgres() && self.auth.master_key.is_none() {
             faults.push(fault("auth.master_key", "is required with Postgres"));

@@ -42,24 +42,3 @@ pub async fn head(
 pub async fn head_named(app: State<App>, asker: Asker, path: ChannelPath) -> Result<Response, Failure> {
     head(app, asker, path).await
 }
-
-/// Hands out credentials for direct writes, which this server does not have.
-#[utoipa::path(put, path = "/realtime/v1/sessions/{session}/{io}", tag = "realtime",
-    operation_id = "initializeChannel", params(("session" = String, Path), ("io" = String, Path)),
-    responses((status = 501, description = "Direct writes are not available; append instead",
-        body = super::rest::model::ErrorBody)))]
-pub async fn initialize(Asker(_): Asker, _: ChannelPath) -> Failure {
-    Failure::not_implemented(
-        "Direct writes to session channels are not available on this server; use the append route",
-    )
-}
-
-/// As for the main channel.
-#[utoipa::path(put, path = "/realtime/v1/sessions/{session}/channels/{channel}/{io}", tag = "realtime",
-    operation_id = "initializeNamedChannel",
-    params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path)),
-    responses((status = 501, description = "Direct writes are not available; append instead",
-        body = super::rest::model::ErrorBody)))]
-pub async fn initialize_named(asker: Asker, path: ChannelPath) -> Failure {
-    initialize(asker, path).await
-}

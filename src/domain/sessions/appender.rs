@@ -167,22 +167,24 @@ impl Ending {
             }
             tokio::select! {
                 biased;
-                () = self.closed.as_mut() => return WriterEnd::Refused(self.refusal().await),
+                () = self.closed.as_mut() => {
+                    return WriterEnd::Refused(refusal(&self.sessions, &self.session).await);
+                }
                 () = self.lifeline.ring() => {}
             }
         }
     }
+}
 
-    /// Why the session, which was closed, takes nothing more.
-    async fn refusal(&self) -> Error {
-        let address = SessionRef::Id(self.session.id.clone());
-        match self.sessions.rows.find(&self.session.environment, &address).await {
-            Ok(Some(row)) => row.require_active(self.lifeline.now()).err(),
-            Ok(None) => None,
-            Err(error) => Some(error),
-        }
-        .unwrap_or(Error::NotFound("session"))
+/// Why a session that has been closed takes nothing more.
+async fn refusal(sessions: &Sessions, session: &SharedSession) -> Error {
+    let address = SessionRef::Id(session.id.clone());
+    match sessions.rows.find(&session.environment, &address).await {
+        Ok(Some(row)) => row.require_active(sessions.clock.now()).err(),
+        Ok(None) => None,
+        Err(error) => Some(error),
     }
+    .unwrap_or(Error::NotFound("session"))
 }
 
 /// Refuses what a caller may not write to a channel, whatever its scopes.

@@ -1,0 +1,74 @@
+//! Records in the JSON of S2: text as it is, or everything in base64.
+
+use std::io::Write;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use s2_api::data::{FORMAT_HEADER, Format};
+
+use super::error;
+use crate::api::error::Failure;
+use crate::api::realtime::event;
+use crate::domain::{Position, Record};
+
+/// The format that a request asks for.
+pub(super) fn asked(headers: &HeaderMap) -> Result<Format, Failure> {
+    let Some(value) = headers.get(&FORMAT_HEADER) else { return Ok(Format::default()) };
+    let format = value.to_str().ok().and_then(|text| text.parse().ok());
+    format.ok_or_else(|| error::bad("bad_header", "s2-format must be raw or base64"))
+}
+
+/// A batch that was read: `{"records":[...],"tail"?}`.
+pub(super) fn batch(format: Format, records: &[Record], tail: Option<Position>) -> Vec<u8> {
+    let bodies: usize = records.iter().map(|record| record.body.len() * 4 / 3 + 96).sum();
+    let mut out = Vec::with_capacity(bodies + 96);
+    out.extend_from_slice(b"{\"records\":[");
+    for (index, record) in records.iter().enumerate() {
+        if index > 0 {
+            out.push(b',');
+        }
+        self::record(&mut out, format, record);
+    }
+    out.push(b']');
+    if let Some(Position { seq_num, timestamp }) = tail {
+        put(
+            &mut out,
+            format_args!(",\"tail\":{{\"seq_num\":{seq_num},\"timestamp\":{}}}", timestamp.millis()),
+        );
+    }
+    out.push(b'}');
+    out
+}
+
+fn record(out: &mut Vec<u8>, format: Format, record: &Record) {
+    let Position { seq_num, timestamp } = record.position;
+    put(out, format_args!("{{\"seq_num\":{seq_num},\"timestamp\":{}", timestamp.millis()));
+    if !record.headers.is_empty() {
+        out.extend_from_slice(b",\"headers\":[");
+        for (index, (name, value)) in record.headers.iter().enumerate() {
+            out.extend_from_slice(if index == 0 { b"[" } else { b",[" });
+            text(out, format, name);
+            out.push(b',');
+            text(out, format, value);
+            out.push(b']');
+        }
+        out.push(b']');
+    }
+    if !record.body.is_empty() {
+        out.extend_from_slice(b",\"body\":");
+        text(out, format, &record.body);
+    }
+    out.push(b'}');
+}
+
+fn text(out: &mut Vec<u8>, format: Format, bytes: &Bytes) {
+    match format {
+        Format::Raw => event::write_text(out, bytes),
+        Format::Base64 => put(out, format_args!("\"{}\"", data_encoding::BASE64.encode_display(bytes))),
+    }
+}
+
+/// Formats into a buffer; writing to memory cannot fail.
+fn put(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
+    let _ = out.write_fmt(text);
+}

@@ -1,0 +1,207 @@
+//! A duplex append session: frames of batches in, frames of acks out, in the same order.
+//!
+//! One task, driven by whoever reads the acks: it takes the next batch only while the writer has room, so neither a fast
+//! writer nor a slow reader costs more than the batches on their way.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::{IntoResponse, Response};
+use bytes::{Bytes, BytesMut};
+use futures_util::stream;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use http_body_util::BodyExt;
+use s2_api::v1::stream::s2s::{CompressionAlgorithm, FrameDecoder, SessionMessage};
+use tokio_util::codec::Decoder;
+
+use super::append::{outcome, proto_ack};
+use super::batch::BoundedInput;
+use super::target::Target;
+use super::{S2S, error};
+use crate::api::App;
+use crate::api::error::Failure;
+use crate::api::trace::{Chain, RequestId};
+use crate::domain::{Appender, DirectBatch, Direction, Error, WriterEnd, WriterEvent};
+use crate::telemetry::GaugeGuard;
+
+/// One session, before and while its acks are read.
+pub(super) struct Session {
+    app: App,
+    appender: Appender,
+    direction: Direction,
+    frames: Frames,
+    compression: CompressionAlgorithm,
+    /// When each batch that has no ack yet was sent.
+    sent: VecDeque<Instant>,
+    /// The writer has said that it is done.
+    finished: bool,
+    /// Why no more batches are taken; told after the acks that are to come.
+    ending: Option<Failure>,
+    over: bool,
+    id: RequestId,
+    _guard: GaugeGuard,
+}
+
+impl Session {
+    /// # Errors
+    /// As [`Sessions::appender`](crate::domain::Sessions::appender).
+    pub(super) async fn open(
+        app: &App,
+        target: &Target,
+        request: Request,
+        id: RequestId,
+    ) -> Result<Self, Failure> {
+        let appender = app.sessions.appender(&target.caller, &target.session, &target.channel).await;
+        Ok(Self {
+            appender: appender.map_err(error::refusal)?,
+            direction: target.channel.direction,
+            compression: CompressionAlgorithm::from_accept_encoding(request.headers()),
+            frames: Frames::new(request.into_body()),
+            sent: VecDeque::new(),
+            finished: false,
+            ending: None,
+            over: false,
+            id,
+            _guard: app.metrics.append_session(),
+            app: app.clone(),
+        })
+    }
+
+    /// The next frame for the writer; `None` at the end.
+    async fn next(&mut self) -> Option<Bytes> {
+        while !self.over {
+            if self.appender.in_flight() == 0 {
+                if let Some(failure) = self.ending.take() {
+                    return Some(self.terminate(&failure));
+                }
+                if self.finished {
+                    return None;
+                }
+            }
+            let reads = !self.finished && self.ending.is_none();
+            tokio::select! {
+                biased;
+                event = self.appender.next(), if reads || self.appender.in_flight() > 0 => {
+                    if let Some(frame) = self.event(event) {
+                        return Some(frame);
+                    }
+                }
+                frame = self.frames.next(), if reads && self.appender.has_room() => {
+                    self.take(frame).await;
+                }
+            }
+        }
+        None
+    }
+
+    fn event(&mut self, event: WriterEvent) -> Option<Bytes> {
+        let result = match event {
+            WriterEvent::Answer(result) => result,
+            WriterEvent::Ended(end) => {
+                self.ending.get_or_insert(match end {
+                    WriterEnd::Refused(error) => error::refusal(error),
+                    WriterEnd::Stopping => error::stopping(),
+                });
+                return None;
+            }
+        };
+        if let Some(sent) = self.sent.pop_front() {
+            self.app.metrics.append(self.direction, outcome(&result), sent.elapsed());
+        }
+        let frame = result.map_err(error::refusal).and_then(|ack| {
+            let frame = SessionMessage::regular(self.compression, &proto_ack(&ack));
+            frame.map_err(|fault| error::refusal(Error::internal(fault)))
+        });
+        // Whatever comes behind a refused batch has lost its place.
+        Some(frame.map_or_else(|failure| self.terminate(&failure), |frame| frame.encode()))
+    }
+
+    async fn take(&mut self, frame: Option<Result<DirectBatch, Failure>>) {
+        let sent = match frame {
+            None => {
+                self.finished = true;
+                return;
+            }
+            Some(Err(failure)) => Err(failure),
+            Some(Ok(batch)) => {
+                let begin = Instant::now();
+                let sent = self.appender.send(batch).await;
+                sent.map(|()| self.sent.push_back(begin)).map_err(error::refusal)
+            }
+        };
+        if let Err(failure) = sent {
+            self.ending.get_or_insert(failure);
+        }
+    }
+
+    fn terminate(&mut self, failure: &Failure) -> Bytes {
+        self.over = true;
+        if let Some(cause) = failure.cause() {
+            tracing::error!(request.id = self.id.as_str(), error = %Chain(cause), "an append session has failed");
+        }
+        error::terminal(failure, self.id.as_str())
+    }
+}
+
+impl IntoResponse for Session {
+    fn into_response(self) -> Response {
+        let frames = stream::unfold(self, |mut session| async move {
+            let frame = session.next().await?;
+            Some((Ok::<_, std::convert::Infallible>(frame), session))
+        });
+        let mut response = Response::new(Body::from_stream(frames));
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(S2S));
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
+        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        response
+    }
+}
+
+/// The batches in a request's body.
+struct Frames {
+    body: Body,
+    buffer: BytesMut,
+}
+
+impl Frames {
+    fn new(body: Body) -> Self {
+        Self { body, buffer: BytesMut::new() }
+    }
+
+    /// The next batch; `None` when the writer is done, or gone. Cancel safe.
+    async fn next(&mut self) -> Option<Result<DirectBatch, Failure>> {
+        loop {
+            match FrameDecoder.decode(&mut self.buffer) {
+                Ok(Some(message)) => return Some(batch(message)),
+                Ok(None) => {}
+                Err(fault) => return Some(Err(error::bad("bad_frame", fault.to_string()))),
+            }
+            match self.body.frame().await {
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        self.buffer.extend_from_slice(&data);
+                    }
+                }
+                None if self.buffer.is_empty() => return None,
+                None => {
+                    self.buffer.clear();
+                    return Some(Err(error::bad("bad_frame", "the last frame is not whole")));
+                }
+                Some(Err(_)) => return None,
+            }
+        }
+    }
+}
+
+fn batch(message: SessionMessage) -> Result<DirectBatch, Failure> {
+    match message {
+        SessionMessage::Regular(data) => {
+            let input = data.try_into_proto::<BoundedInput>();
+            input.map(DirectBatch::from).map_err(|fault| error::bad("bad_proto", fault.to_string()))
+        }
+        SessionMessage::Terminal(_) => Err(error::bad("bad_frame", "a writer sends no terminal frame")),
+    }
+}

@@ -232,15 +232,3 @@ test("records drains a channel at once", async () => {
     [3, 4].map((n) => ({ data: `chunk ${n}`, id: `part-chunk ${n}`, seqNum: n })),
   );
 });
-
-test("a direct write is refused plainly until there is a door for it", async () => {
-  const { handle } = await started("direct");
-  context.requests.length = 0;
-  await assert.rejects(handle.out.append({ text: "direct" }), (error) => {
-    assert.ok(error instanceof ApiError, String(error));
-    assert.equal(error.status, 501);
-    assert.notEqual(error.message, "");
-    return true;
-  });
-  assert.deepEqual(context.requests.map(({ method, status }) => [method, status]), [["PUT", 501]], "it is not worth a retry");
-});

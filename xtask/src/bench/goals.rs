@@ -1,6 +1,7 @@
 //! What the numbers should be, and whether they are.
 
 use super::delivery::Pace;
+use super::direct::{DIRECT, direct};
 use super::graphql;
 use super::memory::weighed;
 use super::report::{GRAPHQL, Metric, OURS, Samples, Table, align};
@@ -9,7 +10,7 @@ use super::stats::Spread;
 
 /// One goal and what the run says to it.
 struct Goal {
-    what: &'static str,
+    what: String,
     wanted: String,
     measured: Option<String>,
     reached: bool,
@@ -17,7 +18,7 @@ struct Goal {
 
 impl Goal {
     fn new(
-        what: &'static str,
+        what: impl Into<String>,
         wanted: Option<(String, f64)>,
         measured: Option<f64>,
         unit: &str,
@@ -25,7 +26,7 @@ impl Goal {
     ) -> Self {
         let verdict = wanted.as_ref().zip(measured).is_some_and(|((_, bound), value)| reached(value, *bound));
         Self {
-            what,
+            what: what.into(),
             wanted: wanted.map_or("needs --peers".to_owned(), |(text, _)| text),
             measured: measured.map(|value| format!("{value:.2} {unit}")),
             reached: verdict,
@@ -39,7 +40,7 @@ impl Goal {
             (true, true) => "reached",
             (true, false) => "MISSED",
         };
-        vec![self.what.to_owned(), self.wanted, self.measured.unwrap_or_default(), verdict.to_owned()]
+        vec![self.what, self.wanted, self.measured.unwrap_or_default(), verdict.to_owned()]
     }
 }
 
@@ -114,8 +115,38 @@ fn goals(samples: &Samples, floor: Spread) -> Vec<Goal> {
         Goal::new("memory of an idle SSE follower", bound("<= 13 KiB", 13.0), per_follower, "KiB", at_most),
         Goal::new("the same, stretch", bound("<= 8 KiB", 8.0), per_follower, "KiB", at_most),
     ];
+    goals.extend(direct_goals(samples));
     goals.extend(graphql_goals(samples));
     goals
+}
+
+/// Those of direct writes, by what the open server of S2 does in the same run.
+fn direct_goals(samples: &Samples) -> Vec<Goal> {
+    let rows = DIRECT.iter().flat_map(|(way, streams)| {
+        let row = direct(*way, *streams);
+        let value = |server, metric| samples.value(Table::Direct, &row, server, metric);
+        let theirs = |metric| value("s2-lite", metric);
+        let wanted = |unit: &str, sign: &str, bound: Option<f64>| {
+            bound.map(|bound| (format!("{sign} {bound:.2} {unit} (s2-lite)"), bound))
+        };
+        [
+            Goal::new(
+                format!("{row}: ack p50"),
+                wanted("ms", "<", theirs(Metric::P50)),
+                value(OURS, Metric::P50),
+                "ms",
+                |ours, theirs| ours < theirs,
+            ),
+            Goal::new(
+                format!("{row}: acks a second"),
+                wanted("", ">", theirs(Metric::PerSecond)),
+                value(OURS, Metric::PerSecond),
+                "",
+                |ours, theirs| ours > theirs,
+            ),
+        ]
+    });
+    rows.collect()
 }
 
 /// Those of the GraphQL door, most of them by what the other door costs in the same run.

@@ -82,12 +82,33 @@ pub(crate) async fn answers(
     for request in requests {
         writers.push((Writer::connect(server).await?, request));
     }
-    let start = Instant::now() + WARM_UP;
-    let end = start + time;
+    let (start, end) = warm_up(time);
     let mut tasks = JoinSet::new();
     for (writer, request) in writers {
         tasks.spawn(write(writer, request, start, end));
     }
+    measure(server, tasks, Measured { start, end, time }).await
+}
+
+/// When counting begins and ends, if the load begins now.
+pub(crate) fn warm_up(time: Duration) -> (Instant, Instant) {
+    let start = Instant::now() + WARM_UP;
+    (start, start + time)
+}
+
+/// The time that counts.
+pub(crate) struct Measured {
+    pub(crate) start: Instant,
+    pub(crate) end: Instant,
+    pub(crate) time: Duration,
+}
+
+/// What a load comes to that is under way.
+pub(crate) async fn measure(
+    server: &Server,
+    mut tasks: JoinSet<anyhow::Result<Latency>>,
+    Measured { start, end, time }: Measured,
+) -> anyhow::Result<Answers> {
     tokio::time::sleep_until(start.into()).await;
     let (began, server_before, client_before) = (Instant::now(), server.cpu()?, own_cpu()?);
     tokio::time::sleep_until(end.into()).await;

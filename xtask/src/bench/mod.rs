@@ -5,6 +5,7 @@
 
 mod catchup;
 mod delivery;
+mod direct;
 mod durable_streams;
 mod goals;
 mod graphql;
@@ -19,6 +20,7 @@ mod redis;
 mod report;
 mod resp;
 mod rows;
+mod s2lite;
 mod server;
 mod stats;
 mod target;
@@ -34,12 +36,14 @@ use clap::Args;
 use tokio::runtime::Builder;
 
 use self::delivery::Pace;
+use self::direct::Wire;
 use self::durable_streams::DurableStreams;
 use self::machine::{Machine, sync_floor};
 use self::ours::{Ours, Way};
 use self::redis::Redis;
 use self::report::{OURS, Samples};
 use self::rows::{Bench, DELIVERIES, Row, fresh};
+use self::s2lite::S2Lite;
 use self::stats::{Spread, median};
 use self::target::Target;
 use crate::process;
@@ -56,7 +60,7 @@ pub(crate) struct BenchArgs {
     /// What to measure [default: all but lists]
     #[arg(value_enum)]
     rows: Vec<Row>,
-    /// Measure Redis and durable-streams in the same run, installing what is missing
+    /// Measure Redis, durable-streams and s2-lite in the same run, installing what is missing
     #[arg(long)]
     peers: bool,
     /// Measure only the peers
@@ -140,6 +144,18 @@ fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Resu
     if wanted(Row::CatchUp) {
         bench.catch_up(&targets)?;
     }
+    if wanted(Row::Direct) {
+        let wires = wires(args, workspace);
+        for wire in &wires {
+            let version = wire.prepare()?;
+            if !version.is_empty() {
+                head.push(format!("server: {version}"));
+                let server = wire.start(&fresh(home, "server")?)?;
+                head.push(without(&format!("command: {}", server.command_line()?), home));
+            }
+        }
+        bench.direct(&wires)?;
+    }
     if wanted(Row::Memory) {
         bench.memory(&targets, Pace::AtOnce)?;
     }
@@ -173,6 +189,18 @@ fn targets(args: &BenchArgs, workspace: &Workspace) -> (Targets, Targets) {
         targets.push(Box::new(DurableStreams::new(workspace)));
     }
     (targets, extra)
+}
+
+/// The servers of the S2 wire, ours first.
+fn wires(args: &BenchArgs, workspace: &Workspace) -> Vec<Box<dyn Wire>> {
+    let mut wires: Vec<Box<dyn Wire>> = Vec::new();
+    if !args.without_ours {
+        wires.push(Box::new(Ours { binary: binary(args, workspace), way: Way::Plain }));
+    }
+    if args.peers {
+        wires.push(Box::new(S2Lite::new(workspace)));
+    }
+    wires
 }
 
 fn binary(args: &BenchArgs, workspace: &Workspace) -> PathBuf {

@@ -71,19 +71,22 @@ pub(crate) enum Table {
     Ack,
     Delivery,
     CatchUp,
+    Direct,
     Memory,
     Page,
     Lists,
 }
 
 impl Table {
-    const ALL: [Self; 6] = [Self::Ack, Self::Delivery, Self::CatchUp, Self::Memory, Self::Page, Self::Lists];
+    const ALL: [Self; 7] =
+        [Self::Ack, Self::Delivery, Self::CatchUp, Self::Direct, Self::Memory, Self::Page, Self::Lists];
 
     fn title(self) -> &'static str {
         match self {
             Self::Ack => "Append to ack, one sequential writer per session",
             Self::Delivery => "Append to delivery at the followers; CPU per delivery",
             Self::CatchUp => "Catch-up of 100,000 records over one connection; CPU per record",
+            Self::Direct => "Direct writes over the S2 wire: batches of one record, append to ack",
             Self::Memory => "Resident memory of idle followers",
             Self::Page => "A page of 50 of 1000 sessions, six fields of each over GraphQL; CPU per page",
             Self::Lists => "Lists over HTTP, pages of 50 of 1,000,000 sessions in SQLite",

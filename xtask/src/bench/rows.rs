@@ -40,6 +40,8 @@ pub(crate) enum Row {
     Delivery,
     /// Reading 100,000 records
     CatchUp,
+    /// Direct writes over the S2 wire: append sessions and single requests, on 1 and on 1000 streams
+    Direct,
     /// Memory of idle followers
     Memory,
     /// Delivery, catch-up and memory over GraphQL beside SSE, and a page of sessions; ours only

@@ -42,6 +42,10 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const READ_BUFFER_MAX: usize = 64 * 1024;
 /// Streams that one HTTP/2 connection may have open.
 const STREAMS_MAX: u32 = 1000;
+/// What a client may send ahead on one of them: a whole batch of a direct writer.
+const STREAM_WINDOW: u32 = 1 << 20;
+/// And on all of them together.
+const CONNECTION_WINDOW: u32 = 2 << 20;
 /// Longest pause between two looks at a socket that has sent part of the preface.
 const PREFACE_PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How long to wait before accepting again when the process is out of files or memory.
@@ -200,6 +204,8 @@ impl Connection {
             .keep_alive_interval(self.header_timeout)
             .keep_alive_timeout(self.header_timeout)
             .max_concurrent_streams(STREAMS_MAX)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
             .serve_connection(io, self.service());
         Box::pin(connection)
     }

@@ -10,7 +10,7 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
-use futures_util::stream;
+use futures_util::{FutureExt, stream};
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use http_body_util::BodyExt;
 use s2_api::v1::stream::s2s::{CompressionAlgorithm, FrameDecoder, SessionMessage};
@@ -25,6 +25,9 @@ use crate::api::error::Failure;
 use crate::api::trace::{Chain, RequestId};
 use crate::domain::{Appender, DirectBatch, Direction, Error, WriterEnd, WriterEvent};
 use crate::telemetry::GaugeGuard;
+
+/// Bytes of acks that go out together.
+const PIECE: usize = 8 << 10;
 
 /// One session, before and while its acks are read.
 pub(super) struct Session {
@@ -69,8 +72,34 @@ impl Session {
         })
     }
 
-    /// The next frame for the writer; `None` at the end.
+    /// The next frames for the writer; `None` at the end.
     async fn next(&mut self) -> Option<Bytes> {
+        let first = self.frame().await?;
+        let Some(second) = self.ready() else { return Some(first) };
+        // A commit answers many batches: one write for all of them.
+        let mut frames = BytesMut::with_capacity(PIECE);
+        frames.extend_from_slice(&first);
+        frames.extend_from_slice(&second);
+        while frames.len() < PIECE
+            && let Some(frame) = self.ready()
+        {
+            frames.extend_from_slice(&frame);
+        }
+        Some(frames.freeze())
+    }
+
+    /// A frame that need not be waited for.
+    fn ready(&mut self) -> Option<Bytes> {
+        while !self.over && self.appender.in_flight() > 0 {
+            let event = self.appender.next().now_or_never()?;
+            if let Some(frame) = self.event(event) {
+                return Some(frame);
+            }
+        }
+        None
+    }
+
+    async fn frame(&mut self) -> Option<Bytes> {
         while !self.over {
             if self.appender.in_flight() == 0 {
                 if let Some(failure) = self.ending.take() {

@@ -137,7 +137,7 @@ impl Server {
             timers: timers.clone(),
             stopping: shutdown.draining().clone(),
         };
-        let rows = SessionsConfig { cached_rows: config.metadata.cached_rows };
+        let rows = SessionsConfig { cached_rows: config.metadata.cached_rows, replicated: false };
         let sessions = Sessions::new(backends, rows);
         sessions.recover().await?;
         let auth = Auth::new(control.store.clone(), control.vault.clone(), clock, timers.clone());

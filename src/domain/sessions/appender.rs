@@ -83,7 +83,7 @@ impl Sessions {
         // First, so that no close falls between the look at the row and the wait.
         let waiter = self.rows.until_closed(&id);
         let closed = Box::pin(waiter.woken());
-        let session = self.rows.find(&caller.environment, &SessionRef::Id(id.clone())).await?;
+        let session = self.rows.current(&caller.environment, &SessionRef::Id(id.clone())).await?;
         let session = session.ok_or(Error::NotFound("session"))?;
         session.require_active(self.clock.now())?;
         let lifeline = Lifeline::new(Some(caller), self.bounds.clone());
@@ -179,7 +179,7 @@ impl Ending {
 /// Why a session that has been closed takes nothing more.
 async fn refusal(sessions: &Sessions, session: &SharedSession) -> Error {
     let address = SessionRef::Id(session.id.clone());
-    match sessions.rows.find(&session.environment, &address).await {
+    match sessions.rows.current(&session.environment, &address).await {
         Ok(Some(row)) => row.require_active(sessions.clock.now()).err(),
         Ok(None) => None,
         Err(error) => Some(error),

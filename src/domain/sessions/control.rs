@@ -75,7 +75,7 @@ impl Sessions {
     /// [`Error::Denied`], [`Error::NotFound`].
     #[instrument(skip_all, name = "get", fields(session.id = %address))]
     pub async fn get(&self, caller: &Caller, address: &SessionRef) -> Result<SharedSession> {
-        self.require(caller, Action::Read, address).await
+        self.find(caller, address).await?.ok_or(Error::NotFound("session"))
     }
 
     /// The session at an address; `None` when there is none.
@@ -84,7 +84,7 @@ impl Sessions {
     /// [`Error::Denied`].
     #[instrument(skip_all, name = "get", fields(session.id = %address))]
     pub async fn find(&self, caller: &Caller, address: &SessionRef) -> Result<Option<SharedSession>> {
-        self.visible(caller, Action::Read, address).await
+        self.present(caller, Action::Read, address).await
     }
 
     /// The sessions with these ids, in the same order; `None` for one that does not exist or that the caller may not
@@ -124,7 +124,7 @@ impl Sessions {
         let environment = caller.environment.clone();
         let reread = move |id: SessionId| {
             let (this, environment) = (rereader.clone(), environment.clone());
-            async move { this.rows.find(&environment, &SessionRef::Id(id)).await }.boxed()
+            async move { this.rows.current(&environment, &SessionRef::Id(id)).await }.boxed()
         };
         let scope = watch::Scope::One { arrival: Some(arrival.boxed()), reread: Arc::new(reread) };
         Ok(Watch::new(changes, Lifeline::new(Some(caller), self.bounds.clone()), scope))

@@ -56,17 +56,14 @@ impl Sessions {
         if channel.direction == Direction::Out && !caller.is_private() {
             return Err(Error::Denied("Initializing the out channel requires secret key authentication"));
         }
-        let Some(session) = self.visible(caller, Action::Write, address).await? else {
-            return match address {
-                SessionRef::Id(_) => Err(Error::NotFound("session")),
-                SessionRef::External(_) => Ok(None),
-            };
+        let session = match (self.present(caller, Action::Write, address).await?, address) {
+            (None, SessionRef::Id(_)) => return Err(Error::NotFound("session")),
+            (session, _) => session,
         };
-        // What is handed out lasts, so another replica's close must not hide behind a cached row.
-        let row = self.rows.read(&caller.environment, &SessionRef::Id(session.id.clone())).await?;
-        let row = row.ok_or(Error::NotFound("session"))?;
-        row.require_active(self.clock.now())?;
-        Ok(Some(row))
+        if let Some(session) = &session {
+            session.require_active(self.clock.now())?;
+        }
+        Ok(session)
     }
 
     /// Appends one batch of a direct writer.

@@ -34,11 +34,13 @@ use rows::Rows;
 pub struct SessionsConfig {
     /// Rows kept in memory.
     pub cached_rows: usize,
+    /// Other processes change the same rows, so what is in memory may have changed.
+    pub replicated: bool,
 }
 
 impl Default for SessionsConfig {
     fn default() -> Self {
-        Self { cached_rows: 20_000 }
+        Self { cached_rows: 20_000, replicated: false }
     }
 }
 
@@ -119,7 +121,7 @@ impl Sessions {
     /// The use cases over a set of adapters. [`Timers::run`] must be running for streams to end on time.
     pub fn new(backends: Backends, config: SessionsConfig) -> Arc<Self> {
         let Backends { store, channels, index, clock, timers, stopping } = backends;
-        let rows = Rows::new(store.clone(), config.cached_rows);
+        let rows = Rows::new(store.clone(), config);
         let bounds = Bounds { clock: clock.clone(), timers, stopping };
         Arc::new(Self { store, channels, index, clock, bounds, rows, room: Room::default() })
     }
@@ -151,7 +153,8 @@ impl Sessions {
         self.channels.ping().await
     }
 
-    /// The row at an address that the caller may act on.
+    /// The row at an address that the caller may act on. What of it may change may have changed in another process; what
+    /// the log decides, the log decides.
     async fn require(&self, caller: &Caller, action: Action, address: &SessionRef) -> Result<SharedSession> {
         self.visible(caller, action, address).await?.ok_or(Error::NotFound("session"))
     }
@@ -170,10 +173,27 @@ impl Sessions {
         action: Action,
         address: &SessionRef,
     ) -> Result<Option<SharedSession>> {
+        let session = match caller.judge(action, address) {
+            Verdict::Denied => return Err(UNAUTHORIZED),
+            Verdict::Granted => self.rows.find(&caller.environment, address).await?,
+            // Judged by an id that may have become another session's.
+            Verdict::ByOtherId => self.rows.current(&caller.environment, address).await?,
+        };
+        Self::judged(caller, action, address, session.as_ref())?;
+        Ok(session)
+    }
+
+    /// As [`Sessions::visible`], and as the row stands.
+    async fn present(
+        &self,
+        caller: &Caller,
+        action: Action,
+        address: &SessionRef,
+    ) -> Result<Option<SharedSession>> {
         if caller.judge(action, address) == Verdict::Denied {
             return Err(UNAUTHORIZED);
         }
-        let session = self.rows.find(&caller.environment, address).await?;
+        let session = self.rows.current(&caller.environment, address).await?;
         Self::judged(caller, action, address, session.as_ref())?;
         Ok(session)
     }

@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use quick_cache::sync::Cache;
 use tokio::sync::broadcast;
 
+use super::SessionsConfig;
 use super::waiters::{Waiter, Waiters};
 use crate::domain::error::Result;
 use crate::domain::id::{EnvironmentId, ExternalId, SessionId, SessionRef};
@@ -17,6 +19,8 @@ use crate::domain::watch;
 const CHANGES_KEPT: usize = 1024;
 /// Sessions whose last version told is remembered: more than can be told while one change is on its way here.
 const VERSIONS_KEPT: usize = CHANGES_KEPT;
+/// How often a row that another process may create is looked for.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// Most ids that one query asks for.
 const QUERY_IDS: usize = 200;
 
@@ -26,6 +30,7 @@ type Key = (EnvironmentId, SessionRef);
 /// which checks the seal in the commit. `expires_at` and ids never change, so they may come from the cache.
 pub(super) struct Rows {
     store: Arc<dyn MetadataStore>,
+    replicated: bool,
     cache: Cache<Key, SharedSession>,
     /// Counts invalidations, so that a read that began before one cannot put its stale row back.
     generation: Mutex<u64>,
@@ -40,10 +45,11 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    pub(super) fn new(store: Arc<dyn MetadataStore>, capacity: usize) -> Self {
+    pub(super) fn new(store: Arc<dyn MetadataStore>, config: SessionsConfig) -> Self {
         Self {
             store,
-            cache: Cache::new(capacity),
+            replicated: config.replicated,
+            cache: Cache::new(config.cached_rows),
             generation: Mutex::default(),
             awaited: Waiters::default(),
             open: Waiters::default(),
@@ -52,11 +58,17 @@ impl Rows {
         }
     }
 
+    /// The row at an address. What never changes of it is right: which session it is, when it was created, when it
+    /// expires. A close, an external id that was changed and the rest may be of a moment ago where other processes
+    /// write, too.
     pub(super) async fn find(
         &self,
         environment: &EnvironmentId,
         address: &SessionRef,
     ) -> Result<Option<SharedSession>> {
+        if self.replicated && matches!(address, SessionRef::External(_)) {
+            return self.read(environment, address).await;
+        }
         let key = (environment.clone(), address.clone());
         if let Some(session) =
             self.cache.get(&key).filter(|session| self.is_current(environment, address, session))
@@ -66,12 +78,19 @@ impl Rows {
         self.read(environment, address).await
     }
 
-    /// As [`Rows::find`], but never from the cache.
-    pub(super) async fn read(
+    /// The row at an address as it stands.
+    pub(super) async fn current(
         &self,
         environment: &EnvironmentId,
         address: &SessionRef,
     ) -> Result<Option<SharedSession>> {
+        match self.replicated {
+            true => self.read(environment, address).await,
+            false => self.find(environment, address).await,
+        }
+    }
+
+    async fn read(&self, environment: &EnvironmentId, address: &SessionRef) -> Result<Option<SharedSession>> {
         let before = *self.lock();
         let Some(session) = self.store.find_session(environment, address).await? else {
             return Ok(None);
@@ -99,7 +118,8 @@ impl Rows {
     ) -> Result<HashMap<SessionId, SharedSession>> {
         let (mut found, mut missing) = (HashMap::new(), BTreeSet::new());
         for id in ids {
-            match self.cache.get(&(environment.clone(), SessionRef::Id(id.clone()))) {
+            let known = self.cache.get(&(environment.clone(), SessionRef::Id(id.clone())));
+            match known.filter(|_| !self.replicated) {
                 Some(session) => drop(found.insert(id.clone(), session)),
                 None => drop(missing.insert(id.clone())),
             }
@@ -185,7 +205,12 @@ impl Rows {
             if let Some(session) = self.find(environment, &address).await? {
                 return Ok(session);
             }
-            arrival.await;
+            if self.replicated {
+                // Nobody here hears of what another process creates.
+                let _ = tokio::time::timeout(LOOK_AGAIN, arrival).await;
+            } else {
+                arrival.await;
+            }
         }
     }
 

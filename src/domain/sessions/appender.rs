@@ -16,7 +16,7 @@ use crate::domain::channel::{ChannelAddress, ChannelKey, Direction};
 use crate::domain::clock::Timestamp;
 use crate::domain::envelope::claims_control;
 use crate::domain::error::{Error, Result};
-use crate::domain::id::{SessionId, SessionRef};
+use crate::domain::id::{EnvironmentId, SessionId, SessionRef};
 use crate::domain::lifeline::{Cut, Lifeline};
 use crate::domain::record::{AppendAck, NewRecord};
 use crate::domain::session::SharedSession;
@@ -61,7 +61,7 @@ struct Ending {
     session: SharedSession,
     lifeline: Lifeline,
     closed: Pin<Box<OwnedNotified>>,
-    _waiter: Waiter<SessionId>,
+    _waiter: Waiter<(EnvironmentId, SessionId)>,
 }
 
 /// What came of a batch, and how large it was.
@@ -81,7 +81,7 @@ impl Sessions {
         may_write(caller, channel, &[])?;
         let id = self.require(caller, Action::Write, address).await?.id.clone();
         // First, so that no close falls between the look at the row and the wait.
-        let waiter = self.rows.until_closed(&id);
+        let waiter = self.rows.until_closed(&caller.environment, &id);
         let closed = Box::pin(waiter.woken());
         let session = self.rows.current(&caller.environment, &SessionRef::Id(id.clone())).await?;
         let session = session.ok_or(Error::NotFound("session"))?;

@@ -4,6 +4,7 @@ mod appender;
 mod control;
 mod data;
 mod direct;
+mod replicas;
 mod room;
 mod rows;
 mod waiters;

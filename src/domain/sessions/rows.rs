@@ -37,7 +37,7 @@ pub(super) struct Rows {
     /// Who waits for an external id to be given to a session.
     awaited: Waiters<(EnvironmentId, ExternalId)>,
     /// Who must know when a session is closed.
-    open: Waiters<SessionId>,
+    open: Waiters<(EnvironmentId, SessionId)>,
     /// The newest version of every session that changes.
     changes: broadcast::Sender<SharedSession>,
     /// What was told last of a session. Changed under the lock of `generation`.
@@ -160,8 +160,17 @@ impl Rows {
     }
 
     /// One who is woken when this session is closed, if it was open when he joined.
-    pub(super) fn until_closed(&self, session: &SessionId) -> Waiter<SessionId> {
-        self.open.join(session.clone())
+    pub(super) fn until_closed(
+        &self,
+        environment: &EnvironmentId,
+        session: &SessionId,
+    ) -> Waiter<(EnvironmentId, SessionId)> {
+        self.open.join((environment.clone(), session.clone()))
+    }
+
+    /// The sessions of whose close somebody must know.
+    pub(super) fn open(&self) -> Vec<(EnvironmentId, SessionId)> {
+        self.open.names()
     }
 
     /// Forgets every address that leads to these versions of a row, wakes who waits for one of them, and tells the
@@ -181,7 +190,7 @@ impl Rows {
             }
         }
         if let Some(closed) = versions.last().filter(|session| session.closed.is_some()) {
-            self.open.wake(&closed.id);
+            self.open.wake(&(closed.environment.clone(), closed.id.clone()));
         }
         let Some(newest) = versions.last().filter(|_| self.changes.receiver_count() > 0) else { return };
         if self.told.get(&newest.id).is_none_or(|told| newest.is_newer_than(&told)) {

@@ -41,6 +41,11 @@ impl<K: Hash + Eq + Clone> Waiters<K> {
         }
     }
 
+    /// The names that are waited for.
+    pub(super) fn names(&self) -> Vec<K> {
+        lock(&self.0).keys().cloned().collect()
+    }
+
     #[cfg(test)]
     fn len(&self) -> usize {
         lock(&self.0).len()

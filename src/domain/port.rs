@@ -144,7 +144,7 @@ pub trait ChannelStore: Send + Sync {
     /// The batch takes its place in line before this returns: of two appends to one channel, made one after the other,
     /// the first is stored first. Dropping the future undoes nothing. Whoever appends bounds what it has in flight.
     ///
-    /// Checks, in this order and in the same commit: the session's seal, part ids, the fencing token, the
+    /// Checks, in this order and in the same commit: its chain, the session's seal, part ids, the fencing token, the
     /// expected sequence number. If every part id of the batch is known with the same content the original
     /// places are answered and nothing is written; [`PartIds`](super::record::PartIds) says for how long one is known.
     /// Timestamps never run backwards within a channel. A trim or fence command takes a place like any record and acts
@@ -152,6 +152,7 @@ pub trait ChannelStore: Send + Sync {
     ///
     /// # Errors
     /// [`Error::Closed`](super::Error::Closed) once the session is sealed;
+    /// [`Error::Conflict`](super::Error::Conflict) behind a refused append of its chain;
     /// [`Error::IdempotencyMismatch`](super::Error::IdempotencyMismatch) for a known part id with another
     /// content; [`Error::Conflict`](super::Error::Conflict) if only some part ids of the batch are known;
     /// [`Error::Fenced`](super::Error::Fenced); [`Error::SeqNumMismatch`](super::Error::SeqNumMismatch);

@@ -1,6 +1,7 @@
 //! What a channel holds: records, their places, and how they are asked for.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
@@ -155,6 +156,23 @@ pub enum PartIds {
 /// How far back a batch is looked for that a direct writer may have sent before.
 pub const RESEND_WINDOW: u64 = 1000;
 
+/// Appends that one writer sends one behind the other without waiting for answers: behind one that was refused, none of
+/// them is stored.
+#[derive(Clone, Debug, Default)]
+pub struct Chain(Arc<AtomicBool>);
+
+impl Chain {
+    /// Whether an append was refused.
+    pub fn is_broken(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Says that an append was refused. For the log, which does so before it looks at the next one.
+    pub fn break_off(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// A batch to append as one unit, checked for size.
 #[derive(Clone, Debug, Default)]
 pub struct AppendInput {
@@ -166,6 +184,8 @@ pub struct AppendInput {
     pub fencing_token: Option<String>,
     /// What the part ids of the records are worth.
     pub part_ids: PartIds,
+    /// What else must have been stored.
+    pub chain: Option<Chain>,
 }
 
 impl AppendInput {

@@ -18,7 +18,7 @@ use crate::domain::envelope::claims_control;
 use crate::domain::error::{Error, Result};
 use crate::domain::id::{EnvironmentId, SessionId, SessionRef};
 use crate::domain::lifeline::{Cut, Lifeline};
-use crate::domain::record::{AppendAck, NewRecord};
+use crate::domain::record::{AppendAck, Chain, NewRecord};
 use crate::domain::session::SharedSession;
 
 /// Batches that one writer may have on their way.
@@ -45,12 +45,14 @@ pub enum WriterEvent {
 }
 
 /// One caller's pipelined writes to one channel. Batches are stored in the order in which they were sent, and answered
-/// in that order. What was sent is stored, or refused, whether or not its answer is waited for.
+/// in that order; behind one that was refused, none is stored. What was sent is stored, or refused, whether or not its
+/// answer is waited for.
 pub struct Appender {
     caller: Caller,
     key: ChannelKey,
     ending: Ending,
     ended: bool,
+    chain: Chain,
     waiting: FuturesOrdered<JoinHandle<Answer>>,
     bytes: usize,
 }
@@ -89,8 +91,15 @@ impl Sessions {
         let lifeline = Lifeline::new(Some(caller), self.bounds.clone());
         let key = ChannelKey { session: id, address: channel.clone() };
         let ending = Ending { sessions: self.clone(), session, lifeline, closed, _waiter: waiter };
-        let waiting = FuturesOrdered::new();
-        Ok(Appender { caller: caller.clone(), key, ending, ended: false, waiting, bytes: 0 })
+        Ok(Appender {
+            caller: caller.clone(),
+            key,
+            ending,
+            ended: false,
+            chain: Chain::default(),
+            waiting: FuturesOrdered::new(),
+            bytes: 0,
+        })
     }
 }
 
@@ -111,7 +120,8 @@ impl Appender {
     /// As [`Sessions::append`], where that is known before the log is asked.
     pub async fn send(&mut self, batch: DirectBatch) -> Result<()> {
         may_write(&self.caller, &self.key.address, &batch.records)?;
-        let input = batch.into_input(self.key.address.direction)?;
+        let mut input = batch.into_input(self.key.address.direction)?;
+        input.chain = Some(self.chain.clone());
         let (sessions, session) = (self.ending.sessions.clone(), self.ending.session.clone());
         let size = input.metered_size();
         let room = sessions.room.reserve(&input).await;

@@ -15,7 +15,7 @@ use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use sessiond::domain::channel::ChannelName;
 use sessiond::domain::port::Followed;
-use sessiond::domain::record::{Command, PartIds, ReadLimit};
+use sessiond::domain::record::{Chain, Command, PartIds, ReadLimit};
 use sessiond::domain::{
     AppendAck, AppendInput, ChannelAddress, ChannelKey, ChannelStore, Closure, Direction, Error, NewRecord,
     ReadStart, Record, RecordBatch, Result, SessionId, SystemClock, Timestamp,
@@ -160,6 +160,7 @@ suite!("channels": [log = open_log], [
     concurrent_batches_are_never_interleaved,
     appends_are_stored_in_the_order_in_which_they_were_made,
     an_append_that_nobody_waits_for_is_stored,
+    behind_a_refused_append_of_a_chain_nothing_is_stored,
     a_refused_batch_leaves_nothing_behind,
     the_expected_sequence_number_is_compared_and_set,
     of_many_writers_that_expect_the_same_tail_one_wins,

@@ -95,7 +95,7 @@ impl<'a> Group<'a> {
     /// Checks a request and adds what it writes.
     pub(super) fn add(&mut self, request: Request) {
         let answer = match request {
-            Request::Append { key, append, reply } => Answer::Append(reply, self.append(&key, append)),
+            Request::Append { key, append, reply } => Answer::Append(reply, self.chained(&key, append)),
             Request::Seal { session, closure, reply } => Answer::Seal(reply, self.seal(session, closure)),
             Request::Settle { session, reply } => {
                 self.unsettled.insert(session, false);
@@ -104,6 +104,14 @@ impl<'a> Group<'a> {
             Request::Sweep { sweep, reply } => Answer::Done(reply, self.sweep(sweep)),
         };
         self.answers.push(answer);
+    }
+
+    fn chained(&mut self, key: &ChannelKey, append: Append) -> Result<AppendAck> {
+        let Some(chain) = append.chain.clone() else { return self.append(key, append) };
+        if chain.is_broken() {
+            return Err(Error::Conflict("an append before this one was refused".to_owned()));
+        }
+        self.append(key, append).inspect_err(|_| chain.break_off())
     }
 
     fn append(&mut self, key: &ChannelKey, append: Append) -> Result<AppendAck> {

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::codec::{self, Unreadable};
-use crate::domain::record::{Command, NewRecord, PartIds};
+use crate::domain::record::{Chain, Command, NewRecord, PartIds};
 use crate::domain::{
     AppendAck, AppendInput, ChannelKey, Closure, Error, Result, SeqNum, SessionId, Timestamp,
 };
@@ -26,6 +26,7 @@ pub(super) struct Append {
     pub match_seq_num: Option<SeqNum>,
     pub fencing_token: Option<String>,
     pub part_ids: PartIds,
+    pub chain: Option<Chain>,
     /// Metered size of all records.
     pub metered: usize,
 }
@@ -53,11 +54,11 @@ pub(super) enum Sweep {
 impl Append {
     pub(super) fn prepare(input: AppendInput) -> Result<Self> {
         let (match_seq_num, part_ids) = (input.match_seq_num, input.part_ids);
-        let fencing_token = input.fencing_token.clone();
+        let (fencing_token, chain) = (input.fencing_token.clone(), input.chain.clone());
         let records = input.into_records();
         let records: Vec<_> = records.into_iter().map(Prepared::new).collect::<Result<_>>()?;
         let metered = records.iter().map(|record| record.metered).sum();
-        Ok(Self { records, match_seq_num, fencing_token, part_ids, metered })
+        Ok(Self { records, match_seq_num, fencing_token, part_ids, chain, metered })
     }
 }
 

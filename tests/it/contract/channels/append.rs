@@ -61,6 +61,29 @@ pub(super) async fn an_append_that_nobody_waits_for_is_stored(channels: Channels
     assert_eq!(channels.all(&key).await, ["a", "b"]);
 }
 
+pub(super) async fn behind_a_refused_append_of_a_chain_nothing_is_stored(channels: Channels) {
+    let key = channel();
+    let chain = Chain::default();
+    let chained = |mut input: AppendInput| {
+        input.chain = Some(chain.clone());
+        input
+    };
+    let inputs = [data(&["a"]), expecting(99, data(&["b"])), data(&["c"]), expecting(1, data(&["d"]))];
+    let made = inputs.map(|input| channels.store.append(&key, chained(input)));
+    let other = channels.store.append(&key, data(&["of another writer"]));
+    let mut refused = Vec::new();
+    for append in made {
+        refused.extend(append.await.err());
+    }
+    assert!(
+        matches!(refused[..], [Error::SeqNumMismatch { tail: 1 }, Error::Conflict(_), Error::Conflict(_)]),
+        "{refused:?}"
+    );
+    other.await.expect("appends");
+    assert!(matches!(channels.refused(&key, chained(data(&["later"]))).await, Error::Conflict(_)));
+    assert_eq!(channels.all(&key).await, ["a", "of another writer"]);
+}
+
 pub(super) async fn concurrent_batches_are_never_interleaved(channels: Channels) {
     let key = channel();
     let writers = (0..16).map(|writer| {

@@ -153,8 +153,9 @@ pub enum PartIds {
     Recent,
 }
 
-/// How far back a batch is looked for that a direct writer may have sent before.
-pub const RESEND_WINDOW: u64 = 1000;
+/// How far back a batch is looked for that a direct writer may have sent before: more records than its client keeps
+/// without an ack, unless they are a few bytes each.
+pub const RESEND_WINDOW: u64 = 1 << 16;
 
 /// Appends that one writer sends one behind the other without waiting for answers: behind one that was refused, none of
 /// them is stored.
@@ -237,6 +238,12 @@ impl AppendInput {
     /// See [`metered_size`], of all records.
     pub fn metered_size(&self) -> usize {
         self.records.iter().map(NewRecord::metered_size).sum()
+    }
+
+    /// What the batch takes in memory until it is stored, roughly, in bytes.
+    pub fn cost(&self) -> usize {
+        let headers: usize = self.records.iter().map(|record| record.headers.len()).sum();
+        self.metered_size() + size_of::<NewRecord>() * self.records.len() + size_of::<Header>() * headers
     }
 
     /// Hands the records over.

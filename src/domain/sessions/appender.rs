@@ -23,7 +23,7 @@ use crate::domain::session::SharedSession;
 
 /// Batches that one writer may have on their way.
 const BATCHES_MAX: usize = 256;
-/// Metered bytes that one writer may have on their way, unless one batch alone has more.
+/// Bytes that one writer may have on their way, unless one batch alone has more.
 const BYTES_MAX: usize = 4 << 20;
 
 /// Why a writer must end.
@@ -123,7 +123,7 @@ impl Appender {
         let mut input = batch.into_input(self.key.address.direction)?;
         input.chain = Some(self.chain.clone());
         let (sessions, session) = (self.ending.sessions.clone(), self.ending.session.clone());
-        let size = input.metered_size();
+        let size = input.cost();
         let room = sessions.room.reserve(&input).await;
         let now = sessions.clock.now();
         self.caller.require_current(now)?;

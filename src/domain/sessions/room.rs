@@ -8,10 +8,8 @@ use crate::domain::record::AppendInput;
 
 /// Most bytes on their way.
 const BYTES: usize = 32 << 20;
-/// What a batch costs besides its records.
+/// What a batch takes besides its records.
 const BATCH_BYTES: usize = 512;
-/// What a record costs besides its metered size.
-const RECORD_BYTES: usize = 128;
 
 /// Room for appends that are not answered yet. Given out in the order in which it was asked for.
 pub(super) struct Room(Arc<Semaphore>);
@@ -31,8 +29,7 @@ impl Default for Room {
 impl Room {
     /// Waits for room for a batch.
     pub(super) async fn reserve(&self, input: &AppendInput) -> Reserved {
-        let cost = BATCH_BYTES + RECORD_BYTES * input.records().len() + input.metered_size();
-        let cost = u32::try_from(cost.min(BYTES)).unwrap_or(u32::MAX);
+        let cost = u32::try_from((BATCH_BYTES + input.cost()).min(BYTES)).unwrap_or(u32::MAX);
         // Never closed, so there is always a permit.
         Reserved { _permit: self.0.clone().acquire_many_owned(cost).await.ok() }
     }

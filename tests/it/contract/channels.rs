@@ -15,7 +15,7 @@ use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use sessiond::domain::channel::ChannelName;
 use sessiond::domain::port::Followed;
-use sessiond::domain::record::{Chain, Command, PartIds, ReadLimit};
+use sessiond::domain::record::{Chain, Command, PartIds, RESEND_WINDOW, ReadLimit};
 use sessiond::domain::{
     AppendAck, AppendInput, ChannelAddress, ChannelKey, ChannelStore, Closure, Direction, Error, NewRecord,
     ReadStart, Record, RecordBatch, Result, SessionId, SystemClock, Timestamp,

@@ -6,15 +6,13 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use futures_util::{SinkExt, StreamExt};
 use reqwest::Method;
 use serde_json::{Value, json};
 use sessiond::domain::Scopes;
 use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 
-use crate::harness::TestServer;
 use crate::harness::server::KEY;
+use crate::harness::{Socket, TestServer};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -281,7 +279,12 @@ async fn tokens(server: &TestServer, id: &str) -> Vec<Token> {
         secrecy::ExposeSecret::expose_secret(&made.secret).to_owned()
     };
     let (reads, writes) = (key("read:all").await, key("write:all").await);
+    let narrow = key("read:sessions:s").await;
     let (_, foreign) = server.environment("other").await;
+    let all = ["read:sessions:s", "write:sessions:s", "admin:sessions:s"];
+    let elsewhere = server.token_of(&foreign, &all, HOUR).await;
+    let short = server.token(&all, Duration::from_secs(60)).await;
+    server.clock.advance(Duration::from_secs(60));
     let public = async |scopes: &[&str]| Some(server.token(scopes, HOUR).await);
     let by_id = format!("read:sessions:{id}");
     let other = ["read:sessions:else", "write:sessions:else", "admin:sessions:else"];
@@ -289,14 +292,23 @@ async fn tokens(server: &TestServer, id: &str) -> Vec<Token> {
         Token { name: "nobody", known: false, ..TOKEN },
         Token { name: "garbage", bearer: Some("tr_dev_garbage_garbage".to_owned()), known: false, ..TOKEN },
         Token { name: "a forged token", bearer: Some("a.b.c".to_owned()), known: false, ..TOKEN },
+        Token { name: "an expired token", bearer: Some(short), known: false, ..TOKEN },
         Token { name: "a root key", bearer: Some(KEY.to_owned()), key: true, all: EVERYTHING, ..TOKEN },
         Token { name: "a reading key", bearer: Some(reads), key: true, all: &["read"], ..TOKEN },
         Token { name: "a writing key", bearer: Some(writes), key: true, all: &["write"], ..TOKEN },
+        Token { name: "a narrow key", bearer: Some(narrow), key: true, named: &["read"], ..TOKEN },
         Token {
             name: "another root key",
             bearer: Some(foreign),
             key: true,
             all: EVERYTHING,
+            foreign: true,
+            ..TOKEN
+        },
+        Token {
+            name: "who may do all in another environment",
+            bearer: Some(elsewhere),
+            named: EVERYTHING,
             foreign: true,
             ..TOKEN
         },
@@ -312,13 +324,15 @@ async fn tokens(server: &TestServer, id: &str) -> Vec<Token> {
 }
 
 /// The rules, written down a second time and as short as can be.
-fn expected(need: Need, token: &Token, exists: bool) -> Verdict {
+fn expected(need: Need, token: &Token, address: &str, exists: bool) -> Verdict {
     let there = exists && !token.foreign;
-    let session = |action| match (token.all.contains(&action), token.named.contains(&action) && exists) {
-        (true, _) if there => Allowed,
-        (true, _) => NotFound,
-        (false, true) => Allowed,
-        (false, false) => Denied,
+    // The scopes of a session hold for its other id only where there is a session that has both.
+    let named = address == "s" || there;
+    let may = |action| token.all.contains(&action) || token.named.contains(&action) && exists && named;
+    let session = |action| match may(action) {
+        true if there => Allowed,
+        true => NotFound,
+        false => Denied,
     };
     let allowed = |yes| if yes { Allowed } else { Denied };
     match need {
@@ -401,21 +415,12 @@ async fn over_http(server: &TestServer, token: &Token, document: &str, variables
 
 /// The first message over a WebSocket of its own.
 async fn over_websocket(server: &TestServer, token: &Token, document: &str, variables: &Value) -> Verdict {
-    let url = format!("{}/graphql", server.url.replace("http", "ws"));
-    let mut request = url.into_client_request().expect("a request");
-    request.headers_mut().insert("sec-websocket-protocol", "graphql-transport-ws".parse().expect("a header"));
-    let (mut socket, _) = tokio_tungstenite::connect_async(request).await.expect("a socket");
+    let mut socket = Socket::open(&server.graphql().url, &[]).await.expect("a socket");
     let authorization = token.bearer.as_ref().map(|bearer| format!("Bearer {bearer}"));
-    let payload = json!({"query": document, "variables": variables});
-    for message in [
-        json!({"type": "connection_init", "payload": {"authorization": authorization}}),
-        json!({"type": "subscribe", "id": "1", "payload": payload}),
-    ] {
-        // A refused connection may be closed already.
-        let _ = socket.send(Message::text(message.to_string())).await;
-    }
+    socket.say(json!({"type": "connection_init", "payload": {"authorization": authorization}})).await;
+    socket.subscribe("1", document, variables.clone()).await;
     loop {
-        match socket.next().await.expect("a message").expect("a frame") {
+        match socket.frame().await.expect("a frame") {
             Message::Close(Some(frame)) if u16::from(frame.code) == 4403 => return Unauthenticated,
             Message::Text(text) => {
                 let message: Value = serde_json::from_str(&text).expect("JSON");
@@ -450,12 +455,17 @@ async fn every_door_gives_every_token_the_verdict_of_the_rules() {
                 document if document.contains("$id") => json!({"id": node}),
                 _ => json!({}),
             };
+            // The third way to name a session, through one of the doors.
+            let opaque = match variables.get("by") {
+                Some(_) if by == "sessionId" => json!({"by": {"id": node}}),
+                _ => variables.clone(),
+            };
             // There is no opaque id of what has only an external id.
             if matches!(row.need, Need::Hidden(_)) && by == "externalId" {
                 continue;
             }
             for token in &tokens {
-                let expected = expected(row.need, token, exists);
+                let expected = expected(row.need, token, address, exists);
                 // An external id that nobody has yet is nothing to read, and waited for by who follows.
                 let waits = row.waits && by == "externalId" && expected == NotFound;
                 let mut verdicts = Vec::new();
@@ -468,8 +478,7 @@ async fn every_door_gives_every_token_the_verdict_of_the_rules() {
                 let answers = !row.document.is_empty() && !silent;
                 if answers && !(waits && streams) {
                     verdicts.push(("HTTP", over_http(&server, token, row.document, &variables).await));
-                    verdicts
-                        .push(("WebSocket", over_websocket(&server, token, row.document, &variables).await));
+                    verdicts.push(("WebSocket", over_websocket(&server, token, row.document, &opaque).await));
                 }
                 for (door, verdict) in verdicts {
                     if verdict != expected {

@@ -2,7 +2,6 @@
 
 mod access;
 mod access_matrix;
-mod attacks;
 mod cli;
 mod contract;
 mod control_plane;
@@ -10,8 +9,8 @@ mod core;
 mod crash;
 mod data_plane;
 mod errors;
+mod graphql;
 mod harness;
 mod log;
 mod queries;
 mod schema;
-mod subscriptions;

@@ -2,12 +2,16 @@
 //! own, databases, and readers for what comes back.
 
 pub mod database;
+pub mod graphql;
 pub mod openapi;
 pub mod process;
 pub mod seed;
 pub mod server;
 pub mod sse;
+pub mod websocket;
 
+pub use graphql::Graphql;
 pub use process::Process;
 pub use server::{Answer, TestServer};
 pub use sse::SseReader;
+pub use websocket::Socket;

@@ -201,10 +201,15 @@ impl TestServer {
 
     /// A public token of the first environment.
     pub async fn token(&self, scopes: &[&str], ttl: Duration) -> String {
+        self.token_of(KEY, scopes, ttl).await
+    }
+
+    /// A public token of the environment of a root key.
+    pub async fn token_of(&self, key: &str, scopes: &[&str], ttl: Duration) -> String {
         let control = self.control().await;
         let timers = sessiond::domain::timer::Timers::new(control.clock.clone());
         let auth = Auth::new(control.store.clone(), control.vault.clone(), control.clock.clone(), timers);
-        let caller = auth.authenticate(KEY).await.expect("the root key");
+        let caller = auth.authenticate(key).await.expect("the root key");
         let scopes = Scopes::new(scopes.iter().map(|scope| (*scope).to_owned()).collect());
         auth.mint(&caller, scopes, self.clock.now().plus(ttl)).await.expect("a token")
     }

@@ -1,4 +1,5 @@
-//! What subscriptions yield, where no client suite can look: commands of the log, slow readers.
+//! What subscriptions over server-sent events yield to whom no client library is like: slow readers, and channels of
+//! commands.
 
 use reqwest::Response;
 use serde_json::{Value, json};
@@ -61,30 +62,6 @@ async fn a_channel_that_holds_nothing_but_commands_is_caught_up_at_once() {
     assert_eq!(first, json!({"records": [], "caughtUp": true, "endCursor": "1", "tail": {"seqNum": "2"}}));
     server.append("s", "out", "live").await;
     assert_eq!(results.next().await["records"], json!([{"seqNum": "2"}]));
-}
-
-#[tokio::test]
-async fn who_resumes_behind_a_trim_is_told_so_and_who_starts_takes_what_is_left() {
-    let server = TestServer::start().await;
-    server.create(json!({"externalId": "s"})).await;
-    for _ in 0..5 {
-        server.append("s", "out", "x").await;
-    }
-    trim(&server, 3).await;
-    let mut results = Results::of(&server, "after: \"0\"", "endCursor").await;
-    while !results.text.contains("complete") {
-        let chunk = results.answer.chunk().await.expect("a body").expect("more");
-        results.text.push_str(std::str::from_utf8(&chunk).expect("text"));
-    }
-    assert!(
-        results.text.contains("\"code\":\"CURSOR_EXPIRED\"") && results.text.contains("\"earliest\":\"3\""),
-        "{}",
-        results.text
-    );
-    let mut results = Results::of(&server, "", "records { seqNum }").await;
-    assert_eq!(results.next().await["records"], json!([{"seqNum": "3"}, {"seqNum": "4"}]));
-    let mut results = Results::of(&server, "after: \"2\"", "records { seqNum }").await;
-    assert_eq!(results.next().await["records"], json!([{"seqNum": "3"}, {"seqNum": "4"}]));
 }
 
 #[tokio::test]

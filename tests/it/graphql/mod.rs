@@ -1,0 +1,9 @@
+//! The GraphQL door through its wires: what each transport promises, and what comes out of every field.
+
+mod documents;
+mod http;
+mod mutations;
+mod queries;
+mod readers;
+mod subscriptions;
+mod websocket;

@@ -104,7 +104,10 @@ impl From<Arc<Error>> for Failure {
                 failure = failure.with("closedAt", json!(at.to_string())).with("closedReason", json!(reason));
             }
             Error::Trimmed { earliest } => failure = failure.with("earliest", json!(earliest.to_string())),
-            Error::RateLimited(limit) => failure.headers = rate_headers(*limit),
+            Error::RateLimited(limit) => {
+                failure.headers = rate_headers(*limit);
+                failure = failure.with("retryAfterMs", json!(limit.wait.as_millis()));
+            }
             Error::Unavailable { .. } => failure.message = AWAY.to_owned(),
             Error::Internal(_) => failure.message = OUR_FAULT.to_owned(),
             _ => {}
@@ -184,6 +187,13 @@ impl Failure {
     /// A feature that this server does not have.
     pub fn not_implemented(message: &str) -> Self {
         Self { retry: Some(false), ..Self::new(StatusCode::NOT_IMPLEMENTED, "not_implemented", message) }
+    }
+
+    /// Says which methods may be used instead.
+    #[must_use]
+    pub fn allowing(mut self, methods: &'static str) -> Self {
+        self.headers.insert(http::header::ALLOW, HeaderValue::from_static(methods));
+        self
     }
 
     /// Adds a field to the body.

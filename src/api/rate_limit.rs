@@ -65,9 +65,8 @@ impl Limit {
             self.used.retain_recent();
         }
         self.used.check_key(&key).map_err(|until| {
-            let wait = until.wait_time_from(clock.now());
-            let reset = now.now().plus(wait.max(Duration::from_millis(1)));
-            Error::RateLimited(RateLimit { limit: self.rate.burst.get(), reset })
+            let wait = until.wait_time_from(clock.now()).max(Duration::from_millis(1));
+            Error::RateLimited(RateLimit { limit: self.rate.burst.get(), reset: now.now().plus(wait), wait })
         })
     }
 }

@@ -3,6 +3,7 @@
 //! [`Code`] is the wire word. Only `api/error.rs` knows what status or close code a word becomes.
 
 use std::fmt;
+use std::time::Duration;
 
 use super::clock::Timestamp;
 use super::record::SeqNum;
@@ -124,6 +125,8 @@ pub struct RateLimit {
     pub limit: u32,
     /// When the next request will be accepted.
     pub reset: Timestamp,
+    /// How long that is from now.
+    pub wait: Duration,
 }
 
 impl Error {

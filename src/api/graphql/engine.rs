@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use async_graphql::parser::parse_query;
 use async_graphql::parser::types::{
-    DocumentOperations, ExecutableDocument, FragmentDefinition, OperationDefinition, OperationType,
+    BaseType, DocumentOperations, ExecutableDocument, FragmentDefinition, OperationDefinition, OperationType,
     Selection, SelectionSet, VariableDefinition,
 };
 use async_graphql::{Name, Positioned, Request, Response, Value, Variables};
@@ -17,6 +17,7 @@ use super::cost::Cost;
 use super::error::{Fault, protocol};
 use super::events::{ChannelFeed, Handover};
 use super::guard::{self, Limits, Measure};
+use super::inputs::Inputs;
 use super::persisted::{Lookup, PersistedQueries};
 use super::reply::Reply;
 use super::schema::{self, Schema};
@@ -86,13 +87,16 @@ pub struct Engine {
     persisted: PersistedQueries,
     config: GraphqlConfig,
     limits: Limits,
+    inputs: Inputs,
 }
 
 impl Engine {
     /// An executor over the whole schema.
     pub fn new(config: GraphqlConfig) -> Self {
         let persisted = PersistedQueries::new();
-        Self { schema: schema::build(&config), persisted, config, limits: Limits::default() }
+        let schema = schema::build(&config);
+        let inputs = Inputs::of(&schema.sdl());
+        Self { schema, persisted, config, limits: Limits::default(), inputs }
     }
 
     pub(super) fn config(&self) -> &GraphqlConfig {
@@ -118,6 +122,8 @@ impl Engine {
         }
         let operation = guard::choose(&document.operations, name).map_err(|refusal| too_large(&refusal))?;
         require_variables(&operation.node, &request.variables)?;
+        self.inputs.check(&operation.node, &document.fragments, &request.variables)?;
+        spell_out(&operation.node, &mut request.variables);
         if let Lookup::Offered(offer) = persisted {
             self.persisted.keep(offer, &request.query);
         }
@@ -227,7 +233,7 @@ fn until_failed(answers: impl stream::Stream<Item = Answer> + Send + 'static) ->
 fn admit(app: &App, measure: &Measure<'_>, asked: &Asked) -> Result<(), Failure> {
     if measure.operation == OperationType::Mutation && !asked.may_change {
         let message = "mutations must be sent with POST";
-        return Err(protocol(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message));
+        return Err(protocol(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message).allowing("POST"));
     }
     if measure.is_introspection_only() {
         return Ok(());
@@ -271,6 +277,18 @@ fn require_variables(operation: &OperationDefinition, given: &Variables) -> Resu
         }
     }
     Ok(())
+}
+
+/// A variable for an `Int` that has no value gets a null, which means the same to every argument of ours: the cost of a
+/// page is computed from its arguments, and there the executor takes a variable without a value for a fault.
+fn spell_out(operation: &OperationDefinition, given: &mut Variables) {
+    for definition in &operation.variable_definitions {
+        let VariableDefinition { name, var_type, default_value, .. } = &definition.node;
+        let is_int = matches!(&var_type.node.base, BaseType::Named(name) if name == "Int");
+        if is_int && var_type.node.nullable && default_value.is_none() && !given.contains_key(&name.node) {
+            given.insert(name.node.clone(), Value::Null);
+        }
+    }
 }
 
 fn too_large(refusal: &guard::Refusal) -> Fault {

@@ -8,6 +8,7 @@ mod engine;
 mod error;
 mod events;
 mod guard;
+mod inputs;
 mod payload;
 mod persisted;
 mod reply;

@@ -19,6 +19,7 @@ use super::{app, caller};
 use crate::api::rest::trigger;
 use crate::domain::access::UNAUTHORIZED;
 use crate::domain::envelope::{Content, NewPayload};
+use crate::domain::record::PART_ID_MAX;
 use crate::domain::{Appended, CreateSession, Error, NewSession, Scopes, SessionPatch};
 
 /// Most bytes that metadata and trigger config may be together, as over REST.
@@ -413,7 +414,12 @@ impl RecordInput {
             (None, Some(text)) => Content::Text(text),
             _ => return Err(Error::invalid(format!("records.{index}"), "must have either data or text")),
         };
-        Ok(NewPayload { content, part_id: self.idempotency_key.as_deref() })
+        let part_id = self.idempotency_key.as_deref();
+        if part_id.is_some_and(|id| !(1..=PART_ID_MAX).contains(&id.len())) {
+            let field = format!("records.{index}.idempotencyKey");
+            return Err(Error::invalid(field, format!("must be 1 to {PART_ID_MAX} bytes")));
+        }
+        Ok(NewPayload { content, part_id })
     }
 }
 

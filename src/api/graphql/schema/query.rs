@@ -59,8 +59,9 @@ impl Query {
         &self,
         ctx: &Context<'_>,
         #[graphql(desc = "As `Node.id` gave it.")] id: ID,
-    ) -> Result<Option<Node>> {
-        load(ctx, &id).await
+    ) -> Option<Result<Node>> {
+        // Not the other way round, or a refusal would take its neighbours along.
+        load(ctx, &id).await.transpose()
     }
 
     /// Several things by their ids, in the same order; null where there is none. At most 100.
@@ -81,9 +82,8 @@ impl Query {
         &self,
         ctx: &Context<'_>,
         #[graphql(desc = "By exactly one of its ids.")] by: SessionBy,
-    ) -> Result<Option<SessionNode>> {
-        let found = app(ctx).sessions.find(caller(ctx)?, &by.address()?).await?;
-        Ok(found.map(SessionNode))
+    ) -> Option<Result<SessionNode>> {
+        find(ctx, &by).await.transpose()
     }
 
     /// Sessions, newest first. A page holds 1 to 100, 50 by default.
@@ -151,6 +151,11 @@ impl Query {
             expires_at: caller.expires_at.map(DateTime),
         })
     }
+}
+
+async fn find(ctx: &Context<'_>, by: &SessionBy) -> Result<Option<SessionNode>> {
+    let found = app(ctx).sessions.find(caller(ctx)?, &by.address()?).await?;
+    Ok(found.map(SessionNode))
 }
 
 async fn load(ctx: &Context<'_>, id: &ID) -> Result<Option<Node>> {

@@ -30,9 +30,15 @@ fn is_visit(request: &Request) -> bool {
     request.uri().query().is_none() && accept.contains("text/html")
 }
 
+/// An offer of any other protocol is ignored (RFC 9110, 7.8).
+fn offers_websocket(request: &Request) -> bool {
+    let offers = request.headers().get_all(UPGRADE).iter().filter_map(|value| value.to_str().ok());
+    offers.flat_map(|list| list.split(',')).any(|offer| offer.trim().eq_ignore_ascii_case("websocket"))
+}
+
 async fn answer(State(app): State<App>, Extension(id): Extension<RequestId>, request: Request) -> Response {
     match *request.method() {
-        Method::GET if request.headers().contains_key(UPGRADE) => ws::upgrade(app, id, request).await,
+        Method::GET if offers_websocket(&request) => ws::upgrade(app, id, request).await,
         Method::GET if is_visit(&request) => Redirect::to("playground/").into_response(),
         Method::GET | Method::POST => http::answer(app, id, request).await,
         _ => {

@@ -45,7 +45,7 @@ pub struct Failure {
     /// What else the body says.
     extra: Map<String, Value>,
     /// The whole body, where a protocol has a shape of its own.
-    shape: Option<Map<String, Value>>,
+    shape: Option<Box<Map<String, Value>>>,
     /// `x-should-retry`, where the status alone would mislead the SDK.
     retry: Option<bool>,
     headers: HeaderMap,
@@ -206,7 +206,7 @@ impl Failure {
     /// With a body of another shape.
     #[must_use]
     pub fn in_shape(mut self, body: Map<String, Value>) -> Self {
-        self.shape = Some(body);
+        self.shape = Some(Box::new(body));
         self
     }
 
@@ -274,7 +274,7 @@ impl Failure {
 
     /// The body; the request id is shown with faults of ours.
     pub fn body(&self, request_id: Option<&str>) -> Value {
-        let mut body = self.shape.clone().unwrap_or_else(|| {
+        let mut body = self.shape.as_deref().cloned().unwrap_or_else(|| {
             let mut body = Map::new();
             body.insert("error".to_owned(), json!(self.message));
             body.insert("code".to_owned(), json!(self.code));

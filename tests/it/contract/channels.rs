@@ -21,8 +21,10 @@ use sessiond::domain::{
     ReadStart, Record, RecordBatch, Result, SessionId, SystemClock, Timestamp,
 };
 use sessiond::store::channel::log::{LogChannels, LogOptions};
+use sessiond::store::channel::s2::S2Channels;
 
 use super::suite;
+use crate::harness;
 use append::*;
 use follow::*;
 use idempotency::*;
@@ -39,6 +41,12 @@ async fn open_log() -> Channels {
     let folder = tempfile::tempdir().expect("a folder");
     let log = LogChannels::open(folder.path(), LogOptions::default(), Arc::new(SystemClock)).expect("opens");
     Channels { store: Arc::new(log), _guard: Box::new(folder) }
+}
+
+/// A basin of its own on the test server.
+async fn open_s2() -> Channels {
+    let s2 = S2Channels::open(harness::s2::options(&harness::s2::endpoint()), Arc::new(SystemClock)).await.expect("opens");
+    Channels { store: Arc::new(s2), _guard: Box::new(()) }
 }
 
 /// A channel of a session that no other case knows.
@@ -153,7 +161,7 @@ impl Follower {
     }
 }
 
-suite!("channels": [log = open_log], [
+suite!("channels": [log = open_log, s2 = open_s2], [
     a_channel_exists_as_soon_as_it_is_named,
     sequence_numbers_start_at_zero_and_an_ack_names_every_place,
     concurrent_appends_get_gapless_numbers,

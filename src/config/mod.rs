@@ -24,8 +24,17 @@ pub const DEFAULTS: &str = include_str!("../../config.default.toml");
 const PREFIX: &str = "SESSIOND_";
 /// Variables with our prefix that are not settings of the server: those of the client
 /// commands, the test suite and the build.
-const NOT_SETTINGS: [&str; 7] =
-    ["config", "url", "token", "bin", "test_postgres", "skip_playground", "require_playground"];
+const NOT_SETTINGS: [&str; 9] = [
+    "config",
+    "url",
+    "token",
+    "bin",
+    "test_postgres",
+    "test_s2",
+    "test_s2_bin",
+    "skip_playground",
+    "require_playground",
+];
 
 /// The whole configuration.
 #[derive(Debug, Deserialize, Serialize)]

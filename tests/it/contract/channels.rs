@@ -181,7 +181,7 @@ suite!("channels": [log = open_log, s2 = open_s2], [
     a_trim_past_the_tail_trims_everything,
     control_and_command_records_come_back_as_they_were,
     times_never_run_backwards_or_ahead,
-    metered_ends_count_every_byte_ever_appended,
+    metered_ends_grow_by_no_less_than_each_record,
     the_largest_record_comes_back_whole,
     sessions_directions_and_side_channels_are_separate_logs,
     reads_start_at_a_number,

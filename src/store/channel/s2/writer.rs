@@ -161,23 +161,32 @@ impl Writer {
             }
             let Some(request) = self.waiting.pop_front() else { return };
             match self.plan(&request).await {
-                Plan::Send { pin } => self.send(request, pin).await,
+                Plan::Send { pin } => {
+                    if !self.send(request, pin).await {
+                        return;
+                    }
+                }
                 Plan::Answer(answer) => request.answer(answer),
                 Plan::Wait => return self.waiting.push_front(request),
             }
         }
     }
 
-    async fn send(&mut self, request: Request, pin: Option<SeqNum>) {
+    /// False when the pipeline has ended under what is in flight, which must land first.
+    async fn send(&mut self, request: Request, pin: Option<SeqNum>) -> bool {
         let token = request.fencing_token.clone().unwrap_or_else(|| self.token.clone());
         let guard = Guard { token: Some(&token), tail: pin.or(request.match_seq_num) };
         let ticket = match self.submit(&request, guard).await {
             Ok(ticket) => ticket,
             // What is in flight knows better why the pipeline has ended.
-            Err(_) if !self.flight.is_empty() => return self.waiting.push_front(request),
+            Err(_) if !self.flight.is_empty() => {
+                self.waiting.push_front(request);
+                return false;
+            }
             Err(error) => {
                 self.session = None;
-                return self.again(request, &error, TRIES);
+                self.again(request, &error, TRIES);
+                return true;
             }
         };
         self.flying.extend(request.part_keys());
@@ -187,6 +196,7 @@ impl Writer {
             token.clone_into(&mut self.token);
         }
         self.flight.push_back(Flight { request, ticket, token, first, pinned: pin.is_some() });
+        true
     }
 
     async fn submit(&mut self, request: &Request, guard: Guard<'_>) -> Result<BatchSubmitTicket> {

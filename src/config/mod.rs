@@ -53,7 +53,7 @@ pub struct Config {
     pub direct: DirectConfig,
     /// The metadata store.
     pub metadata: MetadataConfig,
-    /// The embedded log.
+    /// The log.
     pub log: LogConfig,
     /// Protection of keys.
     pub auth: AuthConfig,
@@ -130,6 +130,7 @@ impl Config {
         self.graphql.validate(&mut faults);
         self.direct.validate(&mut faults);
         self.metadata.validate(&mut faults);
+        self.log.validate(&mut faults);
         if self.metadata.is_postgres() && self.auth.master_key.is_none() {
             faults.push(fault("auth.master_key", "is required with Postgres"));
         }

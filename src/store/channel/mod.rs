@@ -9,3 +9,5 @@ pub mod log;
 mod observer;
 mod part;
 pub mod s2;
+
+pub use observer::{CommitStats, LogObserver};

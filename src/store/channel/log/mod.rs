@@ -32,7 +32,7 @@ pub use self::store::OpenError;
 use self::store::Store;
 use self::sweep::Wake;
 use super::live::Live;
-pub use super::observer::{CommitStats, LogObserver};
+use super::observer::{CommitStats, LogObserver};
 use crate::domain::port::Followed;
 use crate::domain::record::{Bounds, ReadLimit};
 use crate::domain::{

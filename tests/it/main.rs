@@ -13,5 +13,6 @@ mod errors;
 mod harness;
 mod log;
 mod queries;
+mod s2;
 mod schema;
 mod subscriptions;

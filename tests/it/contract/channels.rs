@@ -21,7 +21,6 @@ use sessiond::domain::{
     ReadStart, Record, RecordBatch, Result, SessionId, SystemClock, Timestamp,
 };
 use sessiond::store::channel::log::{LogChannels, LogOptions};
-use sessiond::store::channel::s2::S2Channels;
 
 use super::suite;
 use crate::harness;
@@ -43,10 +42,9 @@ async fn open_log() -> Channels {
     Channels { store: Arc::new(log), _guard: Box::new(folder) }
 }
 
-/// A basin of its own on the test server.
 async fn open_s2() -> Channels {
-    let s2 = S2Channels::open(harness::s2::options(&harness::s2::endpoint()), Arc::new(SystemClock)).await.expect("opens");
-    Channels { store: Arc::new(s2), _guard: Box::new(()) }
+    let store = harness::s2::open(&harness::s2::endpoint(), &harness::s2::fresh_basin()).await;
+    Channels { store, _guard: Box::new(()) }
 }
 
 /// A channel of a session that no other case knows.

@@ -16,6 +16,11 @@ pub(super) struct Backoff {
 }
 
 impl Backoff {
+    /// As if it had been paused so often, but no more than a few times.
+    pub(super) fn after(tries: u32) -> Self {
+        Self { tries: tries.min(4) }
+    }
+
     /// The next pause.
     pub(super) fn next(&mut self) -> Duration {
         let base = FIRST.saturating_mul(1 << self.tries.min(16)).min(LONGEST);

@@ -28,6 +28,16 @@ impl Known {
         Bounds { earliest: self.earliest, tail: self.tail }
     }
 
+    /// As [`Known::see`], for all the records that remain behind the tail: a gap between them holds nothing any more.
+    pub(super) fn see_remaining(&mut self, records: &[SequencedRecord]) {
+        for record in records {
+            if !self.sealed {
+                self.tail.seq_num = self.tail.seq_num.max(record.seq_num);
+            }
+            self.see(std::slice::from_ref(record));
+        }
+    }
+
     /// Takes in consecutive records. What is known already changes nothing; behind a gap only a trim counts.
     pub(super) fn see(&mut self, records: &[SequencedRecord]) {
         for record in records {
@@ -55,38 +65,52 @@ impl Known {
     }
 }
 
-/// Of one channel; empty until it was looked at.
+/// Of one channel.
 #[derive(Debug, Default)]
-pub(super) struct Slot(Mutex<Option<Known>>);
+pub(super) struct Slot(Mutex<Look>);
+
+#[derive(Debug, Default)]
+struct Look {
+    /// `None` until the channel was looked at.
+    known: Option<Known>,
+    /// Trims that were seen, whether or not the channel was looked at. S2 acts on them in its own time.
+    trimmed: SeqNum,
+}
 
 impl Slot {
     pub(super) fn get(&self) -> Option<Known> {
-        self.lock().clone()
+        let look = self.lock();
+        let known = look.known.clone()?;
+        Some(Known { earliest: known.earliest.max(look.trimmed).min(known.tail.seq_num), ..known })
     }
 
     /// Keeps what a look has shown, unless more was learned meanwhile.
     pub(super) fn keep(&self, found: Known) -> Known {
-        let mut slot = self.lock();
-        match &mut *slot {
-            Some(known) => {
-                known.earliest = known.earliest.max(found.earliest);
-                if found.tail.seq_num >= known.tail.seq_num && !known.sealed {
-                    (known.tail, known.sealed) = (found.tail, found.sealed);
-                }
-                known.clone()
-            }
-            empty => empty.insert(found).clone(),
+        let mut look = self.lock();
+        let trimmed = look.trimmed;
+        let known = look.known.get_or_insert_with(|| found.clone());
+        known.earliest = known.earliest.max(found.earliest).max(trimmed);
+        if found.tail.seq_num >= known.tail.seq_num && !known.sealed {
+            (known.tail, known.sealed) = (found.tail, found.sealed);
         }
+        Known { earliest: known.earliest.min(known.tail.seq_num), ..known.clone() }
     }
 
-    /// Changes what is known, if anything is.
+    /// Changes what is known.
     pub(super) fn update(&self, change: impl FnOnce(&mut Known)) {
-        if let Some(known) = &mut *self.lock() {
-            change(known);
+        let mut look = self.lock();
+        match &mut look.known {
+            Some(known) => change(known),
+            None => {
+                // Of what comes without having been looked for, only trims are of use.
+                let mut unknown = Known { tail: Position { seq_num: SeqNum::MAX, ..Position::default() }, ..Known::default() };
+                change(&mut unknown);
+                look.trimmed = look.trimmed.max(unknown.earliest);
+            }
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Known>> {
+    fn lock(&self) -> MutexGuard<'_, Look> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

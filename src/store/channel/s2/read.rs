@@ -11,8 +11,8 @@ use crate::domain::{ChannelKey, Result, SeqNum};
 
 /// New records that are read to learn what they change; behind more, the ends are looked at anew.
 const CATCH_UP: u64 = 1000;
-/// Records looked at to find where a sealed channel ends: more than one seal stands there only after a race.
-const SEALS: usize = 32;
+/// Records at the end of a channel that are read when nothing is known of it.
+const LAST: u64 = 128;
 
 impl Shared {
     /// What a channel is at this moment; `None` if it does not exist.
@@ -38,39 +38,36 @@ impl Shared {
         Ok(Some(slot.keep(found)))
     }
 
+    /// Reads what is new.
     async fn catch_up(&self, stream: &str, mut known: Known) -> Result<Option<Known>> {
         let from = known.tail.seq_num;
         let see = |records: Vec<SequencedRecord>| {
-            known.see(&records);
+            known.see_remaining(&records);
             Ok(())
         };
         let Some(tail) = self.remote.scan(stream, from, see).await? else { return Ok(None) };
         if !known.sealed && known.tail.seq_num < tail.seq_num {
-            // Some of the records are gone already.
+            // The last records are gone already.
             known.tail = tail;
             known.earliest = known.earliest.max(self.first(stream, tail).await?);
         }
         Ok(Some(known))
     }
 
-    /// Looks at the first record and the last.
+    /// Looks at the first record and the last ones, among which are the trims that S2 may not have acted on.
     async fn look_anew(&self, key: &ChannelKey, stream: &str, tail: Position) -> Result<Option<Known>> {
         if tail.seq_num == 0 {
             return Ok(Some(Known::default()));
         }
-        let last = self.remote.read(stream, ReadFrom::SeqNum(tail.seq_num - 1), ReadLimits::new().with_count(1));
-        let (first, last) = futures_util::try_join!(self.first(stream, tail), last)?;
-        let mut known = Known { tail, earliest: first, sealed: false };
-        match last.unwrap_or_default().records.first() {
-            Some(last) if codec::is_seal(last) => {
-                known.tail = self.end(stream, tail).await?;
-                known.sealed = true;
-            }
-            Some(_) => {}
+        let from = tail.seq_num.saturating_sub(LAST);
+        let last = Known { tail: Position { seq_num: from, ..Position::default() }, ..Known::default() };
+        let (first, last) = futures_util::try_join!(self.first(stream, tail), self.catch_up(stream, last))?;
+        let Some(mut known) = last else { return Ok(None) };
+        known.earliest = known.earliest.max(first).min(known.tail.seq_num);
+        if known.earliest == known.tail.seq_num && !known.sealed {
             // Retention may have removed the seal as well, but not from the registry.
-            None => known.sealed = self.registry.completed(&key.session).await?.is_some(),
+            known.sealed = self.registry.completed(&key.session).await?.is_some();
         }
-        known.earliest = known.earliest.min(known.tail.seq_num);
         Ok(Some(known))
     }
 
@@ -78,26 +75,6 @@ impl Shared {
     async fn first(&self, stream: &str, tail: Position) -> Result<SeqNum> {
         let read = self.remote.read(stream, ReadFrom::SeqNum(0), ReadLimits::new().with_count(1)).await?;
         Ok(read.unwrap_or_default().records.first().map_or(tail.seq_num, |record| record.seq_num))
-    }
-
-    /// Where the seals at the end of a stream begin.
-    async fn end(&self, stream: &str, tail: Position) -> Result<Position> {
-        let mut count = SEALS;
-        loop {
-            let from = tail.seq_num.saturating_sub(count as u64);
-            let read = self.remote.read(stream, ReadFrom::SeqNum(from), ReadLimits::new().with_count(count)).await?;
-            let records = read.unwrap_or_default().records;
-            let seals = records.iter().rev().take_while(|record| codec::is_seal(record)).count();
-            if seals == records.len() && from > 0 && records.first().is_some_and(|first| first.seq_num == from) {
-                count *= 2;
-                continue;
-            }
-            let before = records.len() - seals;
-            let seq_num = records.get(before).map_or(tail.seq_num, |seal| seal.seq_num);
-            let last = before.checked_sub(1).and_then(|index| records.get(index));
-            let timestamp = last.map_or(crate::domain::Timestamp::default(), |last| codec::timestamp(last.timestamp));
-            return Ok(Position { seq_num, timestamp });
-        }
     }
 
     /// See [`ChannelStore::bounds`](crate::domain::ChannelStore::bounds).

@@ -30,8 +30,10 @@ use crate::store::channel::part::Digest;
 const IN_FLIGHT: usize = 512;
 /// A channel without appends for this long gives its task and its pipeline back.
 const IDLE: Duration = Duration::from_secs(20);
-/// Times that an append is tried while other writers keep getting in its way.
-const TRIES: u32 = 30;
+/// Times that an append is tried that S2 should take.
+const TRIES: u32 = 5;
+/// For how long an append is tried while other writers get in its way. Each time one of them has stored something.
+const CONTENDED_FOR: Duration = Duration::from_secs(20);
 /// Times that an append is tried whose outcome was not known.
 const LOST_TRIES: u32 = 3;
 
@@ -312,14 +314,15 @@ impl Writer {
     }
 
     /// Another writer was faster: once more, soon.
-    async fn contended(&mut self, request: Request, behind: Vec<Request>) {
-        let tries = request.tries;
+    async fn contended(&mut self, mut request: Request, behind: Vec<Request>) {
         self.requeue(behind);
-        self.again(request, &away("other writers keep getting in the way"), TRIES);
-        if tries > 3 {
-            let mut backoff = Backoff::default();
-            tokio::time::sleep(backoff.next() / 8).await;
+        request.tries += 1;
+        if request.since.elapsed() > CONTENDED_FOR {
+            return request.answer(Err(away("other writers keep getting in the way")));
         }
+        let pause = Backoff::after(request.tries).next() / 16;
+        self.waiting.push_front(request);
+        tokio::time::sleep(pause).await;
     }
 
     /// Puts an append back at the head of the line, unless it was tried too often.

@@ -22,16 +22,20 @@ use crate::auth::vault::Vault;
 use crate::config::{Config, HttpConfig};
 use crate::domain::tenant::{Environment, EnvironmentKind};
 use crate::domain::timer::Timers;
-use crate::domain::{Backends, Clock, MetadataStore, Sessions, SessionsConfig};
+use crate::domain::{Backends, ChannelStore, Clock, MetadataStore, Sessions, SessionsConfig};
 use crate::listener::Listener;
 use crate::shutdown::Shutdown;
-use crate::store::channel::log::{CommitStats, LogChannels, LogObserver, LogOptions};
+use crate::store::channel::log::{LogChannels, LogOptions};
+use crate::store::channel::s2::{S2Channels, S2Options};
+use crate::store::channel::{CommitStats, LogObserver};
 use crate::store::index::sql::SqlIndex;
 use crate::store::metadata::{OpenOptions as MetadataOptions, SqlMetadata};
 use crate::telemetry::Metrics;
 
 /// The environment that a first start makes.
 const DEFAULT_NAME: &str = "default";
+/// How often closes are looked for that another replica has begun and may not have finished.
+const RECOVER_EVERY: Duration = Duration::from_secs(30);
 /// How often expired sessions are marked.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 /// Linux's number of the signal that a write past the file size limit raises; unhandled it ends the process.
@@ -100,13 +104,61 @@ impl Control {
     }
 }
 
+/// The log in use.
+#[derive(Clone)]
+enum Engine {
+    /// In the data folder.
+    Log(Arc<LogChannels>),
+    /// In a basin that other replicas may share.
+    S2(Arc<S2Channels>),
+}
+
+impl Engine {
+    async fn open(config: &Config, clock: Arc<dyn Clock>, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
+        let observer = Arc::new(LogMetrics(metrics));
+        let retention = config.log.retention;
+        let Some(basin) = config.log.basin() else {
+            let options = LogOptions { retention, observer, ..LogOptions::default() };
+            let log = LogChannels::open(config.log_dir(), options, clock).context("cannot open the log")?;
+            return Ok(Self::Log(Arc::new(log)));
+        };
+        let options = S2Options {
+            endpoint: config.log.endpoint.as_ref().map(|url| url.origin().ascii_serialization()),
+            basin: basin.to_owned(),
+            token: config.log.token.clone().unwrap_or_else(|| "none".into()),
+            retention,
+            observer,
+        };
+        Ok(Self::S2(Arc::new(S2Channels::open(options, clock).await.context("cannot open the log")?)))
+    }
+
+    fn channels(&self) -> Arc<dyn ChannelStore> {
+        match self {
+            Self::Log(log) => log.clone(),
+            Self::S2(s2) => s2.clone(),
+        }
+    }
+
+    fn log_id(&self) -> &str {
+        match self {
+            Self::Log(log) => log.log_id(),
+            Self::S2(s2) => s2.log_id(),
+        }
+    }
+
+    /// Whether other processes may use the same log.
+    fn is_shared(&self) -> bool {
+        matches!(self, Self::S2(_))
+    }
+}
+
 /// A server that is bound and ready to run.
 pub struct Server {
     control: Control,
     sessions: Arc<Sessions>,
     auth: Arc<Auth>,
     timers: Arc<Timers>,
-    log: Arc<LogChannels>,
+    engine: Engine,
     metrics: Arc<Metrics>,
     listener: Listener,
     shutdown: Shutdown,
@@ -123,25 +175,26 @@ impl Server {
         let metrics = Metrics::new();
         let listener = Listener::bind(config.http.clone(), metrics.clone()).await?;
         let control = Control::open(&config, clock.clone()).await?;
-        let log = open_log(&config, clock.clone(), metrics.clone())?;
-        claim_log(&control, &log).await?;
+        let engine = Engine::open(&config, clock.clone(), metrics.clone()).await?;
+        claim_log(&control, engine.log_id()).await?;
         let (_, key) = control.default_environment(config.secret_key.clone()).await?;
         let timers = Timers::new(clock.clone());
         let index = Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store)));
         let shutdown = Shutdown::default();
         let backends = Backends {
             store: control.store.clone(),
-            channels: log.clone(),
+            channels: engine.channels(),
             index,
             clock: clock.clone(),
             timers: timers.clone(),
             stopping: shutdown.draining().clone(),
         };
-        let rows = SessionsConfig { cached_rows: config.metadata.cached_rows, replicated: false };
+        let rows =
+            SessionsConfig { cached_rows: config.metadata.cached_rows, replicated: engine.is_shared() };
         let sessions = Sessions::new(backends, rows);
         sessions.recover().await?;
         let auth = Auth::new(control.store.clone(), control.vault.clone(), clock, timers.clone());
-        Ok(Self { control, sessions, auth, timers, log, metrics, listener, shutdown, config, key })
+        Ok(Self { control, sessions, auth, timers, engine, metrics, listener, shutdown, config, key })
     }
 
     /// The address in use.
@@ -181,6 +234,10 @@ impl Server {
     pub async fn run(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
         let address = self.local_addr()?;
         let draining = self.shutdown.draining().clone();
+        if self.engine.is_shared() {
+            tokio::spawn(self.sessions.clone().watch_replicas(draining.clone()));
+            tokio::spawn(recover_regularly(self.sessions.clone(), draining.clone()));
+        }
         let router = api::router(ApiState {
             sessions: self.sessions,
             auth: self.auth.clone(),
@@ -203,8 +260,9 @@ impl Server {
             tracing::warn!(connections = cut, "cut connections that did not end in time");
         }
         listening.await?;
-        let log = self.log;
-        tokio::task::spawn_blocking(move || log.close()).await?;
+        if let Engine::Log(log) = self.engine {
+            tokio::task::spawn_blocking(move || log.close()).await?;
+        }
         self.control.store.close().await;
         tracing::info!("stopped");
         Ok(())
@@ -227,27 +285,12 @@ pub fn prepare_process() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn open_log(
-    config: &Config,
-    clock: Arc<dyn Clock>,
-    metrics: Arc<Metrics>,
-) -> anyhow::Result<Arc<LogChannels>> {
-    let options = LogOptions {
-        retention: config.log.retention,
-        observer: Arc::new(LogMetrics(metrics)),
-        ..LogOptions::default()
-    };
-    let dir = config.log_dir();
-    let log = LogChannels::open(&dir, options, clock).context("cannot open the log")?;
-    Ok(Arc::new(log))
-}
-
 /// A log and a metadata store belong together for ever: with another's log every session would lose its records.
-async fn claim_log(control: &Control, log: &LogChannels) -> anyhow::Result<()> {
-    let (ours, known) = (log.log_id(), control.store.claim_log(log.log_id()).await?);
+async fn claim_log(control: &Control, ours: &str) -> anyhow::Result<()> {
+    let known = control.store.claim_log(ours).await?;
     anyhow::ensure!(
         ours == known,
-        "the log in the data folder (id {ours}) belongs to another metadata store; this one's log has the id {known}"
+        "the log in use (id {ours}) belongs to another metadata store; this one's log has the id {known}"
     );
     Ok(())
 }
@@ -273,6 +316,18 @@ fn api_config(config: &Config) -> ApiConfig {
         // Of the URL what an origin is: scheme, host, port.
         public_url: http.public_url.as_ref().map(|url| url.origin().ascii_serialization()),
         tls: http.tls.certificate.is_some(),
+    }
+}
+
+/// Finds closes of replicas that died between the log and the row, and did not come back.
+async fn recover_regularly(sessions: Arc<Sessions>, stop: CancellationToken) {
+    let mut beat = tokio::time::interval(RECOVER_EVERY);
+    // The first beat is at once, and the start has done that already.
+    beat.tick().await;
+    while stop.run_until_cancelled(beat.tick()).await.is_some() {
+        if let Err(error) = sessions.recover().await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "cannot look for closes without a row");
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
-use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use http::header::{CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use http::{HeaderMap, StatusCode};
 use serde_json::{Map, Value, json};
 
@@ -19,6 +19,8 @@ pub const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 /// What a caller reads when the fault is ours.
 const OUR_FAULT: &str = "Internal Server Error";
 const AWAY: &str = "Service temporarily unavailable; please try again";
+/// Seconds after which a backend that was away may be asked again.
+const AWAY_FOR: HeaderValue = HeaderValue::from_static("1");
 
 /// Which kind of route refuses, where clients expect different words for the same fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +110,10 @@ impl From<Arc<Error>> for Failure {
                 failure.headers = rate_headers(*limit);
                 failure = failure.with("retryAfterMs", json!(limit.wait.as_millis()));
             }
-            Error::Unavailable { .. } => failure.message = AWAY.to_owned(),
+            Error::Unavailable { .. } => {
+                failure.message = AWAY.to_owned();
+                failure.headers.insert(RETRY_AFTER, AWAY_FOR);
+            }
             Error::Internal(_) => failure.message = OUR_FAULT.to_owned(),
             _ => {}
         }

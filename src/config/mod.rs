@@ -24,8 +24,17 @@ pub const DEFAULTS: &str = include_str!("../../config.default.toml");
 const PREFIX: &str = "SESSIOND_";
 /// Variables with our prefix that are not settings of the server: those of the client
 /// commands, the test suite and the build.
-const NOT_SETTINGS: [&str; 7] =
-    ["config", "url", "token", "bin", "test_postgres", "skip_playground", "require_playground"];
+const NOT_SETTINGS: [&str; 9] = [
+    "config",
+    "url",
+    "token",
+    "bin",
+    "test_postgres",
+    "test_s2",
+    "test_s2_bin",
+    "skip_playground",
+    "require_playground",
+];
 
 /// The whole configuration.
 #[derive(Debug, Deserialize, Serialize)]
@@ -44,7 +53,7 @@ pub struct Config {
     pub direct: DirectConfig,
     /// The metadata store.
     pub metadata: MetadataConfig,
-    /// The embedded log.
+    /// The log.
     pub log: LogConfig,
     /// Protection of keys.
     pub auth: AuthConfig,
@@ -121,6 +130,7 @@ impl Config {
         self.graphql.validate(&mut faults);
         self.direct.validate(&mut faults);
         self.metadata.validate(&mut faults);
+        self.log.validate(&mut faults);
         if self.metadata.is_postgres() && self.auth.master_key.is_none() {
             faults.push(fault("auth.master_key", "is required with Postgres"));
         }

@@ -67,6 +67,11 @@ pub fn unwrap(record: &Record) -> Option<Envelope<'_>> {
     serde_json::from_slice(&record.body).ok()
 }
 
+/// The part id in a body; `None` if the body is no envelope.
+pub fn part_id(body: &[u8]) -> Option<Cow<'_, str>> {
+    serde_json::from_slice(body).ok().map(|envelope: Envelope<'_>| envelope.id)
+}
+
 /// A payload to be appended.
 #[derive(Clone, Debug)]
 pub struct NewPayload<'a> {

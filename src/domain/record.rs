@@ -44,7 +44,8 @@ pub struct Record {
     pub headers: Vec<Header>,
     /// The body; empty for control records.
     pub body: Bytes,
-    /// Metered bytes of the channel up to and including this record, trimmed ones counted.
+    /// Metered bytes of the channel up to and including this record, trimmed ones counted; more than that where the engine
+    /// does not count them. Never grows by less than the record's own size.
     pub metered_end: u64,
 }
 

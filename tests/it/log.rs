@@ -203,6 +203,21 @@ async fn a_window_lives_as_long_as_its_followers() {
     assert_eq!(log.followed_channels(), 0);
 }
 
+#[tokio::test]
+async fn metered_ends_count_every_byte_ever_appended() {
+    let (folder, clock, key) = (tempfile::tempdir().expect("a folder"), clock(), key("a"));
+    let log = open(folder.path(), &clock);
+    log.append(&key, AppendInput::new(vec![NewRecord::data("12"), NewRecord::data("1234")]).expect("fits"))
+        .await
+        .expect("appends");
+    log.append(&key, command(Command::Trim(2))).await.expect("trims");
+    let header = NewRecord { headers: vec![("a".into(), "bc".into())], ..NewRecord::data("d") };
+    log.append(&key, AppendInput::one(header).expect("fits")).await.expect("appends");
+    let batch = log.read(&key, ReadStart::SeqNum(0), ReadLimit::BATCH).await.expect("reads");
+    let ends: Vec<_> = batch.records.iter().map(|record| record.metered_end).collect();
+    assert_eq!(ends, [22 + 22, 22 + 22 + 14]);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_channel_that_was_forgotten_in_memory_is_read_again() {
     let (folder, clock, key) = (tempfile::tempdir().expect("a folder"), clock(), key("first"));

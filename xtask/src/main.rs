@@ -8,6 +8,7 @@ mod packages;
 mod playground;
 mod postgres;
 mod process;
+mod s2;
 mod schema;
 mod stage;
 mod test;

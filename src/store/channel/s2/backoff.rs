@@ -1,0 +1,62 @@
+//! How long to wait before trying again.
+
+use std::hash::{BuildHasher, RandomState};
+use std::time::Duration;
+
+/// The first pause, before jitter.
+const FIRST: Duration = Duration::from_millis(50);
+/// The longest pause, before jitter.
+const LONGEST: Duration = Duration::from_secs(5);
+
+/// Pauses that double up to a longest, each with up to as much again at random, so that what broke together does not come
+/// back together.
+#[derive(Debug, Default)]
+pub(super) struct Backoff {
+    tries: u32,
+}
+
+impl Backoff {
+    /// As if it had been paused so often, but no more than a few times.
+    pub(super) fn after(tries: u32) -> Self {
+        Self { tries: tries.min(4) }
+    }
+
+    /// The next pause.
+    pub(super) fn next(&mut self) -> Duration {
+        let base = FIRST.saturating_mul(1 << self.tries.min(16)).min(LONGEST);
+        self.tries = self.tries.saturating_add(1);
+        let random = RandomState::new().hash_one(self.tries) % 1024;
+        base + base.mul_f64(random as f64 / 1024.0)
+    }
+
+    /// Waits for the next pause.
+    pub(super) async fn pause(&mut self) {
+        tokio::time::sleep(self.next()).await;
+    }
+
+    /// How often it was paused.
+    pub(super) fn tries(&self) -> u32 {
+        self.tries
+    }
+
+    /// It worked: the next pause is the first again.
+    pub(super) fn reset(&mut self) {
+        self.tries = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_a_longest_and_begin_anew_after_a_success() {
+        let mut backoff = Backoff::default();
+        let first = backoff.next();
+        assert!((FIRST..2 * FIRST).contains(&first));
+        let last = (0..50).map(|_| backoff.next()).last().expect("fifty");
+        assert!((LONGEST..2 * LONGEST).contains(&last));
+        backoff.reset();
+        assert!(backoff.next() < 2 * FIRST);
+    }
+}

@@ -13,4 +13,5 @@ mod graphql;
 mod harness;
 mod log;
 mod queries;
+mod s2;
 mod schema;

@@ -5,6 +5,7 @@ pub mod database;
 pub mod graphql;
 pub mod openapi;
 pub mod process;
+pub mod s2;
 pub mod seed;
 pub mod server;
 pub mod sse;

@@ -1,0 +1,4 @@
+//! The S2 wire as direct writers meet it: what it answers, what it refuses, and what it must never lose or double.
+
+mod append;
+mod initialize;

@@ -1,4 +1,6 @@
 //! The S2 wire as direct writers meet it: what it answers, what it refuses, and what it must never lose or double.
 
 mod append;
+mod hostile;
 mod initialize;
+mod session;

@@ -2,6 +2,7 @@
 //! own, databases, and readers for what comes back.
 
 pub mod database;
+pub mod engine;
 pub mod graphql;
 pub mod openapi;
 pub mod process;

@@ -4,4 +4,6 @@ mod append;
 mod closing;
 mod hostile;
 mod initialize;
+mod read;
+mod sdk;
 mod session;

@@ -6,6 +6,7 @@ pub mod engine;
 pub mod graphql;
 pub mod openapi;
 pub mod process;
+pub mod proxy;
 pub mod s2;
 pub mod seed;
 pub mod server;

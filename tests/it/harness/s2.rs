@@ -124,15 +124,24 @@ impl Stream {
 
     /// Appends one batch in protobuf; an ack comes back as one.
     pub async fn append_proto(&self, input: &AppendInput) -> Result<AppendAck, Answer> {
-        let request = self.request(Method::POST, "").header("content-type", "application/protobuf");
-        let request = request.header("accept", "application/protobuf").body(input.encode_to_vec());
-        let response = request.send().await.expect("an answer");
+        let response = self.post_proto(input).send().await.expect("an answer");
         if response.status().is_success() {
             assert_eq!(response.headers()["content-type"], "application/protobuf");
             let body = response.bytes().await.expect("a whole body");
             return Ok(AppendAck::decode(body).expect("an ack"));
         }
         Err(whole(response).await)
+    }
+
+    /// As [`Stream::append_proto`], through a connection that may break.
+    pub async fn try_append_proto(&self, input: &AppendInput) -> reqwest::Result<AppendAck> {
+        let body = self.post_proto(input).send().await?.error_for_status().expect("taken").bytes().await?;
+        Ok(AppendAck::decode(body).expect("an ack"))
+    }
+
+    fn post_proto(&self, input: &AppendInput) -> RequestBuilder {
+        let request = self.request(Method::POST, "").header("content-type", "application/protobuf");
+        request.header("accept", "application/protobuf").body(input.encode_to_vec())
     }
 
     /// Reads once in JSON.
@@ -182,7 +191,7 @@ impl Stream {
     /// Reads on and on as frames.
     pub async fn frames(&self, query: &str, encoding: &str) -> Result<FrameReader, Answer> {
         let request = self.records(&self.wire.h2, Method::GET, query).header("content-type", "s2s/proto");
-        FrameReader::of(request.header("accept-encoding", encoding)).await
+        FrameReader::of(request.header("accept-encoding", encoding)).await.expect("an answer")
     }
 
     /// Begins an append session.
@@ -192,6 +201,11 @@ impl Stream {
 
     /// Begins an append session whose acks may be compressed.
     pub async fn session_with(&self, encoding: &str) -> Result<Writer, Answer> {
+        self.attempt(encoding).await.expect("an answer")
+    }
+
+    /// As [`Stream::session_with`], through a connection that may break.
+    pub async fn attempt(&self, encoding: &str) -> reqwest::Result<Result<Writer, Answer>> {
         let request = self.records(&self.wire.h2, Method::POST, "").header("accept-encoding", encoding);
         let (frames, sent) = mpsc::channel::<Bytes>(1);
         let body = stream::unfold(sent, |mut sent| async move {
@@ -199,7 +213,7 @@ impl Stream {
         });
         let request = request.header("content-type", "s2s/proto").header("accept", "application/protobuf");
         let answers = FrameReader::of(request.body(Body::wrap_stream(body))).await?;
-        Ok(Writer { frames: Some(frames), answers })
+        Ok(answers.map(|answers| Writer { frames: Some(frames), answers }))
     }
 }
 
@@ -246,13 +260,13 @@ pub struct FrameReader {
 }
 
 impl FrameReader {
-    async fn of(request: RequestBuilder) -> Result<Self, Answer> {
-        let response = request.send().await.expect("an answer");
+    async fn of(request: RequestBuilder) -> reqwest::Result<Result<Self, Answer>> {
+        let response = request.send().await?;
         if !response.status().is_success() {
-            return Err(whole(response).await);
+            return Ok(Err(whole(response).await));
         }
         assert_eq!(response.headers()["content-type"], "s2s/proto");
-        Ok(Self { response, buffer: BytesMut::new(), over: false, flags: Vec::new() })
+        Ok(Ok(Self { response, buffer: BytesMut::new(), over: false, flags: Vec::new() }))
     }
 
     /// The next message. What follows a terminal frame is a fault.

@@ -2,6 +2,7 @@
 
 mod append;
 mod closing;
+mod faults;
 mod hostile;
 mod initialize;
 mod read;

@@ -70,6 +70,12 @@ fn complete(document: &mut Value) {
         "publicToken": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT",
                         "description": "A public access token with scopes"}
     });
+    document["components"]["schemas"]["S2ErrorBody"] = json!({
+        "type": "object",
+        "description": "A refusal in the words of S2.",
+        "required": ["code", "message"],
+        "properties": {"code": {"type": "string"}, "message": {"type": "string"}}
+    });
     let Some(paths) = document["paths"].as_object_mut() else { return };
     for (path, item) in paths {
         let Some(item) = item.as_object_mut() else { continue };
@@ -89,8 +95,9 @@ fn complete(document: &mut Value) {
                 if *status == "429" && !path.starts_with("/api/") {
                     continue;
                 }
-                let content =
-                    json!({"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}});
+                let schema = if path.starts_with("/v1/") { "S2ErrorBody" } else { "ErrorBody" };
+                let schema = format!("#/components/schemas/{schema}");
+                let content = json!({"application/json": {"schema": {"$ref": schema}}});
                 let response = if method == "head" {
                     json!({"description": description})
                 } else {

@@ -13,5 +13,6 @@ mod graphql;
 mod harness;
 mod log;
 mod queries;
+mod s2;
 mod s2_engine;
 mod schema;

@@ -104,7 +104,7 @@ impl Follower {
     }
 
     /// Everything up to the end, and the end.
-    async fn to_the_end(&mut self) -> (Vec<Record>, Closure) {
+    async fn drain(&mut self) -> (Vec<Record>, Closure) {
         let mut records = Vec::new();
         loop {
             match self.next().await {

@@ -26,7 +26,8 @@ use crate::telemetry::Outcome;
 #[utoipa::path(post, path = "/v1/streams/{stream}/records", tag = "s2", operation_id = "s2Append",
     params(("stream" = String, Path, description = "As initialize has named it")),
     request_body(content = Object, content_type = "application/json"),
-    responses((status = 200, description = "Durable", body = Object)))]
+    responses((status = 200, description = "Durable", body = Object),
+        (status = 412, description = "Another tail or fencing token, which the body names", body = Object)))]
 pub async fn append(
     State(app): State<App>,
     Extension(id): Extension<RequestId>,

@@ -17,7 +17,7 @@ use crate::domain::SessionRef;
 /// which name. `out` takes secret keys only.
 #[utoipa::path(put, path = "/realtime/v1/sessions/{session}/{io}", tag = "realtime",
     operation_id = "initializeChannel", params(("session" = String, Path), ("io" = String, Path)),
-    responses((status = 202, description = "The headers name the stream and open it",
+    responses((status = 202, description = "The headers name the stream and open it", body = Object,
         headers(("X-S2-Access-Token" = String), ("X-S2-Stream-Name" = String), ("X-S2-Basin" = String),
             ("X-S2-Endpoint" = String), ("X-S2-Flush-Interval-Ms" = u64), ("X-S2-Max-Retries" = u32)))))]
 pub async fn initialize(
@@ -55,7 +55,7 @@ pub async fn initialize(
 #[utoipa::path(put, path = "/realtime/v1/sessions/{session}/channels/{channel}/{io}", tag = "realtime",
     operation_id = "initializeNamedChannel",
     params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path)),
-    responses((status = 202, description = "The headers name the stream and open it",
+    responses((status = 202, description = "The headers name the stream and open it", body = Object,
         headers(("X-S2-Access-Token" = String), ("X-S2-Stream-Name" = String), ("X-S2-Basin" = String),
             ("X-S2-Endpoint" = String), ("X-S2-Flush-Interval-Ms" = u64), ("X-S2-Max-Retries" = u32)))))]
 pub async fn initialize_named(

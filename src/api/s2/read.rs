@@ -45,7 +45,8 @@ pub async fn check_tail(State(app): State<App>, target: Target) -> Result<Respon
         ("tail_offset" = Option<u64>, Query), ("clamp" = Option<bool>, Query), ("count" = Option<u64>, Query),
         ("bytes" = Option<u64>, Query), ("until" = Option<u64>, Query), ("wait" = Option<u32>, Query)),
     responses((status = 200, description = "Records", body = Object),
-        (status = 416, description = "Nothing is written there yet", body = Object)))]
+        (status = 416, description = "Nothing is written there yet", body = Object),
+        (status = 422, description = "A start or an end that contradicts another", body = Object)))]
 pub async fn read(
     State(app): State<App>,
     Extension(id): Extension<RequestId>,
@@ -57,7 +58,7 @@ pub async fn read(
     let (Query(query), Query(end)) = start
         .and_then(|start| Ok((start, end?)))
         .map_err(|fault| error::bad("bad_query", fault.body_text()))?;
-    let (start, clamp) = (reader::start(&query)?, query.clamp.unwrap_or(false));
+    let (start, clamp) = (reader::start(&query, &end)?, query.clamp.unwrap_or(false));
     let stream =
         |start, end: &wire::ReadEnd| Reader::open(&app, &target, start, clamp, Bounds::streaming(end));
     if mime::content_type(&headers).as_ref().is_some_and(mime::is_s2s_proto) {

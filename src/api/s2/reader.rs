@@ -61,8 +61,13 @@ impl Slice {
 /// Where the query says to begin.
 ///
 /// # Errors
-/// `invalid` if it says so more than once.
-pub(super) fn start(query: &wire::ReadStart) -> Result<ReadStart, Failure> {
+/// `invalid` if it says so more than once, or begins at a time where it also ends.
+pub(super) fn start(query: &wire::ReadStart, end: &wire::ReadEnd) -> Result<ReadStart, Failure> {
+    if let (Some(at), Some(until)) = (query.timestamp, end.until)
+        && at >= until
+    {
+        return Err(error::refusal(Error::invalid("timestamp", "must be before until")));
+    }
     match (query.seq_num, query.timestamp, query.tail_offset) {
         (Some(seq_num), None, None) => Ok(ReadStart::SeqNum(seq_num)),
         (None, Some(at), None) => Ok(ReadStart::Timestamp(timestamp(at))),

@@ -234,3 +234,101 @@ fn batch(message: SessionMessage) -> Result<DirectBatch, Failure> {
         SessionMessage::Terminal(_) => Err(error::bad("bad_frame", "a writer sends no terminal frame")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::super::batch::tests::{batches, check};
+    use super::*;
+    use crate::domain::record::BATCH_RECORDS_MAX;
+
+    /// Bytes in pieces that end at these places.
+    fn frames(bytes: &[u8], cuts: &[prop::sample::Index]) -> Frames {
+        let mut cuts: Vec<_> =
+            cuts.iter().map(|cut| cut.index(bytes.len() + 1)).chain([0, bytes.len()]).collect();
+        cuts.sort_unstable();
+        let pieces: Vec<_> = cuts
+            .windows(2)
+            .map(|pair| Ok::<_, Infallible>(Bytes::copy_from_slice(&bytes[pair[0]..pair[1]])))
+            .collect();
+        Frames::new(Body::from_stream(stream::iter(pieces)))
+    }
+
+    /// Everything up to the end or the first refusal, as a session would take it.
+    fn all(mut frames: Frames) -> (Vec<DirectBatch>, Option<Failure>) {
+        let read = async {
+            let mut batches = Vec::new();
+            loop {
+                match frames.next().await {
+                    Some(Ok(batch)) => batches.push(batch),
+                    Some(Err(failure)) => return (batches, Some(failure)),
+                    None => return (batches, None),
+                }
+            }
+        };
+        FutureExt::now_or_never(read).expect("every piece is there")
+    }
+
+    fn algorithm() -> impl Strategy<Value = CompressionAlgorithm> {
+        use CompressionAlgorithm::{Gzip, None, Zstd};
+        prop_oneof![Just(None), Just(Gzip), Just(Zstd)]
+    }
+
+    proptest! {
+        #[test]
+        fn batches_come_through_however_their_frames_are_cut(
+            inputs in vec((batches(), algorithm()), 0..5),
+            cuts in vec(any::<prop::sample::Index>(), 0..20),
+        ) {
+            let frame = |(input, algorithm): &_| SessionMessage::regular(*algorithm, input).expect("fits").encode();
+            let bytes = inputs.iter().map(frame).collect::<Vec<_>>().concat();
+            let (read, refused) = all(frames(&bytes, &cuts));
+            prop_assert!(refused.is_none() && read.len() == inputs.len());
+            for (batch, (input, _)) in read.iter().zip(&inputs) {
+                check(batch, input)?;
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_batches_and_perhaps_a_refusal(
+            bytes in vec(any::<u8>(), 0..300),
+            cuts in vec(any::<prop::sample::Index>(), 0..20),
+        ) {
+            let (read, refused) = all(frames(&bytes, &cuts));
+            prop_assert!(read.iter().all(|batch| batch.records.len() <= BATCH_RECORDS_MAX + 1));
+            prop_assert!(refused.is_none_or(|refused| refused.status.as_u16() == 400));
+        }
+
+        #[test]
+        fn a_payload_of_any_bytes_under_any_flags_is_a_batch_or_a_refusal(
+            flags in any::<u8>(),
+            payload in vec(any::<u8>(), 0..200),
+            input in batches(),
+            cuts in vec(any::<prop::sample::Index>(), 0..5),
+        ) {
+            let length = u32::try_from(payload.len() + 1).expect("three bytes").to_be_bytes();
+            let good = SessionMessage::regular(CompressionAlgorithm::None, &input).expect("fits").encode();
+            let bytes = [&good[..], &length[1..], &[flags], &payload].concat();
+            let (read, refused) = all(frames(&bytes, &cuts));
+            check(&read[0], &input)?;
+            prop_assert_eq!(read.len() == 2, refused.is_none());
+        }
+
+        #[test]
+        fn what_is_cut_short_is_refused_and_nothing_of_it_is_taken(
+            input in batches(),
+            keep in any::<prop::sample::Index>(),
+            cuts in vec(any::<prop::sample::Index>(), 0..5),
+        ) {
+            let frame = SessionMessage::regular(CompressionAlgorithm::None, &input).expect("fits").encode();
+            let keep = keep.index(frame.len());
+            let (read, refused) = all(frames(&frame[..keep], &cuts));
+            prop_assert!(read.is_empty());
+            prop_assert_eq!(refused.is_some_and(|refused| refused.code == "bad_frame"), keep > 0);
+        }
+    }
+}

@@ -2,9 +2,12 @@
 //! own, databases, and readers for what comes back.
 
 pub mod database;
+pub mod engine;
 pub mod graphql;
 pub mod openapi;
 pub mod process;
+pub mod proxy;
+pub mod s2;
 pub mod s2_lite;
 pub mod seed;
 pub mod server;

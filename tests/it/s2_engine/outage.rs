@@ -181,6 +181,6 @@ async fn everything_goes_on_after_half_a_minute_without_s2() {
     }
     let sealed = replica.seal(&session("away"), closure("done")).await.expect("seals");
     for follower in &mut followers[..2] {
-        assert_eq!(follower.to_the_end().await, (vec![], sealed.clone()));
+        assert_eq!(follower.drain().await, (vec![], sealed.clone()));
     }
 }

@@ -137,8 +137,8 @@ async fn a_close_through_one_replica_refuses_every_writer_of_the_other_at_once()
         assert!(is_closed(&b.append(key, part("p", "late")).await, "done"));
         assert!(all(&b, key).await.len() <= 1);
     }
-    assert_eq!(follower.to_the_end().await.1, closure("done"));
-    assert_eq!(unwritten.to_the_end().await, (vec![], closure("done")));
+    assert_eq!(follower.drain().await.1, closure("done"));
+    assert_eq!(unwritten.drain().await, (vec![], closure("done")));
     assert_eq!(b.seal(&session("close"), closure("later")).await.expect("seals"), closure("done"));
 }
 

@@ -90,7 +90,7 @@ impl Slot {
     }
 
     /// Keeps what a look has shown, unless more was learned meanwhile.
-    pub(super) fn keep(&self, found: Known) -> Known {
+    pub(super) fn keep(&self, found: &Known) -> Known {
         let mut look = self.lock();
         let trimmed = look.trimmed;
         let known = look.known.get_or_insert_with(|| found.clone());

@@ -35,7 +35,7 @@ impl Shared {
                 found
             }
         };
-        Ok(Some(slot.keep(found)))
+        Ok(Some(slot.keep(&found)))
     }
 
     /// Reads what is new.

@@ -60,6 +60,12 @@ pub fn finished(document: OpenApi) -> Bytes {
         components.schemas.insert(name, schema);
     }
     let mut value = serde_json::to_value(&document).unwrap_or_default();
+    // As S2 words what it refuses.
+    value["components"]["schemas"]["S2ErrorBody"] = json!({
+        "type": "object",
+        "required": ["code", "message"],
+        "properties": {"code": {"type": "string"}, "message": {"type": "string"}}
+    });
     complete(&mut value);
     Bytes::from(value.to_string())
 }
@@ -83,14 +89,15 @@ fn complete(document: &mut Value) {
             } else {
                 json!([{"secretKey": []}, {"publicToken": []}])
             };
-            let body = matches!(method.as_str(), "post" | "patch");
-            let refusals = REFUSALS.iter().chain(BODY_REFUSALS.iter().filter(|_| body));
+            let has_body = matches!(method.as_str(), "post" | "patch");
+            let refusals = REFUSALS.iter().chain(BODY_REFUSALS.iter().filter(|_| has_body));
             for (status, description) in refusals {
                 if *status == "429" && !path.starts_with("/api/") {
                     continue;
                 }
-                let content =
-                    json!({"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}});
+                let body = if path.starts_with("/v1/") { "S2ErrorBody" } else { "ErrorBody" };
+                let schema = format!("#/components/schemas/{body}");
+                let content = json!({"application/json": {"schema": {"$ref": schema}}});
                 let response = if method == "head" {
                     json!({"description": description})
                 } else {

@@ -1,0 +1,68 @@
+// Stands between direct writers and the server, outlives it, and can keep its answers to itself.
+
+import { once } from "node:events";
+import { connect, createServer } from "node:net";
+import { setTimeout as delay } from "node:timers/promises";
+
+export class Relay {
+  #listener;
+  #target;
+  #pairs = new Set();
+
+  static async start() {
+    const relay = new Relay();
+    relay.#listener = createServer((near) => void relay.#join(near));
+    relay.#listener.listen(0, "127.0.0.1");
+    await once(relay.#listener, "listening");
+    relay.url = `http://127.0.0.1:${relay.#listener.address().port}`;
+    return relay;
+  }
+
+  /** Where the server is. Connections wait until it is there. */
+  aim(url) {
+    this.#target = new URL(url);
+  }
+
+  /** What the server says on the connections of now is lost; what it is told is not. */
+  mute() {
+    for (const pair of this.#pairs) pair.muted = true;
+  }
+
+  /** Breaks every connection. */
+  cut() {
+    for (const { near, far } of this.#pairs) [near, far].forEach((socket) => socket.resetAndDestroy());
+  }
+
+  close() {
+    this.#listener.close();
+    this.cut();
+  }
+
+  async #join(near) {
+    near.on("error", () => {});
+    const far = await this.#reach(near);
+    if (!far) return;
+    const pair = { near, far, muted: false };
+    this.#pairs.add(pair);
+    const end = () => {
+      this.#pairs.delete(pair);
+      near.destroy();
+      far.destroy();
+    };
+    for (const socket of [near, far]) socket.setNoDelay(true).on("error", end).on("close", end);
+    near.pipe(far);
+    far.on("data", (bytes) => pair.muted || near.write(bytes));
+  }
+
+  async #reach(near) {
+    while (!near.destroyed) {
+      const far = connect({ host: this.#target.hostname, port: Number(this.#target.port) });
+      try {
+        await once(far, "connect");
+        return far;
+      } catch {
+        await delay(20);
+      }
+    }
+  }
+}

@@ -4,6 +4,9 @@ import { once } from "node:events";
 import { connect, createServer } from "node:net";
 import { setTimeout as delay } from "node:timers/promises";
 
+/** Frames of the connection itself are smaller than any batch that the tests send, in bytes. */
+const HOUSEKEEPING_MAX = 256;
+
 export class Relay {
   #listener;
   #target;
@@ -28,6 +31,20 @@ export class Relay {
     for (const pair of this.#pairs) pair.muted = true;
   }
 
+  /** Keeps what the server says from now on. */
+  hold() {
+    for (const pair of this.#pairs) pair.held = [];
+  }
+
+  /** Says what was held, and loses what the server answers to whatever is written after that. */
+  letGo() {
+    for (const pair of this.#pairs) {
+      pair.mutesOnWrite = true;
+      for (const bytes of pair.held.splice(0)) pair.near.write(bytes);
+      pair.held = undefined;
+    }
+  }
+
   /** Breaks every connection. */
   cut() {
     for (const { near, far } of this.#pairs) [near, far].forEach((socket) => socket.resetAndDestroy());
@@ -42,7 +59,7 @@ export class Relay {
     near.on("error", () => {});
     const far = await this.#reach(near);
     if (!far) return;
-    const pair = { near, far, muted: false };
+    const pair = { near, far, muted: false, mutesOnWrite: false, held: undefined };
     this.#pairs.add(pair);
     const end = () => {
       this.#pairs.delete(pair);
@@ -50,8 +67,14 @@ export class Relay {
       far.destroy();
     };
     for (const socket of [near, far]) socket.setNoDelay(true).on("error", end).on("close", end);
-    near.pipe(far);
-    far.on("data", (bytes) => pair.muted || near.write(bytes));
+    near.on("data", (bytes) => {
+      pair.muted ||= pair.mutesOnWrite && bytes.length > HOUSEKEEPING_MAX;
+      far.write(bytes);
+    });
+    far.on("data", (bytes) => {
+      if (pair.held) pair.held.push(bytes);
+      else if (!pair.muted) near.write(bytes);
+    });
   }
 
   async #reach(near) {

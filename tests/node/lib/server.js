@@ -55,8 +55,8 @@ export class Server {
 
   /** Runs a command of the binary on the server's data, as its operator does; answers its JSON. */
   async operate(...args) {
-    const { stdout } = await promisify(execFile)(BINARY, ["--data", this.data, ...args], { env: this.#environment() });
-    return stdout.trim() === "" ? undefined : JSON.parse(stdout);
+    const { stdout } = await promisify(execFile)(BINARY, ["--data", this.data, ...args, "--json"], { env: this.#environment() });
+    return JSON.parse(stdout);
   }
 
   async #end(signal) {

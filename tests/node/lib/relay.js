@@ -11,6 +11,8 @@ export class Relay {
   #listener;
   #target;
   #pairs = new Set();
+  /** Answers that were kept or lost since the last `hold` or `mute`. */
+  withheld = 0;
 
   static async start() {
     const relay = new Relay();
@@ -28,11 +30,13 @@ export class Relay {
 
   /** What the server says on the connections of now is lost; what it is told is not. */
   mute() {
+    this.withheld = 0;
     for (const pair of this.#pairs) pair.muted = true;
   }
 
   /** Keeps what the server says from now on. */
   hold() {
+    this.withheld = 0;
     for (const pair of this.#pairs) pair.held = [];
   }
 
@@ -72,8 +76,9 @@ export class Relay {
       far.write(bytes);
     });
     far.on("data", (bytes) => {
-      if (pair.held) pair.held.push(bytes);
-      else if (!pair.muted) near.write(bytes);
+      if (!pair.held && !pair.muted) return void near.write(bytes);
+      pair.held?.push(bytes);
+      this.withheld += dataFrames(bytes);
     });
   }
 
@@ -88,4 +93,11 @@ export class Relay {
       }
     }
   }
+}
+
+/** How many of HTTP/2's DATA frames these bytes begin. The server writes small frames whole. */
+function dataFrames(bytes) {
+  let count = 0;
+  for (let at = 0; at + 9 <= bytes.length; at += 9 + bytes.readUIntBE(at, 3)) count += Number(bytes[at + 3] === 0);
+  return count;
 }

@@ -113,7 +113,7 @@ test("a closed session is refused at once, whichever way it is written to", asyn
 });
 
 test("a pipe ends when its session expires, and nothing is stored later", async () => {
-  const { handle, externalId } = await started("expires", { expiresAt: new Date(Date.now() + 3000) });
+  const { handle, externalId } = await started("expires", { expiresAt: new Date(Date.now() + 5000) });
   const { source, pipe } = await piping(handle, externalId);
   refused(await source.exhaust(pipe), 409, "session_expired", /expired/);
   answers();

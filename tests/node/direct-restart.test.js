@@ -4,9 +4,11 @@
 import assert from "node:assert/strict";
 import { after, afterEach, test } from "node:test";
 
-import { numbered, payloads, started, stored } from "./lib/direct.js";
+import * as s2 from "@s2-dev/streamstore";
+
+import { initialize, numbered, open, payloads, started, stored } from "./lib/direct.js";
 import { Relay } from "./lib/relay.js";
-import { delay, eventually, suite } from "./lib/suite.js";
+import { delay, eventually, suite, take } from "./lib/suite.js";
 
 // Holds writers that come while the server is away, so that how fast it is back decides nothing.
 let relay;
@@ -115,13 +117,14 @@ test("several writers of one channel survive kill -9 of the server together", as
       execute: async ({ write }) => {
         for (let i = 0; i < 200; i++) {
           write({ writer, i });
-          await new Promise(setImmediate);
+          await delay(1);
         }
       },
     }),
   );
   await eventually("some records", async () => (await stored(context, externalId)).length > 0);
   relay.mute();
+  await eventually("an answer that is lost", () => relay.withheld > 0);
   await context.server.kill();
   await context.server.restart();
   await Promise.all(writers.map(({ waitUntilComplete }) => waitUntilComplete()));
@@ -132,3 +135,19 @@ test("several writers of one channel survive kill -9 of the server together", as
     assert.deepEqual(own.map(({ i }) => i), Array.from({ length: 200 }, (_, i) => i), `writer ${writer}`);
   }
 });
+
+for (const transport of ["s2s", "fetch"]) {
+  test(`S2's read session survives kill -9 of the server (${transport})`, async () => {
+    const { handle, externalId } = await started("read");
+    await handle.out.pipe(ReadableStream.from(numbered(0, 20))).waitUntilComplete();
+    const stream = open(s2, await initialize(context, externalId, "out"), { transport });
+    const reader = (await stream.readSession({ start: { from: { seqNum: 0 } } })).getReader();
+    const seen = await take(reader, 20);
+    await context.server.kill();
+    await context.server.restart();
+    await handle.out.pipe(ReadableStream.from(numbered(20, 40))).waitUntilComplete();
+    seen.push(...(await take(reader, 20)));
+    assert.deepEqual(seen.map(({ body }) => JSON.parse(body).data), numbered(0, 40));
+    await reader.cancel();
+  });
+}

@@ -8,7 +8,7 @@ import { sessions } from "@trigger.dev/sdk";
 import * as newest from "streamstore-newest";
 
 import { initialize, open, payloads, started } from "./lib/direct.js";
-import { eventually, SECRET, suite, unique } from "./lib/suite.js";
+import { drain, eventually, SECRET, suite, take, unique } from "./lib/suite.js";
 
 const context = suite();
 
@@ -131,17 +131,23 @@ for (const variant of VARIANTS) {
     await filled(variant.client, stream, 5);
     const session = await stream.readSession({ start: { from: { seqNum: 0 } } });
     const reader = session.getReader();
-    const next = async (count) => {
-      const records = [];
-      while (records.length < count) records.push((await reader.read()).value);
-      return bodies(records);
-    };
+    const next = async (count) => bodies(await take(reader, count));
     assert.deepEqual(await next(5), letters(0, 5));
     for (const body of letters(5, 8)) {
       await stream.append(AppendInput.create([AppendRecord.string({ body })]));
       assert.deepEqual(await next(1), [body]);
     }
     await reader.cancel();
+  });
+
+  each("a read session ends when its session is closed, with everything read", async () => {
+    const { stream, session } = await opened(variant);
+    await filled(variant.client, stream, 3);
+    const reader = (await stream.readSession({ start: { from: { seqNum: 0 } } })).getReader();
+    assert.deepEqual(bodies(await take(reader, 3)), letters(0, 3));
+    await stream.append(AppendInput.create([AppendRecord.string({ body: "last words" })]));
+    await sessions.close(session.externalId);
+    assert.deepEqual(bodies(await drain(reader)), ["last words"]);
   });
 
   each("fences, conditions and trims", async () => {

@@ -8,7 +8,7 @@ import * as s2 from "@s2-dev/streamstore";
 import { auth, PermissionDeniedError, sessions } from "@trigger.dev/sdk";
 
 import { initialize, open, payloads, started, stored } from "./lib/direct.js";
-import { sessionBody, suite, unique } from "./lib/suite.js";
+import { drain, eventually, sessionBody, suite, unique } from "./lib/suite.js";
 
 // GraphQL is not in the document that the suite holds every other answer to.
 const rawFetch = globalThis.fetch;
@@ -176,6 +176,26 @@ test("a token that was given before its session existed opens it once it does", 
   await sessions.start(sessionBody({ externalId }));
   await stream.append(input);
   assert.deepEqual(await payloads(context, externalId, { io: "in" }), ["hello"]);
+});
+
+test("what a public token was given, and what it has opened, end with it", async () => {
+  const { id } = await started("ends");
+  const expirationTime = Math.floor(Date.now() / 1000) + 5;
+  const token = await auth.createPublicToken({ scopes: { read: { sessions: id }, write: { sessions: id } }, expirationTime });
+  const given = await initialize(context, id, "in", { token });
+  const readers = ["s2s", "fetch"].map(async (transport) => {
+    const session = await open(s2, given, { transport }).readSession({ start: { from: { seqNum: 0 } } });
+    return drain(session.getReader()).then(() => "a clean end", (error) => `${error.status} ${error.code}`);
+  });
+  const writing = await open(s2, given, { transport: "s2s" }).appendSession();
+  const write = (n) => writing.submit(AppendInput.create([envelope(n, `${n}`)])).then((ticket) => ticket.ack());
+  let n = 0;
+  const end = await eventually("the end of the writer", () => write(n++).then(() => false, (error) => error));
+  assert.deepEqual([end.status, end.code], [401, "authn"]);
+  assert.deepEqual(await Promise.all(readers), ["401 authn", "401 authn"]);
+  const late = AppendInput.create([envelope("late", "late")]);
+  await assert.rejects(open(s2, given).append(late), { status: 401, code: "authn" });
+  assert.deepEqual(await payloads(context, id, { io: "in" }), Array.from({ length: n - 1 }, (_, n) => n));
 });
 
 /** One record in `.in`, none in `.out`, and no fence: a command would have taken a place. */

@@ -6,42 +6,10 @@ import { test } from "node:test";
 import { S2Error } from "@s2-dev/streamstore";
 import { auth, BadRequestError, sessions } from "@trigger.dev/sdk";
 
-import { numbered, payloads, started } from "./lib/direct.js";
+import { numbered, payloads, Source, started } from "./lib/direct.js";
 import { eventually, sessionBody, suite, unique } from "./lib/suite.js";
 
 const context = suite();
-
-/** A source that a test feeds, and that never ends by itself. */
-class Source {
-  #controller;
-  /** What has been written so far. */
-  written = [];
-  stream = new ReadableStream({ start: (controller) => void (this.#controller = controller) });
-
-  write(count = 1) {
-    for (const chunk of numbered(this.written.length, this.written.length + count)) {
-      this.written.push(chunk);
-      this.#controller.enqueue(chunk);
-    }
-  }
-
-  /** Writes on and on, until the pipe has had enough; answers why it has. */
-  async exhaust({ waitUntilComplete }) {
-    let ended = false;
-    const end = waitUntilComplete().then(
-      () => assert.fail("the pipe has ended well"),
-      (error) => {
-        ended = true;
-        return error;
-      },
-    );
-    await eventually("the end of the pipe", () => {
-      this.write();
-      return ended;
-    });
-    return end;
-  }
-}
 
 /** A pipe that is under way: its first records are stored. */
 async function piping(handle, session) {

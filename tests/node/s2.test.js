@@ -126,6 +126,23 @@ for (const variant of VARIANTS) {
     assert.deepEqual(bodies(records), letters(0, 60));
   });
 
+  each("the largest record and the longest batch fit, both ways", async () => {
+    const { stream } = await opened(variant);
+    const body = "\u00e9".repeat(AppendRecord.maxBodyBytes() / 2);
+    const long = Array.from({ length: 1000 }, (_, n) => AppendRecord.string({ body: `${n}` }));
+    await stream.append(AppendInput.create([AppendRecord.string({ body })]));
+    await stream.append(AppendInput.create(long));
+    const session = await stream.appendSession();
+    for (const records of [[AppendRecord.bytes({ body: bytes(body) })], long]) await (await session.submit(AppendInput.create(records))).ack();
+    await session.close();
+    const records = await collect(await stream.readSession({ start: { from: { seqNum: 0 } } }), 2002);
+    const expected = [body, ...long.map((record) => record.body)];
+    // Compared as a whole: a failure must not print it.
+    assert.ok(bodies(records).join() === [...expected, ...expected].join());
+    const { records: read } = await stream.read({ start: { from: { seqNum: 0 } } });
+    assert.ok(read.length === 1 && read[0].body === body, "one read is at most as much as one batch");
+  });
+
   each("a read session follows what is written", async () => {
     const { stream } = await opened(variant);
     await filled(variant.client, stream, 5);
@@ -227,3 +244,15 @@ for (const variant of VARIANTS) {
     assert.deepEqual(bodies((await stream.read({ start: { from: { seqNum: 0 } } })).records), ["x"], "it stays readable");
   });
 }
+
+test("frames may be compressed", async () => {
+  const { channel } = await opened({ client: newest, transport: "s2s", credentials: "token" });
+  const { AppendInput, AppendRecord } = newest;
+  const stream = open(newest, channel, { transport: "s2s", compression: "gzip" });
+  const session = await stream.appendSession();
+  const body = "all the same ".repeat(50_000);
+  for (let n = 0; n < 3; n++) await (await session.submit(AppendInput.create([AppendRecord.string({ body })]))).ack();
+  await session.close();
+  const records = await collect(await stream.readSession({ start: { from: { seqNum: 0 } } }), 3);
+  assert.ok(records.every((record) => record.body === body));
+});

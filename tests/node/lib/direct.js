@@ -1,8 +1,10 @@
 // What the tests of direct writers share: a session, what its channels hold, and S2's own client on one of them.
 
+import assert from "node:assert/strict";
+
 import { sessions } from "@trigger.dev/sdk";
 
-import { sessionBody, unique } from "./suite.js";
+import { eventually, sessionBody, unique } from "./suite.js";
 
 /** A new session under an external id of its own, with a handle on it. */
 export async function started(name, fields = {}) {
@@ -47,3 +49,35 @@ export function open({ S2 }, { accessToken, basin, endpoint, stream }, { transpo
 }
 
 export const numbered = (from, to) => Array.from({ length: to - from }, (_, i) => ({ n: from + i }));
+
+/** A source that a test feeds, and that never ends by itself. */
+export class Source {
+  #controller;
+  /** What has been written so far. */
+  written = [];
+  stream = new ReadableStream({ start: (controller) => void (this.#controller = controller) });
+
+  write(count = 1) {
+    for (const chunk of numbered(this.written.length, this.written.length + count)) {
+      this.written.push(chunk);
+      this.#controller.enqueue(chunk);
+    }
+  }
+
+  /** Writes on and on, until the pipe has had enough; answers why it has. */
+  async exhaust({ waitUntilComplete }) {
+    let ended = false;
+    const end = waitUntilComplete().then(
+      () => assert.fail("the pipe has ended well"),
+      (error) => {
+        ended = true;
+        return error;
+      },
+    );
+    await eventually("the end of the pipe", () => {
+      this.write();
+      return ended;
+    });
+    return end;
+  }
+}

@@ -87,6 +87,22 @@ for (const [how, end] of [["kill -9", "kill"], ["a broken connection", undefined
   });
 }
 
+test("a pipe over a connection that breaks again and again arrives whole", async () => {
+  const { handle, externalId } = await started("flaky");
+  const feed = new Feed(handle);
+  for (let round = 0; round < 12; round++) {
+    // So many that the writer has heard of one, and does not count this as another failure of the same attempt.
+    await eventually("answers", () => relay.passed > 3);
+    if (round % 2 === 0) {
+      relay.mute();
+      await eventually("an answer that is lost", () => relay.withheld > 0);
+    }
+    relay.cut();
+  }
+  assert.deepEqual(await feed.finish(50), { lastEventId: `${feed.written - 1}` });
+  await assertOnce(externalId, feed.written);
+});
+
 test("thousands of records that were stored and never acknowledged are stored once", async () => {
   const { handle, externalId } = await started("thousands");
   let goOn;

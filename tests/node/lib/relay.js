@@ -13,6 +13,8 @@ export class Relay {
   #pairs = new Set();
   /** Answers that were kept or lost since the last `hold` or `mute`. */
   withheld = 0;
+  /** Answers that were passed on since the last `cut`. */
+  passed = 0;
 
   static async start() {
     const relay = new Relay();
@@ -51,6 +53,7 @@ export class Relay {
 
   /** Breaks every connection. */
   cut() {
+    this.passed = 0;
     for (const { near, far } of this.#pairs) [near, far].forEach((socket) => socket.resetAndDestroy());
   }
 
@@ -76,7 +79,10 @@ export class Relay {
       far.write(bytes);
     });
     far.on("data", (bytes) => {
-      if (!pair.held && !pair.muted) return void near.write(bytes);
+      if (!pair.held && !pair.muted) {
+        this.passed += dataFrames(bytes);
+        return void near.write(bytes);
+      }
       pair.held?.push(bytes);
       this.withheld += dataFrames(bytes);
     });

@@ -89,14 +89,14 @@ fn complete(document: &mut Value) {
             } else {
                 json!([{"secretKey": []}, {"publicToken": []}])
             };
-            let body = matches!(method.as_str(), "post" | "patch");
-            let refusals = REFUSALS.iter().chain(BODY_REFUSALS.iter().filter(|_| body));
+            let has_body = matches!(method.as_str(), "post" | "patch");
+            let refusals = REFUSALS.iter().chain(BODY_REFUSALS.iter().filter(|_| has_body));
             for (status, description) in refusals {
                 if *status == "429" && !path.starts_with("/api/") {
                     continue;
                 }
-                let schema = if path.starts_with("/v1/") { "S2ErrorBody" } else { "ErrorBody" };
-                let schema = format!("#/components/schemas/{schema}");
+                let body = if path.starts_with("/v1/") { "S2ErrorBody" } else { "ErrorBody" };
+                let schema = format!("#/components/schemas/{body}");
                 let content = json!({"application/json": {"schema": {"$ref": schema}}});
                 let response = if method == "head" {
                     json!({"description": description})

@@ -1,12 +1,11 @@
 // Pages of other origins: the one that the server allows reads everything, any other reads nothing.
 
 import assert from "node:assert/strict";
-import { once } from "node:events";
-import { createServer } from "node:http";
 import { after, before, test } from "node:test";
 
 import { SECRET, Server } from "../node/lib/server.js";
 import { launch, Page } from "./lib/browser.js";
+import { Origin } from "./lib/origin.js";
 
 const QUERY = "{ viewer { tokenKind } }";
 const FOLLOW = 'subscription { channelRecords(by: {externalId: "shared"}, io: OUT) { caughtUp endCursor } }';
@@ -31,25 +30,6 @@ after(async () => {
   await server?.remove();
   Object.values(origins).forEach((origin) => origin.stop());
 });
-
-/** A site with one empty page. */
-class Origin {
-  static async start() {
-    const origin = new Origin();
-    origin.http = createServer((_, response) => {
-      response.writeHead(200, { "Content-Type": "text/html" }).end("<!doctype html><title>elsewhere</title>");
-    });
-    origin.http.listen(0, "127.0.0.1");
-    await once(origin.http, "listening");
-    origin.url = `http://127.0.0.1:${origin.http.address().port}`;
-    return origin;
-  }
-
-  stop() {
-    this.http.closeAllConnections();
-    this.http.close();
-  }
-}
 
 /** Runs `script` in a page of that origin; an exception is its answer too. */
 async function from(name, script) {

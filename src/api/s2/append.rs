@@ -25,9 +25,10 @@ use crate::telemetry::Outcome;
 /// commands and control records take secret keys, `out` only their tokens.
 #[utoipa::path(post, path = "/v1/streams/{stream}/records", tag = "s2", operation_id = "s2Append",
     params(("stream" = String, Path, description = "As initialize has named it")),
-    request_body(content = Object, content_type = "application/json"),
-    responses((status = 200, description = "Durable", body = Object),
-        (status = 412, description = "Another tail or fencing token, which the body names", body = Object)))]
+    request_body(content((Object = "application/json"), (Vec<u8> = "application/protobuf"), (Vec<u8> = "s2s/proto"))),
+    responses((status = 200, description = "Durable",
+            content((Object = "application/json"), (Vec<u8> = "application/protobuf"), (Vec<u8> = "s2s/proto"))),
+        (status = 412, description = "A condition of the batch does not hold: what is there instead", body = Object)))]
 pub async fn append(
     State(app): State<App>,
     Extension(id): Extension<RequestId>,

@@ -4,7 +4,8 @@ use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode};
-use serde_json::json;
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::{BASIN, target};
 use crate::api::App;
@@ -13,11 +14,18 @@ use crate::api::extract::{Asker, ChannelPath};
 use crate::api::origin::Origin;
 use crate::domain::SessionRef;
 
+/// What says that the headers are there.
+#[derive(Serialize, ToSchema)]
+pub struct InitializeResponse {
+    /// Of the wire: always `v2`, S2's.
+    version: &'static str,
+}
+
 /// Prepares a channel for direct writes over the S2 wire: the answer's headers say with which token, where and under
 /// which name. `out` takes secret keys only.
 #[utoipa::path(put, path = "/realtime/v1/sessions/{session}/{io}", tag = "realtime",
     operation_id = "initializeChannel", params(("session" = String, Path), ("io" = String, Path)),
-    responses((status = 202, description = "The headers name the stream and open it", body = Object,
+    responses((status = 202, description = "The headers name the stream and open it", body = InitializeResponse,
         headers(("X-S2-Access-Token" = String), ("X-S2-Stream-Name" = String), ("X-S2-Basin" = String),
             ("X-S2-Endpoint" = String), ("X-S2-Flush-Interval-Ms" = u64), ("X-S2-Max-Retries" = u32)))))]
 pub async fn initialize(
@@ -35,7 +43,7 @@ pub async fn initialize(
         Some(endpoint) => endpoint.as_str().trim_end_matches('/').to_owned(),
         None => format!("{}/v1", origin.0),
     };
-    let mut response = (StatusCode::ACCEPTED, Json(json!({"version": "v2"}))).into_response();
+    let mut response = (StatusCode::ACCEPTED, Json(InitializeResponse { version: "v2" })).into_response();
     for (name, value) in [
         ("x-s2-access-token", token),
         ("x-s2-stream-name", target::stream_name(&session, &path.channel)),
@@ -55,7 +63,7 @@ pub async fn initialize(
 #[utoipa::path(put, path = "/realtime/v1/sessions/{session}/channels/{channel}/{io}", tag = "realtime",
     operation_id = "initializeNamedChannel",
     params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path)),
-    responses((status = 202, description = "The headers name the stream and open it", body = Object,
+    responses((status = 202, description = "The headers name the stream and open it", body = InitializeResponse,
         headers(("X-S2-Access-Token" = String), ("X-S2-Stream-Name" = String), ("X-S2-Basin" = String),
             ("X-S2-Endpoint" = String), ("X-S2-Flush-Interval-Ms" = u64), ("X-S2-Max-Retries" = u32)))))]
 pub async fn initialize_named(

@@ -44,9 +44,10 @@ pub async fn check_tail(State(app): State<App>, target: Target) -> Result<Respon
         ("seq_num" = Option<u64>, Query), ("timestamp" = Option<u64>, Query),
         ("tail_offset" = Option<u64>, Query), ("clamp" = Option<bool>, Query), ("count" = Option<u64>, Query),
         ("bytes" = Option<u64>, Query), ("until" = Option<u64>, Query), ("wait" = Option<u32>, Query)),
-    responses((status = 200, description = "Records", body = Object),
+    responses((status = 200, description = "Records", content((Object = "application/json"),
+            (Vec<u8> = "application/protobuf"), (String = "text/event-stream"), (Vec<u8> = "s2s/proto"))),
         (status = 416, description = "Nothing is written there yet", body = Object),
-        (status = 422, description = "A start or an end that contradicts another", body = Object)))]
+        (status = 422, description = "A start or an end that contradicts another")))]
 pub async fn read(
     State(app): State<App>,
     Extension(id): Extension<RequestId>,

@@ -1,6 +1,6 @@
 // Starts, restarts and stops the real binary. Knows nothing of what the tests ask of it.
 
-import { spawn } from "node:child_process";
+import { execFile, spawn } from "node:child_process";
 import { once } from "node:events";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -8,6 +8,7 @@ import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
 
 export const SECRET = "tr_dev_clientsuite0123456789abcd";
 
@@ -52,6 +53,12 @@ export class Server {
     await rm(this.data, { recursive: true, force: true });
   }
 
+  /** Runs a command of the binary on the server's data, as its operator does; answers its JSON. */
+  async operate(...args) {
+    const { stdout } = await promisify(execFile)(BINARY, ["--data", this.data, ...args, "--json"], { env: this.#environment() });
+    return JSON.parse(stdout);
+  }
+
   async #end(signal) {
     const child = this.#child;
     if (child.exitCode === null && child.signalCode === null) {
@@ -62,8 +69,8 @@ export class Server {
     return child.exitCode;
   }
 
-  async #launch(listen) {
-    const env = {
+  #environment() {
+    return {
       ...Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith("SESSIOND_"))),
       SESSIOND_SECRET_KEY: SECRET,
       SESSIOND_HTTP__RATE_LIMIT__KEY_PER_10S: "0",
@@ -71,8 +78,11 @@ export class Server {
       SESSIOND_HTTP__RATE_LIMIT__TOKEN_PER_MINUTE: "0",
       ...this.#settings,
     };
+  }
+
+  async #launch(listen) {
     const child = spawn(BINARY, ["serve", "--listen", listen, "--data", this.data], {
-      env,
+      env: this.#environment(),
       stdio: ["ignore", "pipe", "pipe"],
     });
     this.#child = child;

@@ -15,12 +15,15 @@ for (const name of Object.keys(process.env)) {
 const { configure } = await import("@trigger.dev/sdk");
 const rawFetch = globalThis.fetch;
 
-/** Registers the hooks of a test file and answers what its tests use. `prepare` runs once the server is up. */
-export function suite(prepare = async () => {}) {
+/**
+ * Registers the hooks of a test file and answers what its tests use. `prepare` runs once the server is up, `settings`
+ * before: it answers the server's.
+ */
+export function suite(prepare = async () => {}, settings = async () => ({})) {
   const context = new Context();
   // One hook, because several do not wait for each other.
   before(async () => {
-    await context.start();
+    await context.start(await settings());
     await prepare();
   });
   afterEach(() => context.settle());
@@ -38,8 +41,8 @@ class Context {
     return this.server.baseUrl;
   }
 
-  async start() {
-    this.server = await Server.start();
+  async start(settings) {
+    this.server = await Server.start(settings);
     this.conformance = await Conformance.load(this.url);
     globalThis.fetch = (input, init) => this.#watched(input, init);
     configure({ baseURL: this.url, accessToken: SECRET });

@@ -47,7 +47,7 @@ pub async fn check_tail(State(app): State<App>, target: Target) -> Result<Respon
     responses((status = 200, description = "Records", content((Object = "application/json"),
             (Vec<u8> = "application/protobuf"), (String = "text/event-stream"), (Vec<u8> = "s2s/proto"))),
         (status = 416, description = "Nothing is written there yet", body = Object),
-        (status = 422, description = "A start or an end that contradicts another")))]
+        (status = 422, description = "A start or an end that contradicts another", body = Object)))]
 pub async fn read(
     State(app): State<App>,
     Extension(id): Extension<RequestId>,

@@ -13,4 +13,6 @@ mod graphql;
 mod harness;
 mod log;
 mod queries;
+mod runs;
 mod schema;
+mod waitpoints;

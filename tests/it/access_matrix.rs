@@ -551,10 +551,10 @@ async fn every_door_gives_every_token_the_verdict_of_the_rules() {
                 _ => json!({}),
             };
             // The third way to name a session, through one of the doors.
-            let opaque = match variables.get("by") {
-                Some(_) if by == "sessionId" => json!({"by": {"id": node}}),
-                _ => variables.clone(),
-            };
+            let mut opaque = variables.clone();
+            if by == "sessionId" && opaque.get("by").is_some() {
+                opaque["by"] = json!({"id": node});
+            }
             // There is no opaque id of what has only an external id.
             if matches!(row.need, Need::Hidden(_)) && by == "externalId" {
                 continue;

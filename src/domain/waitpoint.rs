@@ -212,11 +212,10 @@ impl NewWaitpoint {
     /// # Errors
     /// [`Error::Invalid`] naming the field.
     pub(super) fn into_waitpoint(self, session: &Session, now: Timestamp) -> Result<Waitpoint> {
-        if let Some(key) = &self.idempotency_key {
-            if !(1..=WAITPOINT_KEY_MAX).contains(&utf16_len(key)) || key.contains('\0') {
-                let message = format!("must be 1 to {WAITPOINT_KEY_MAX} characters, none of them NUL");
-                return Err(Error::invalid("idempotencyKey", message));
-            }
+        let fits = |key: &String| (1..=WAITPOINT_KEY_MAX).contains(&utf16_len(key)) && !key.contains('\0');
+        if !self.idempotency_key.as_ref().is_none_or(fits) {
+            let message = format!("must be 1 to {WAITPOINT_KEY_MAX} characters, none of them NUL");
+            return Err(Error::invalid("idempotencyKey", message));
         }
         Ok(Waitpoint {
             id: WaitpointId::generate(now),

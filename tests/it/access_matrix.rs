@@ -42,6 +42,8 @@ enum Need {
     Somebody,
     /// As `Session`, but who may not see it is told that there is nothing.
     Hidden(&'static str),
+    /// An action on the session of a waitpoint, whose id no scope names.
+    Waitpoint(&'static str),
 }
 
 /// One logical operation.
@@ -177,7 +179,7 @@ fn rows() -> Vec<Row> {
         // Before anything else can end the wait.
         Row {
             name: "answer",
-            need: Need::Session("write"),
+            need: Need::Waitpoint("write"),
             rest: &[("post", "/api/v1/waitpoints/tokens/{waitpoint}/complete", r#"{"data":1}"#)],
             fields: &["Mutation.completeWaitpoint"],
             document: "mutation($waitpoint: ID!) { completeWaitpoint(input: {id: $waitpoint, data: 1}) { userErrors { code } } }",
@@ -191,7 +193,7 @@ fn rows() -> Vec<Row> {
         },
         Row {
             name: "see a wait",
-            need: Need::Session("read"),
+            need: Need::Waitpoint("read"),
             rest: &[("get", "/api/v1/waitpoints/tokens/{waitpoint}", "")],
             fields: &["Query.waitpoint"],
             document: "query($waitpoint: ID!) { waitpoint(id: $waitpoint) { id } }",
@@ -199,7 +201,7 @@ fn rows() -> Vec<Row> {
         },
         Row {
             name: "await",
-            need: Need::Session("read"),
+            need: Need::Waitpoint("read"),
             rest: &[("get", "/api/v1/waitpoints/tokens/{waitpoint}?wait=300", "")],
             fields: &["Subscription.waitpointCompleted"],
             document: "subscription($waitpoint: ID!) { waitpointCompleted(id: $waitpoint) { id } }",
@@ -415,6 +417,8 @@ fn expected(need: Need, token: &Token, address: &str, exists: bool) -> Verdict {
         Need::Somebody => Allowed,
         Need::Hidden(action) if session(action) == Allowed => Allowed,
         Need::Hidden(_) => NotFound,
+        Need::Waitpoint(action) if token.all.contains(&action) => session(action),
+        Need::Waitpoint(action) => allowed(token.named.contains(&action) && there),
     }
 }
 

@@ -344,17 +344,17 @@ mod tests {
 
     const NOW: Timestamp = Timestamp::from_millis(1_000_000_000);
 
-    fn read(body: Value) -> Result<NewWaitpoint, Failure> {
+    fn read(body: &Value) -> Result<NewWaitpoint, Failure> {
         wait(body.as_object().expect("an object"), named_run("run_a"), NOW)
     }
 
     #[test]
     fn a_wait_is_read_as_the_sdk_writes_it() {
-        let new = read(json!({"session": "s", "io": "in", "timeout": "1m", "tags": "a", "lastSeqNum": 0}));
+        let new = read(&json!({"session": "s", "io": "in", "timeout": "1m", "tags": "a", "lastSeqNum": 0}));
         let new = new.expect("reads");
         assert_eq!(new.timeout_at, Some(NOW.plus(Duration::from_secs(60))));
         assert_eq!((new.after, new.tags, new.idempotency_key), (Some(0), vec!["a".to_owned()], None));
-        let new = read(json!({"session": "s", "io": "out", "timeout": "2030-01-02T00:00:00.000Z"}));
+        let new = read(&json!({"session": "s", "io": "out", "timeout": "2030-01-02T00:00:00.000Z"}));
         assert_eq!(new.expect("reads").timeout_at, Timestamp::parse("2030-01-02T00:00:00Z"));
         for (field, value) in [
             ("session", json!(null)),
@@ -370,7 +370,7 @@ mod tests {
         ] {
             let mut body = json!({"session": "s", "io": "in"});
             body[field] = value;
-            assert_eq!(read(body).expect_err(field).status.as_u16(), 400, "{field}");
+            assert_eq!(read(&body).expect_err(field).status.as_u16(), 400, "{field}");
         }
     }
 

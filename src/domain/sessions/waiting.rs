@@ -377,7 +377,7 @@ impl Waiting {
                 () = self.hurry.notified() => {}
                 _ = beat.tick() => {
                     beats = beats.wrapping_add(1);
-                    if let Err(error) = self.look_around(beats % PASS_EVERY == 0).await {
+                    if let Err(error) = self.look_around(beats.is_multiple_of(PASS_EVERY)).await {
                         tracing::warn!(%error, "cannot look for waits of other replicas");
                     }
                 }
@@ -468,10 +468,11 @@ impl Doubt<'_> {
 
 impl Drop for Doubt<'_> {
     fn drop(&mut self) {
-        if !self.dispelled && self.waiting.open.load(Ordering::SeqCst) > 0 {
-            if let Some(waits) = self.waiting.lock().channels.get_mut(self.key) {
-                waits.doubtful = true;
-            }
+        if !self.dispelled
+            && self.waiting.open.load(Ordering::SeqCst) > 0
+            && let Some(waits) = self.waiting.lock().channels.get_mut(self.key)
+        {
+            waits.doubtful = true;
         }
     }
 }

@@ -183,6 +183,7 @@ impl Server {
         let shutdown = Shutdown::default();
         let backends = Backends {
             store: control.store.clone(),
+            waitpoints: control.store.clone(),
             channels: engine.channels(),
             index,
             clock: clock.clone(),
@@ -239,7 +240,7 @@ impl Server {
             tokio::spawn(recover_regularly(self.sessions.clone(), draining.clone()));
         }
         let router = api::router(ApiState {
-            sessions: self.sessions,
+            sessions: self.sessions.clone(),
             auth: self.auth.clone(),
             metrics: self.metrics,
             clock: self.control.clock.clone(),
@@ -248,6 +249,7 @@ impl Server {
         });
         let listening = tokio::spawn(self.listener.serve(router, self.shutdown.clone()));
         tokio::spawn(self.timers.clone().run(draining.clone()));
+        tokio::spawn(self.sessions.end_waits());
         tokio::spawn(self.auth.watch_keys(draining.clone()));
         tokio::spawn(sweep_expired(self.control.store.clone(), self.control.clock.clone(), draining));
         tracing::info!(%address, "listening");

@@ -5,5 +5,8 @@
 pub mod environments;
 pub mod installation;
 pub mod keys;
+pub mod session_runs;
 pub mod session_tags;
 pub mod sessions;
+pub mod waitpoint_tags;
+pub mod waitpoints;

@@ -3,6 +3,7 @@
 //! A step is frozen once released, so it spells its tables out and does not import `entity`.
 
 mod m20261123_000001_initial;
+mod m20261123_000002_waitpoints;
 
 pub use sea_orm_migration::MigratorTrait;
 use sea_orm_migration::prelude::{MigrationTrait, async_trait};
@@ -13,7 +14,7 @@ pub struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(m20261123_000001_initial::Migration)]
+        vec![Box::new(m20261123_000001_initial::Migration), Box::new(m20261123_000002_waitpoints::Migration)]
     }
 }
 

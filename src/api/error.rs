@@ -33,6 +33,10 @@ pub enum Route {
     Append(Direction),
     /// Prepares a channel for direct writes.
     Initialize,
+    /// Hands a session over to its next run.
+    Handover,
+    /// Waits for input, or answers who waits.
+    Wait,
 }
 
 /// A refusal, ready for the wire.
@@ -222,13 +226,21 @@ impl Failure {
             self.message = match route {
                 Route::Load => "Not found",
                 Route::Change => "Session not found",
-                Route::Append(_) => "Resource not found",
                 Route::Initialize => "Session not found",
+                Route::Handover if self.message == "run not found" => {
+                    "callingRunId not found in this environment"
+                }
+                Route::Append(_) | Route::Handover => "Resource not found",
+                Route::Wait if self.message == "run not found" => "Run not found",
+                Route::Wait if self.message == "session not found" => "Session not found",
+                Route::Wait => "Waitpoint not found",
             }
             .to_owned();
         }
-        if route == Route::Initialize {
-            return self.on_initialize();
+        match route {
+            Route::Initialize => return self.refused_by_state("initialize a channel on"),
+            Route::Handover => return self.refused_by_state("end-and-continue"),
+            _ => {}
         }
         let Route::Append(direction) = route else { return self };
         if self.code == Code::SessionClosed.as_str() {
@@ -245,14 +257,14 @@ impl Failure {
         self.with("ok", json!(false))
     }
 
-    fn on_initialize(mut self) -> Self {
+    fn refused_by_state(mut self, what: &str) -> Self {
         let state = match self.code {
             code if code == Code::SessionClosed.as_str() => "a closed",
             code if code == Code::SessionExpired.as_str() => "an expired",
             _ => return self,
         };
         self.status = StatusCode::BAD_REQUEST;
-        self.message = format!("Cannot initialize a channel on {state} session");
+        self.message = format!("Cannot {what} {state} session");
         self.retry = Some(false);
         self
     }

@@ -13,7 +13,10 @@ use serde_json::{Map, Value};
 
 use super::App;
 use super::error::Failure;
-use crate::domain::{Caller, ChannelAddress, ChannelName, Direction, Error, SessionRef, Violation};
+use crate::domain::run::named_run;
+use crate::domain::{
+    Caller, ChannelAddress, ChannelName, Direction, Error, RunId, SessionRef, Violation, WaitpointId,
+};
 
 /// Who asks, through the realtime routes, which have no rate limit.
 #[derive(Debug)]
@@ -110,6 +113,32 @@ impl FromRequestParts<App> for SessionPath {
 
     async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, Failure> {
         session(&path_params(parts).await?).map(Self)
+    }
+}
+
+/// The run that a path names.
+#[derive(Debug)]
+pub struct RunPath(pub RunId);
+
+/// The waitpoint that a path names.
+#[derive(Debug)]
+pub struct WaitpointPath(pub WaitpointId);
+
+impl FromRequestParts<App> for RunPath {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, Failure> {
+        let params = path_params(parts).await?;
+        Ok(Self(named_run(param(&params, "run").unwrap_or_default())))
+    }
+}
+
+impl FromRequestParts<App> for WaitpointPath {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, Failure> {
+        let params = path_params(parts).await?;
+        in_path(WaitpointId::parse(param(&params, "waitpoint").unwrap_or_default())).map(Self)
     }
 }
 

@@ -111,7 +111,7 @@ impl std::ops::Deref for Shared {
 }
 
 /// Every route template: the only values that the `route` label of a metric may have.
-const ROUTES: [&str; 23] = [
+const ROUTES: [&str; 29] = [
     "/",
     "/healthz",
     "/readyz",
@@ -124,6 +124,12 @@ const ROUTES: [&str; 23] = [
     "/api/v1/sessions",
     "/api/v1/sessions/{session}",
     "/api/v1/sessions/{session}/close",
+    "/api/v1/sessions/{session}/end-and-continue",
+    "/api/v1/runs/{run}/session-streams/wait",
+    "/engine/v1/runs/{run}/waitpoints/tokens/{waitpoint}/wait",
+    "/api/v1/waitpoints/tokens",
+    "/api/v1/waitpoints/tokens/{waitpoint}",
+    "/api/v1/waitpoints/tokens/{waitpoint}/complete",
     "/api/v1/auth/jwt/claims",
     "/api/v1/auth/jwt",
     "/api/v1/auth/public-tokens",

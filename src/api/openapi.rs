@@ -32,6 +32,12 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(rest::sessions::create, rest::sessions::list))
         .routes(routes!(rest::sessions::retrieve, rest::sessions::update))
         .routes(routes!(rest::sessions::close))
+        .routes(routes!(rest::sessions::end_and_continue))
+        .routes(routes!(rest::waitpoints::wait))
+        .routes(routes!(rest::waitpoints::block))
+        .routes(routes!(rest::waitpoints::list))
+        .routes(routes!(rest::waitpoints::retrieve))
+        .routes(routes!(rest::waitpoints::complete))
         .routes(routes!(rest::auth::claims))
         .routes(routes!(rest::auth::jwt))
         .routes(routes!(rest::auth::public_tokens))
@@ -79,7 +85,7 @@ fn complete(document: &mut Value) {
     let Some(paths) = document["paths"].as_object_mut() else { return };
     for (path, item) in paths {
         let Some(item) = item.as_object_mut() else { continue };
-        let keys_only = path.starts_with("/api/v1/auth/");
+        let keys_only = path.starts_with("/api/v1/auth/") || path.contains("/runs/");
         for (method, operation) in item {
             if !matches!(method.as_str(), "get" | "head" | "post" | "put" | "patch" | "delete") {
                 continue;
@@ -147,7 +153,7 @@ mod tests {
     fn every_documented_path_has_a_metric_label_and_every_operation_its_refusals() {
         let document = document();
         let paths = document["paths"].as_object().expect("paths");
-        assert_eq!(paths.len(), 14);
+        assert_eq!(paths.len(), 20);
         for (path, item) in paths {
             assert!(super::super::ROUTES.contains(&path.as_str()), "{path}");
             for (method, operation) in item.as_object().expect("an object") {

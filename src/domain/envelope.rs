@@ -282,6 +282,11 @@ pub(super) fn claims_control(record: &NewRecord) -> bool {
     record.headers.iter().any(|(name, _)| name.is_empty() || name.eq_ignore_ascii_case(CONTROL_HEADER))
 }
 
+/// True for a record that carries a payload: neither a command nor a control record.
+pub(super) fn is_data(record: &Record) -> bool {
+    !record.is_command() && control(&record.headers).is_none()
+}
+
 /// True for the control record that ends an agent's turn.
 pub(super) fn is_turn_complete(record: &Record) -> bool {
     control(&record.headers) == Some("turn-complete")

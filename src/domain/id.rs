@@ -13,6 +13,10 @@ use super::error::{Error, Result};
 pub const SESSION_PREFIX: &str = "session_";
 /// What public run ids start with.
 pub const RUN_PREFIX: &str = "run_";
+/// What ids of waitpoints start with; the word is the one that clients know.
+pub const WAITPOINT_PREFIX: &str = "waitpoint_";
+/// Longest waitpoint id accepted in an address; ours are shorter.
+const WAITPOINT_ID_MAX: usize = 64;
 /// Longest external id, in UTF-16 code units (JavaScript's `length`, which is what clients count).
 pub const EXTERNAL_ID_MAX: usize = 256;
 /// Longest session id accepted in an address; ours are shorter.
@@ -85,6 +89,10 @@ text_id! {
     RunId
 }
 text_id! {
+    /// Our id of a waitpoint: `waitpoint_` and 26 lower-case characters that sort by creation time.
+    WaitpointId
+}
+text_id! {
     /// An environment, the unit of tenancy: every session, key and query belongs to exactly one.
     EnvironmentId
 }
@@ -104,6 +112,24 @@ impl RunId {
     /// A fresh run id.
     pub fn generate(now: Timestamp) -> Self {
         Self(format!("{RUN_PREFIX}{}", time_ordered(now)).into())
+    }
+}
+
+impl WaitpointId {
+    /// A fresh id for a waitpoint created at `now`.
+    pub fn generate(now: Timestamp) -> Self {
+        Self(format!("{WAITPOINT_PREFIX}{}", time_ordered(now)).into())
+    }
+
+    /// Reads an id as a path names it.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] when no waitpoint could ever have it.
+    pub fn parse(text: &str) -> Result<Self> {
+        let fits = text.len() <= WAITPOINT_ID_MAX
+            && text.starts_with(WAITPOINT_PREFIX)
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+        if fits { Ok(Self(text.into())) } else { Err(Error::malformed("waitpoint", "is not a waitpoint id")) }
     }
 }
 

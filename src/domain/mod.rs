@@ -13,10 +13,12 @@ pub mod lifeline;
 pub mod list;
 pub mod port;
 pub mod record;
+pub mod run;
 pub mod session;
 mod sessions;
 pub mod tenant;
 pub mod timer;
+pub mod waitpoint;
 pub mod watch;
 
 pub use access::{Action, Caller, CallerKind, Resource, Scopes};
@@ -24,14 +26,16 @@ pub use channel::{ChannelAddress, ChannelKey, ChannelName, Direction};
 pub use clock::{Clock, SystemClock, TestClock, Timestamp};
 pub use error::{Code, Error, Result, Violation};
 pub use follow::{Follow, FollowEvent};
-pub use id::{EnvironmentId, ExternalId, KeyId, RunId, SessionId, SessionRef};
+pub use id::{EnvironmentId, ExternalId, KeyId, RunId, SessionId, SessionRef, WaitpointId};
 pub use lifeline::Cut;
 pub use list::{Cursor, Filter, Page, PageRequest, StatusSet, TagQuery};
-pub use port::{ChannelStore, ListIndex, MetadataStore};
+pub use port::{ChannelStore, ListIndex, MetadataStore, Waitpoints};
 pub use record::{AppendAck, AppendInput, NewRecord, Position, ReadStart, Record, RecordBatch, SeqNum};
+pub use run::{RunReason, SessionRun};
 pub use session::{Closure, NewSession, Session, SessionPatch, Status};
 pub use sessions::{
-    Appended, Appender, Backends, CreateSession, Created, DirectBatch, FollowOptions, Sessions,
-    SessionsConfig, WriterEnd, WriterEvent,
+    Appended, Appender, Awaited, Backends, CreateSession, Created, DirectBatch, EndAndContinue,
+    FollowOptions, Sessions, SessionsConfig, WriterEnd, WriterEvent,
 };
+pub use waitpoint::{Completion, NewWaitpoint, Outcome, WaitStatus, Waitpoint, WaitpointFilter};
 pub use watch::{Watch, WatchEvent};

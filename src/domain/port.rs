@@ -1,4 +1,4 @@
-//! The three ports. Each is a contract; `tests/it/contract/` holds one suite per port that every adapter passes.
+//! The ports. Each is a contract; `tests/it/contract/` holds one suite per port that every adapter passes.
 
 use std::sync::Arc;
 
@@ -9,11 +9,15 @@ use futures_util::stream::BoxStream;
 use super::channel::ChannelKey;
 use super::clock::Timestamp;
 use super::error::Result;
-use super::id::{EnvironmentId, KeyId, SessionId, SessionRef};
+use super::id::{EnvironmentId, KeyId, RunId, SessionId, SessionRef, WaitpointId};
 use super::list::{Filter, Page, PageRequest, TagQuery};
 use super::record::{AppendAck, AppendInput, Bounds, Position, ReadLimit, ReadStart, RecordBatch};
+use super::run::SessionRun;
 use super::session::{Closure, Session, SessionPatch};
 use super::tenant::{Environment, StoredKey};
+use super::waitpoint::{
+    Completion, Waitpoint, WaitpointCursor, WaitpointFilter, WaitpointPage, WaitpointPageRequest,
+};
 
 /// Sessions, environments and keys. The source of truth for everything but records.
 ///
@@ -58,6 +62,24 @@ pub trait MetadataStore: Send + Sync {
         id: &SessionId,
         closure: &Closure,
     ) -> Result<Option<Session>>;
+
+    /// Hands a session over to `run`, whose [`SessionRun::previous`] must be the session's current run, and records it.
+    /// With a `request_key` that has handed this session over before, that run is answered and nothing is changed.
+    ///
+    /// Of any number of concurrent calls that name one previous run exactly one hands over, and never on a closed
+    /// session. `updated_at` moves as in [`MetadataStore::update_session`]. `None` when there is no such session.
+    async fn hand_over(&self, run: SessionRun, request_key: Option<&str>) -> Result<Option<HandedOver>>;
+
+    /// A run of whichever session of the environment.
+    async fn find_run(&self, environment: &EnvironmentId, id: &RunId) -> Result<Option<SessionRun>>;
+
+    /// The newest runs of a session, newest first. A create records the first one.
+    async fn runs(
+        &self,
+        environment: &EnvironmentId,
+        session: &SessionId,
+        limit: usize,
+    ) -> Result<Vec<SessionRun>>;
 
     /// As [`MetadataStore::close_session`], for a seal that was found in the log after a crash. The one
     /// query without an environment: the seal proves that its writer was allowed to close.
@@ -108,6 +130,69 @@ pub trait MetadataStore: Send + Sync {
 pub struct Inserted {
     /// The row.
     pub session: Session,
+    /// False when the row was there already.
+    pub created: bool,
+}
+
+/// What [`MetadataStore::hand_over`] did.
+#[derive(Clone, Debug)]
+pub struct HandedOver {
+    /// The row as it then stands; its current run is the one that won.
+    pub session: Session,
+    /// True if the run asked for is, or by the same request has become, the session's.
+    pub swapped: bool,
+    /// The run that took over: the one asked for, the same request's, or whichever is current.
+    pub run: RunId,
+}
+
+/// Waitpoints: who waits for input. Sees nothing of records; what ends a wait is read from the log.
+///
+/// Methods for callers take the environment first and cannot see past it. Each method is one atomic step, and once a
+/// write has returned it survives kill -9 and power loss.
+#[async_trait]
+pub trait Waitpoints: Send + Sync {
+    /// Inserts `waitpoint`, or finds the one that was made for the same channel with the same idempotency key, if that
+    /// key counts at `now`. A key that no longer counts is taken from the waitpoint that had it.
+    ///
+    /// Of any number of concurrent calls with one key exactly one inserts.
+    async fn create_waitpoint(&self, waitpoint: Waitpoint, now: Timestamp) -> Result<Registered>;
+
+    /// The waitpoint with this id.
+    async fn find_waitpoint(
+        &self,
+        environment: &EnvironmentId,
+        id: &WaitpointId,
+    ) -> Result<Option<Waitpoint>>;
+
+    /// Writes the completion unless the row has one already, and returns the row as it then stands.
+    async fn complete_waitpoint(
+        &self,
+        environment: &EnvironmentId,
+        id: &WaitpointId,
+        completion: &Completion,
+    ) -> Result<Option<Waitpoint>>;
+
+    /// A page, newest first. No row is skipped or repeated by following cursors, whatever is inserted meanwhile.
+    async fn list_waitpoints(
+        &self,
+        environment: &EnvironmentId,
+        filter: &WaitpointFilter,
+        page: &WaitpointPageRequest,
+    ) -> Result<WaitpointPage>;
+
+    /// Waitpoints that are not complete, of every environment, oldest first, from after `after`: for the server itself,
+    /// which has to end them.
+    async fn open_waitpoints(&self, after: Option<&WaitpointCursor>, limit: usize) -> Result<Vec<Waitpoint>>;
+
+    /// Which of these are complete, of whichever environment; at most a few hundred ids. For the server itself.
+    async fn completed_among(&self, ids: &[WaitpointId]) -> Result<Vec<WaitpointId>>;
+}
+
+/// What [`Waitpoints::create_waitpoint`] found or made.
+#[derive(Clone, Debug)]
+pub struct Registered {
+    /// The row.
+    pub waitpoint: Waitpoint,
     /// False when the row was there already.
     pub created: bool,
 }

@@ -240,6 +240,17 @@ pub fn check_reason(reason: Option<&str>) -> Result<()> {
     faults.into_result()
 }
 
+/// Checks the labels of something that has labels as a session does, and drops repeated ones.
+///
+/// # Errors
+/// [`Error::Invalid`] naming the field `tags`.
+pub(super) fn checked_tags(tags: &[String]) -> Result<Vec<String>> {
+    let mut faults = Faults::default();
+    let tags = faults.tags(tags);
+    faults.into_result()?;
+    Ok(tags)
+}
+
 /// Collects every broken rule, so that a caller sees all of them at once.
 #[derive(Default)]
 struct Faults(Vec<Violation>);

@@ -42,6 +42,8 @@ enum Need {
     Somebody,
     /// As `Session`, but who may not see it is told that there is nothing.
     Hidden(&'static str),
+    /// An action on the session of a waitpoint, whose id no scope names.
+    Waitpoint(&'static str),
 }
 
 /// One logical operation.
@@ -142,6 +144,75 @@ fn rows() -> Vec<Row> {
             rest: &[("patch", SESSION, r#"{"tags":["t"]}"#)],
             fields: &["Mutation.updateSession"],
             document: r#"mutation($by: SessionBy!) { updateSession(input: {by: $by, tags: ["t"]}) { userErrors { code } } }"#,
+            ..ROW
+        },
+        Row {
+            name: "runs",
+            need: Need::Session("read"),
+            document: "query($by: SessionBy!) { session(by: $by) { runs { runId } } }",
+            ..ROW
+        },
+        Row {
+            name: "hand over",
+            need: Need::Session("write"),
+            rest: &[(
+                "post",
+                "/api/v1/sessions/{session}/end-and-continue",
+                r#"{"callingRunId":"{run}","reason":"upgrade"}"#,
+            )],
+            fields: &["Mutation.endAndContinueSession"],
+            document: r#"mutation($by: SessionBy!, $run: String!) { endAndContinueSession(input: {by: $by, runId: $run}) { userErrors { code } } }"#,
+            ..ROW
+        },
+        Row {
+            name: "wait",
+            need: Need::KeyOnSession("write"),
+            rest: &[(
+                "post",
+                "/api/v1/runs/{run}/session-streams/wait",
+                r#"{"session":"{session}","io":"out"}"#,
+            )],
+            fields: &["Mutation.createWaitpoint"],
+            document: "mutation($by: SessionBy!) { createWaitpoint(input: {by: $by, io: OUT}) { userErrors { code } } }",
+            ..ROW
+        },
+        // Before anything else can end the wait.
+        Row {
+            name: "answer",
+            need: Need::Waitpoint("write"),
+            rest: &[("post", "/api/v1/waitpoints/tokens/{waitpoint}/complete", r#"{"data":1}"#)],
+            fields: &["Mutation.completeWaitpoint"],
+            document: "mutation($waitpoint: ID!) { completeWaitpoint(input: {id: $waitpoint, data: 1}) { userErrors { code } } }",
+            ..ROW
+        },
+        Row {
+            name: "block on a wait",
+            need: Need::KeyOnSession("read"),
+            rest: &[("post", "/engine/v1/runs/{run}/waitpoints/tokens/{waitpoint}/wait", "{}")],
+            ..ROW
+        },
+        Row {
+            name: "see a wait",
+            need: Need::Waitpoint("read"),
+            rest: &[("get", "/api/v1/waitpoints/tokens/{waitpoint}", "")],
+            fields: &["Query.waitpoint"],
+            document: "query($waitpoint: ID!) { waitpoint(id: $waitpoint) { id } }",
+            ..ROW
+        },
+        Row {
+            name: "await",
+            need: Need::Waitpoint("read"),
+            rest: &[("get", "/api/v1/waitpoints/tokens/{waitpoint}?wait=300", "")],
+            fields: &["Subscription.waitpointCompleted"],
+            document: "subscription($waitpoint: ID!) { waitpointCompleted(id: $waitpoint) { id } }",
+            ..ROW
+        },
+        Row {
+            name: "list waits",
+            need: Need::All("read"),
+            rest: &[("get", "/api/v1/waitpoints/tokens", "")],
+            fields: &["Query.waitpoints"],
+            document: "{ waitpoints(first: 1) { nodes { id } } }",
             ..ROW
         },
         Row {
@@ -346,6 +417,8 @@ fn expected(need: Need, token: &Token, address: &str, exists: bool) -> Verdict {
         Need::Somebody => Allowed,
         Need::Hidden(action) if session(action) == Allowed => Allowed,
         Need::Hidden(_) => NotFound,
+        Need::Waitpoint(action) if token.all.contains(&action) => session(action),
+        Need::Waitpoint(action) => allowed(token.named.contains(&action) && there),
     }
 }
 
@@ -378,16 +451,34 @@ fn of_result(result: &Value) -> Verdict {
     }
 }
 
-async fn over_rest(server: &TestServer, token: &Token, session: &str, call: (&str, &str, &str)) -> Verdict {
+/// What the placeholders of a row stand for.
+struct Names<'a> {
+    session: &'a str,
+    run: &'a str,
+    waitpoint: &'a str,
+}
+
+impl Names<'_> {
+    fn fill(&self, text: &str) -> String {
+        let text = text.replace("{session}", self.session).replace("{run}", self.run);
+        text.replace("{waitpoint}", self.waitpoint)
+    }
+}
+
+async fn over_rest(
+    server: &TestServer,
+    token: &Token,
+    names: &Names<'_>,
+    call: (&str, &str, &str),
+) -> Verdict {
     let (method, route, body) = call;
     let method = Method::from_bytes(method.to_uppercase().as_bytes()).expect("a method");
-    let mut request =
-        server.http.request(method, format!("{}{}", server.url, route.replace("{session}", session)));
+    let mut request = server.http.request(method, format!("{}{}", server.url, names.fill(route)));
     if let Some(bearer) = &token.bearer {
         request = request.bearer_auth(bearer);
     }
     if !body.is_empty() {
-        request = request.header("content-type", "application/json").body(body.to_owned());
+        request = request.header("content-type", "application/json").body(names.fill(body));
     }
     // The head is the verdict: a follower's body has no end.
     of_status(request.send().await.expect("an answer").status().as_u16())
@@ -443,6 +534,10 @@ async fn every_door_gives_every_token_the_verdict_of_the_rules() {
     let id = session["id"].as_str().expect("an id").to_owned();
     let missing = format!("{}x", &id[..id.len() - 1]);
     let tokens = tokens(&server, &id).await;
+    let run = session["runId"].as_str().expect("a run");
+    let wait = format!("/api/v1/runs/{run}/session-streams/wait");
+    let wait = server.post(&wait, &json!({"session": "s", "io": "in"})).await.expect(200);
+    let waitpoint = wait["waitpointId"].as_str().expect("a waitpoint");
     let mut disagreements = Vec::new();
     for row in rows() {
         for (address, exists) in
@@ -450,16 +545,20 @@ async fn every_door_gives_every_token_the_verdict_of_the_rules() {
         {
             let by = if address.starts_with("session_") { "sessionId" } else { "externalId" };
             let node = data_encoding::BASE64URL_NOPAD.encode(format!("s:{address}").as_bytes());
+            let waitpoint = if exists { waitpoint } else { "waitpoint_nothing" };
+            let names = Names { session: address, run, waitpoint };
             let variables = match row.document {
+                document if document.contains("$run") => json!({"by": {by: address}, "run": run}),
+                document if document.contains("$waitpoint") => json!({"waitpoint": waitpoint}),
                 document if document.contains("$by") => json!({"by": {by: address}}),
                 document if document.contains("$id") => json!({"id": node}),
                 _ => json!({}),
             };
             // The third way to name a session, through one of the doors.
-            let opaque = match variables.get("by") {
-                Some(_) if by == "sessionId" => json!({"by": {"id": node}}),
-                _ => variables.clone(),
-            };
+            let mut opaque = variables.clone();
+            if by == "sessionId" && opaque.get("by").is_some() {
+                opaque["by"] = json!({"id": node});
+            }
             // There is no opaque id of what has only an external id.
             if matches!(row.need, Need::Hidden(_)) && by == "externalId" {
                 continue;
@@ -470,7 +569,7 @@ async fn every_door_gives_every_token_the_verdict_of_the_rules() {
                 let waits = row.waits && by == "externalId" && expected == NotFound;
                 let mut verdicts = Vec::new();
                 for call in row.rest {
-                    let verdict = over_rest(&server, token, address, *call).await;
+                    let verdict = over_rest(&server, token, &names, *call).await;
                     verdicts.push(("REST", if waits && verdict == Allowed { NotFound } else { verdict }));
                 }
                 let silent = matches!(row.need, Need::All(_)) && row.waits && expected == Allowed;
@@ -508,10 +607,10 @@ async fn every_route_and_every_field_has_a_row() {
     let mut missing = BTreeSet::new();
     for (template, item) in document["paths"].as_object().expect("paths") {
         for method in item.as_object().expect("methods").keys().filter(|key| *key != "parameters") {
-            let of_row = rows
-                .iter()
-                .flat_map(|row| row.rest)
-                .any(|(known, route, _)| known == method && matches(route, template));
+            let of_row = rows.iter().flat_map(|row| row.rest).any(|(known, route, _)| {
+                let path = route.split('?').next().unwrap_or_default();
+                known == method && matches(path, template)
+            });
             if !of_row {
                 missing.insert(format!("{method} {template}"));
             }
@@ -543,7 +642,8 @@ async fn an_expired_token_is_nobody_at_every_door() {
     let by = json!({"by": {"externalId": "s"}});
     assert_eq!(over_http(&server, &token, document, &by).await, Allowed);
     server.clock.advance(Duration::from_secs(61));
-    assert_eq!(over_rest(&server, &token, "s", ("get", SESSION, "")).await, Unauthenticated);
+    let names = Names { session: "s", run: "", waitpoint: "" };
+    assert_eq!(over_rest(&server, &token, &names, ("get", SESSION, "")).await, Unauthenticated);
     assert_eq!(over_http(&server, &token, document, &by).await, Unauthenticated);
     assert_eq!(over_websocket(&server, &token, document, &by).await, Unauthenticated);
 }

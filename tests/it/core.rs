@@ -57,6 +57,7 @@ impl Core {
         let (timers, stopping) = (Timers::new(clock.clone()), CancellationToken::new());
         let backends = Backends {
             store: control.store.clone(),
+            waitpoints: control.store.clone(),
             channels: Arc::new(log),
             index: Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store))),
             timers: timers.clone(),

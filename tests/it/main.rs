@@ -13,6 +13,8 @@ mod graphql;
 mod harness;
 mod log;
 mod queries;
+mod runs;
 mod s2;
 mod s2_engine;
 mod schema;
+mod waitpoints;

@@ -25,15 +25,15 @@ pub struct ListQuery {
 /// The SDK keeps the cursors of every page it went through and sends the last one of each way together, going
 /// forward as well as back. The greater number tells which one is meant.
 #[derive(Debug, PartialEq)]
-struct Step {
+struct Step<C> {
     number: u64,
-    cursor: Cursor,
+    cursor: C,
 }
 
-impl Step {
-    fn decode(field: &str, text: &str) -> crate::domain::Result<Self> {
+impl<C> Step<C> {
+    fn decode(field: &str, text: &str, read: ReadCursor<C>) -> crate::domain::Result<Self> {
         let (number, cursor) = text.split_once('.').unwrap_or(("", text));
-        let cursor = Cursor::decode(field, cursor)?;
+        let cursor = read(field, cursor)?;
         match number.parse() {
             Ok(number) => Ok(Self { number, cursor }),
             Err(_) => Err(Error::malformed(field, "is not a cursor of this list")),
@@ -42,19 +42,38 @@ impl Step {
 }
 
 /// The text of a cursor on the page that `step` pages led to.
-pub fn encode(step: u64, cursor: &Cursor) -> String {
-    format!("{step}.{}", cursor.encode())
+pub fn encode(step: u64, cursor: &str) -> String {
+    format!("{step}.{cursor}")
 }
 
-type Faults = Vec<Violation>;
+type ReadCursor<C> = fn(&str, &str) -> crate::domain::Result<C>;
 
-/// Reads the query. `both_cursors`: from the SDK, which sends both and means the newer one.
-pub fn parse(query: &str, now: Timestamp, both_cursors: bool) -> Result<ListQuery, Failure> {
-    let mut fields: HashMap<String, Vec<String>> = HashMap::new();
+/// A page that a query asks for.
+pub(super) struct Asked<C> {
+    /// How many rows; checked by nobody yet.
+    pub size: usize,
+    /// From where, and which way; newer when true.
+    pub anchor: (Option<C>, bool),
+    /// See [`Step`].
+    pub step: u64,
+}
+
+pub(super) type Faults = Vec<Violation>;
+pub(super) type Fields = HashMap<String, Vec<String>>;
+
+/// The values of a query by name, whether repeated with or without brackets.
+pub(super) fn fields(query: &str) -> Fields {
+    let mut fields = Fields::new();
     for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
         let name = name.strip_suffix("[]").unwrap_or(&name).to_owned();
         fields.entry(name).or_default().push(value.into_owned());
     }
+    fields
+}
+
+/// Reads the query. `both_cursors`: from the SDK, which sends both and means the newer one.
+pub fn parse(query: &str, now: Timestamp, both_cursors: bool) -> Result<ListQuery, Failure> {
+    let fields = fields(query);
     let mut faults = Faults::new();
     let filter = filter(&fields, now, &mut faults);
     let page = note(page(&fields, both_cursors), &mut faults);
@@ -64,12 +83,12 @@ pub fn parse(query: &str, now: Timestamp, both_cursors: bool) -> Result<ListQuer
     }
 }
 
-fn one<'a>(fields: &'a HashMap<String, Vec<String>>, name: &str) -> Option<&'a str> {
+pub(super) fn one<'a>(fields: &'a Fields, name: &str) -> Option<&'a str> {
     fields.get(name).and_then(|values| values.last()).map(String::as_str).filter(|value| !value.is_empty())
 }
 
 /// The parts of comma-joined values, and each whole value too, whose comma may be its own.
-fn many(fields: &HashMap<String, Vec<String>>, name: &str) -> Vec<String> {
+pub(super) fn many(fields: &Fields, name: &str) -> Vec<String> {
     let mut values = Vec::new();
     for whole in fields.get(name).into_iter().flatten() {
         let parts = whole.split(',').map(str::trim).chain([whole.as_str()]);
@@ -82,7 +101,7 @@ fn many(fields: &HashMap<String, Vec<String>>, name: &str) -> Vec<String> {
     values
 }
 
-fn note<T>(result: crate::domain::Result<T>, faults: &mut Faults) -> Option<T> {
+pub(super) fn note<T>(result: crate::domain::Result<T>, faults: &mut Faults) -> Option<T> {
     match result {
         Ok(value) => Some(value),
         Err(Error::Malformed(fault)) => {
@@ -96,7 +115,7 @@ fn note<T>(result: crate::domain::Result<T>, faults: &mut Faults) -> Option<T> {
     }
 }
 
-fn filter(fields: &HashMap<String, Vec<String>>, now: Timestamp, faults: &mut Faults) -> Filter {
+fn filter(fields: &Fields, now: Timestamp, faults: &mut Faults) -> Filter {
     let mut statuses = Vec::new();
     for word in fields.get("filter[status]").into_iter().flatten().flat_map(|value| value.split(',')) {
         let word = word.trim();
@@ -117,6 +136,25 @@ fn filter(fields: &HashMap<String, Vec<String>>, now: Timestamp, faults: &mut Fa
             message: "is not an external id".to_owned(),
         });
     }
+    let (created_from, created_to) = created(fields, now, faults);
+    Filter {
+        kinds: many(fields, "filter[type]"),
+        tags_any: many(fields, "filter[tags]"),
+        tags_all: Vec::new(),
+        task_identifiers: many(fields, "filter[taskIdentifier]"),
+        external_ids,
+        statuses: StatusSet::new(statuses),
+        created_from,
+        created_to,
+    }
+}
+
+/// The span that `filter[createdAt]` names.
+pub(super) fn created(
+    fields: &Fields,
+    now: Timestamp,
+    faults: &mut Faults,
+) -> (Option<Timestamp>, Option<Timestamp>) {
     let mut date = |name: &str| {
         let text = one(fields, name)?;
         let read = text.parse().ok().map(Timestamp::from_millis).or_else(|| Timestamp::parse(text));
@@ -136,35 +174,36 @@ fn filter(fields: &HashMap<String, Vec<String>>, now: Timestamp, faults: &mut Fa
         }
         period.map(|period| now.minus(period))
     });
-    Filter {
-        kinds: many(fields, "filter[type]"),
-        tags_any: many(fields, "filter[tags]"),
-        tags_all: Vec::new(),
-        task_identifiers: many(fields, "filter[taskIdentifier]"),
-        external_ids,
-        statuses: StatusSet::new(statuses),
-        created_from: from.max(since),
-        created_to,
-    }
+    (from.max(since), created_to)
 }
 
-fn page(fields: &HashMap<String, Vec<String>>, both: bool) -> crate::domain::Result<(PageRequest, u64)> {
+fn page(fields: &Fields, both: bool) -> crate::domain::Result<(PageRequest, u64)> {
+    let Asked { size, anchor, step } = asked(fields, both, Cursor::decode)?;
+    let anchor = match anchor {
+        (cursor, false) => Anchor::After(cursor),
+        (cursor, true) => Anchor::Before(cursor),
+    };
+    Ok((PageRequest::new(size, anchor)?, step))
+}
+
+/// Reads `page[size]`, `page[after]` and `page[before]`.
+pub(super) fn asked<C>(fields: &Fields, both: bool, read: ReadCursor<C>) -> crate::domain::Result<Asked<C>> {
     let size = match one(fields, "page[size]") {
         None => PAGE_SIZE_DEFAULT,
         Some(text) => text.parse().unwrap_or(0),
     };
-    let cursor = |name| one(fields, name).map(|text| Step::decode(name, text)).transpose();
+    let cursor = |name| one(fields, name).map(|text| Step::decode(name, text, read)).transpose();
     let (after, before) = (cursor("page[after]")?, cursor("page[before]")?);
     let step = after.iter().chain(&before).map(|step| step.number).max().unwrap_or_default();
     let anchor = match (after, before) {
         (Some(_), Some(_)) if !both => {
             return Err(Error::malformed("page", "takes either \"after\" or \"before\""));
         }
-        (Some(after), Some(before)) if after.number > before.number => Anchor::After(Some(after.cursor)),
-        (_, Some(before)) => Anchor::Before(Some(before.cursor)),
-        (after, None) => Anchor::After(after.map(|after| after.cursor)),
+        (Some(after), Some(before)) if after.number > before.number => (Some(after.cursor), false),
+        (_, Some(before)) => (Some(before.cursor), true),
+        (after, None) => (after.map(|after| after.cursor), false),
     };
-    Ok((PageRequest::new(size, anchor)?, step))
+    Ok(Asked { size, anchor, step })
 }
 
 #[cfg(test)]
@@ -200,7 +239,11 @@ mod tests {
     #[test]
     fn both_cursors_are_read_only_from_the_sdk_and_the_newer_one_wins() {
         let query = |after, before| {
-            format!("page[after]={}&page[before]={}", encode(after, &cursor(1)), encode(before, &cursor(2)))
+            format!(
+                "page[after]={}&page[before]={}",
+                encode(after, &cursor(1).encode()),
+                encode(before, &cursor(2).encode())
+            )
         };
         assert_eq!(read(&query(1, 2)).expect_err("both").status.as_u16(), 400);
         for (after, before, anchor) in [
@@ -212,7 +255,7 @@ mod tests {
             assert_eq!((read.page.anchor, read.step), (anchor, after.max(before)));
         }
         for text in ["", "1", "1.", "x.AQ", &cursor(1).encode(), &format!("-1.{}", cursor(1).encode())] {
-            assert!(Step::decode("page[after]", text).is_err(), "{text}");
+            assert!(Step::decode("page[after]", text, Cursor::decode).is_err(), "{text}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! The control plane over REST: sessions and tokens.
+//! The control plane over REST: sessions, waitpoints and tokens.
 
 pub mod auth;
 pub mod list;
@@ -6,3 +6,5 @@ pub mod model;
 pub mod read;
 pub mod sessions;
 pub mod trigger;
+pub mod waitpoint_model;
+pub mod waitpoints;

@@ -8,7 +8,8 @@ use utoipa::{PartialSchema, ToSchema};
 use super::read::Reader;
 use super::trigger;
 use crate::api::error::Failure;
-use crate::domain::{CreateSession, NewSession, Session, SessionPatch, Timestamp};
+use crate::domain::run::named_run;
+use crate::domain::{CreateSession, EndAndContinue, NewSession, Session, SessionPatch, Timestamp};
 
 /// A session, as every route shows it.
 #[derive(Debug, Serialize, ToSchema)]
@@ -209,6 +210,40 @@ pub fn close(body: &Map<String, Value>) -> Result<Option<String>, Failure> {
     reader.text("callingRunId");
     reader.finish()?;
     Ok(reason)
+}
+
+/// A handover. At most 1,024 bytes.
+#[derive(Debug, ToSchema)]
+#[schema(rename_all = "camelCase")]
+#[allow(dead_code, reason = "read field by field; the type documents the body")]
+pub struct EndAndContinueBody {
+    /// The run that ends, `run_...`.
+    calling_run_id: String,
+    /// Why: `continuation`, `upgrade`; anything else counts as `manual`. At most 64 characters.
+    #[schema(max_length = 64)]
+    reason: Option<String>,
+    /// Accepted and not used.
+    external_deployment_id: Option<String>,
+}
+
+/// Reads the body of a handover.
+pub fn end_and_continue(body: &Map<String, Value>) -> Result<EndAndContinue, Failure> {
+    let mut reader = Reader::new(body, "");
+    let calling = reader.required_text("callingRunId");
+    let reason = reader.text("reason").unwrap_or_default();
+    reader.text("externalDeploymentId");
+    reader.finish()?;
+    Ok(EndAndContinue { calling: named_run(&calling), reason, request_key: None })
+}
+
+/// The answer to a handover.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct EndAndContinueResponse {
+    /// The session's run now.
+    pub run_id: String,
+    /// False if another run had taken over before.
+    pub swapped: bool,
 }
 
 /// Any refusal.

@@ -1,4 +1,4 @@
-//! Sessions over REST: create, list, get, change, close.
+//! Sessions over REST: create, list, get, change, close, hand over.
 
 use axum::Json;
 use axum::extract::{RawQuery, State};
@@ -6,7 +6,8 @@ use http::{HeaderMap, StatusCode};
 
 use super::list;
 use super::model::{
-    self, CloseBody, CreateBody, CreatedResponse, ListResponse, Pagination, SessionItem, UpdateBody,
+    self, CloseBody, CreateBody, CreatedResponse, EndAndContinueBody, EndAndContinueResponse, ListResponse,
+    Pagination, SessionItem, UpdateBody,
 };
 use crate::api::App;
 use crate::api::error::{Failure, Route};
@@ -41,8 +42,7 @@ pub async fn create(
     headers: HeaderMap,
     JsonObject(body): JsonObject<BODY_MAX>,
 ) -> Result<(StatusCode, Json<CreatedResponse>), Failure> {
-    let key = headers.get("x-trigger-request-idempotency-key").and_then(|value| value.to_str().ok());
-    let key = key.filter(|key| (1..=REQUEST_KEY_MAX).contains(&key.len())).map(str::to_owned);
+    let key = request_key(&headers);
     let created = app.sessions.create(&caller, model::create(&body, key)?).await?;
     let session = &created.session;
     let response = CreatedResponse {
@@ -79,7 +79,7 @@ pub async fn list(
     let query = list::parse(query.as_deref().unwrap_or_default(), now, from_sdk)?;
     let page = app.sessions.list(&caller, query.filter, &query.page).await?;
     let step = query.step.saturating_add(1);
-    let text = |cursor: Option<Cursor>| cursor.map(|cursor| list::encode(step, &cursor));
+    let text = |cursor: Option<Cursor>| cursor.map(|cursor| list::encode(step, &cursor.encode()));
     Ok(Json(ListResponse {
         pagination: Pagination { next: text(page.next()), previous: text(page.previous()) },
         data: page.sessions.iter().map(|session| SessionItem::new(session, now)).collect(),
@@ -129,4 +129,30 @@ pub async fn close(
     let reason = model::close(&body)?;
     let session = app.sessions.close(&caller, &session, reason).await.map_err(in_change)?;
     Ok(Json(SessionItem::new(&session, app.clock.now())))
+}
+
+/// Ends the session's run and records the one that goes on in its place. Of several runs that try, the current one wins.
+#[utoipa::path(post, path = "/api/v1/sessions/{session}/end-and-continue", tag = "sessions",
+    operation_id = "endAndContinueSession", request_body = EndAndContinueBody,
+    params(("session" = String, Path, description = "session_... or an external id"),
+        ("x-trigger-request-idempotency-key" = Option<String>, Header,
+        description = "Makes a retry find the run that the first attempt has started")),
+    responses((status = 200, description = "Who runs the session now", body = EndAndContinueResponse)))]
+pub async fn end_and_continue(
+    State(app): State<App>,
+    ApiAsker(caller): ApiAsker,
+    SessionPath(session): SessionPath,
+    headers: HeaderMap,
+    JsonObject(body): JsonObject<CLOSE_MAX>,
+) -> Result<Json<EndAndContinueResponse>, Failure> {
+    let mut request = model::end_and_continue(&body)?;
+    request.request_key = request_key(&headers);
+    let handed = app.sessions.end_and_continue(&caller, &session, request).await;
+    let handed = handed.map_err(|error| Failure::from(error).on(Route::Handover))?;
+    Ok(Json(EndAndContinueResponse { run_id: handed.run.to_string(), swapped: handed.swapped }))
+}
+
+fn request_key(headers: &HeaderMap) -> Option<String> {
+    let key = headers.get("x-trigger-request-idempotency-key").and_then(|value| value.to_str().ok());
+    key.filter(|key| (1..=REQUEST_KEY_MAX).contains(&key.len())).map(str::to_owned)
 }

@@ -70,9 +70,12 @@ impl Sessions {
         session.require_active(self.clock.now())?;
         let key = ChannelKey { session: session.id.clone(), address: channel.clone() };
         let room = self.room.reserve(&input).await;
+        // A caller that hangs up now leaves the append to the log, and nobody to say that it is done.
+        let doubt = self.waiting.doubt(&key);
         let result = self.channels.append(&key, input).await;
         drop(room);
         let ack = self.after_append(&session, &key, result).await?;
+        doubt.dispel();
         Ok(Appended { ack, session, key })
     }
 
@@ -87,6 +90,9 @@ impl Sessions {
             tracing::debug!(channel = %key, "an append met the seal of its session");
             let closure = Closure { at: *at, reason: reason.clone() };
             self.complete_close(session, &closure).await?;
+        }
+        if let Ok(ack) = &result {
+            self.waiting.appended(key, ack);
         }
         result
     }

@@ -7,7 +7,10 @@ mod direct;
 mod replicas;
 mod room;
 mod rows;
+mod runs;
 mod waiters;
+mod waiting;
+mod waitpoints;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -21,7 +24,7 @@ use super::clock::Clock;
 use super::error::{Error, Result};
 use super::id::SessionRef;
 use super::lifeline::Bounds;
-use super::port::{ChannelStore, ListIndex, MetadataStore};
+use super::port::{ChannelStore, ListIndex, MetadataStore, Waitpoints};
 use super::record::{AppendAck, ReadStart};
 use super::session::{Closure, NewSession, Session, SharedSession};
 use super::timer::Timers;
@@ -29,6 +32,9 @@ pub use appender::{Appender, WriterEnd, WriterEvent};
 pub use direct::DirectBatch;
 use room::Room;
 use rows::Rows;
+pub use runs::EndAndContinue;
+use waiting::Waiting;
+pub use waitpoints::Awaited;
 
 /// How the use cases are set up.
 #[derive(Clone, Copy, Debug)]
@@ -95,6 +101,8 @@ async fn detached<T: Send + 'static>(work: impl Future<Output = Result<T>> + Sen
 pub struct Backends {
     /// Sessions, environments, keys.
     pub store: Arc<dyn MetadataStore>,
+    /// Who waits for input.
+    pub waitpoints: Arc<dyn Waitpoints>,
     /// The log.
     pub channels: Arc<dyn ChannelStore>,
     /// Lists.
@@ -110,21 +118,35 @@ pub struct Backends {
 /// Every use case of sessions and channels.
 pub struct Sessions {
     store: Arc<dyn MetadataStore>,
+    waitpoints: Arc<dyn Waitpoints>,
     channels: Arc<dyn ChannelStore>,
     index: Arc<dyn ListIndex>,
     clock: Arc<dyn Clock>,
     bounds: Bounds,
     rows: Rows,
     room: Room,
+    waiting: Arc<Waiting>,
 }
 
 impl Sessions {
     /// The use cases over a set of adapters. [`Timers::run`] must be running for streams to end on time.
     pub fn new(backends: Backends, config: SessionsConfig) -> Arc<Self> {
-        let Backends { store, channels, index, clock, timers, stopping } = backends;
+        let Backends { store, waitpoints, channels, index, clock, timers, stopping } = backends;
         let rows = Rows::new(store.clone(), config);
+        let waiting =
+            Waiting::new(store.clone(), waitpoints.clone(), channels.clone(), clock.clone(), timers.clone());
         let bounds = Bounds { clock: clock.clone(), timers, stopping };
-        Arc::new(Self { store, channels, index, clock, bounds, rows, room: Room::default() })
+        Arc::new(Self {
+            store,
+            waitpoints,
+            channels,
+            index,
+            clock,
+            bounds,
+            rows,
+            room: Room::default(),
+            waiting,
+        })
     }
 
     /// The clock that every rule is judged by.
@@ -132,7 +154,7 @@ impl Sessions {
         &self.clock
     }
 
-    /// Writes the rows of seals that a crash left without one.
+    /// Writes the rows of seals that a crash left without one, and ends the waits that something has come for.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
@@ -142,7 +164,7 @@ impl Sessions {
             self.channels.settle(&session).await?;
             tracing::info!(session.id = %session, "completed the close of a session that was sealed before a crash");
         }
-        Ok(())
+        self.waiting.recover().await
     }
 
     /// Answers if every backend can be used.
@@ -225,6 +247,7 @@ impl Sessions {
         let closed = self.store.close_session(&session.environment, &session.id, closure).await?;
         let closed = closed.ok_or(Error::NotFound("session"))?;
         self.rows.changed(&[session, &closed]);
+        self.waiting.closed(&session.id);
         self.channels.settle(&session.id).await?;
         Ok(closed)
     }

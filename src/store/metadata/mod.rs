@@ -1,12 +1,14 @@
 //! [`SqlMetadata`]: the metadata store on SQLite or Postgres, chosen by URL.
 //!
-//! `open` connects and migrates, `sessions` and `tenants` hold the queries, `rows` turns rows into values.
+//! `open` connects and migrates, `sessions`, `runs`, `waitpoints` and `tenants` hold the queries, `rows` turns rows into values.
 //! Knows nothing of lists; [`SqlIndex`](super::index::sql::SqlIndex) borrows the connections.
 
 mod open;
 pub(in crate::store) mod rows;
+mod runs;
 mod sessions;
 mod tenants;
+mod waitpoints;
 
 use async_trait::async_trait;
 use sea_orm::{
@@ -17,10 +19,11 @@ use sea_orm::{
 pub use open::{Migrated, OpenError, OpenOptions, migrate};
 
 use crate::domain::error::{Error, Result};
-use crate::domain::port::{Inserted, MetadataStore};
+use crate::domain::port::{HandedOver, Inserted, MetadataStore};
+use crate::domain::run::SessionRun;
 use crate::domain::session::{Closure, Session, SessionPatch};
 use crate::domain::tenant::{Environment, StoredKey};
-use crate::domain::{EnvironmentId, KeyId, SessionId, SessionRef, Timestamp};
+use crate::domain::{EnvironmentId, KeyId, RunId, SessionId, SessionRef, Timestamp};
 
 /// Sessions, environments and keys in one SQL database.
 ///
@@ -114,6 +117,23 @@ impl MetadataStore for SqlMetadata {
     ) -> Result<Option<Session>> {
         sessions::write_closure(&self.writer, Some(environment), id, closure).await?;
         sessions::find(&self.reader, environment, &id.clone().into()).await
+    }
+
+    async fn hand_over(&self, run: SessionRun, request_key: Option<&str>) -> Result<Option<HandedOver>> {
+        self.swap_run(run, request_key).await
+    }
+
+    async fn find_run(&self, environment: &EnvironmentId, id: &RunId) -> Result<Option<SessionRun>> {
+        runs::find(&self.reader, environment, id).await
+    }
+
+    async fn runs(
+        &self,
+        environment: &EnvironmentId,
+        session: &SessionId,
+        limit: usize,
+    ) -> Result<Vec<SessionRun>> {
+        runs::newest(&self.reader, environment, session, limit).await
     }
 
     async fn complete_close(&self, id: &SessionId, closure: &Closure) -> Result<()> {

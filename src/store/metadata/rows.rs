@@ -7,7 +7,10 @@ use crate::domain::access::Scopes;
 use crate::domain::error::{Error, Result, Source};
 use crate::domain::session::{Closure, Session};
 use crate::domain::tenant::{Environment, EnvironmentKind, StoredKey};
-use crate::domain::{EnvironmentId, ExternalId, KeyId, RunId, SessionId, Timestamp};
+use crate::domain::{
+    Completion, Direction, EnvironmentId, ExternalId, KeyId, Outcome, RunId, RunReason, SeqNum, SessionId,
+    SessionRun, Timestamp, Waitpoint, WaitpointId,
+};
 
 /// A column that does not hold what it should.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +47,11 @@ impl<'a> Row<'a> {
 
     fn time(&self, column: &'static str) -> Result<Option<Timestamp>> {
         Ok(self.get::<Option<i64>>(column)?.map(Timestamp::from_millis))
+    }
+
+    fn seq_num(&self, column: &'static str) -> Result<Option<SeqNum>> {
+        let number = self.get::<Option<i64>>(column)?.map(SeqNum::try_from).transpose();
+        number.map_err(|error| self.fault(column, error))
     }
 
     fn object(&self, column: &'static str) -> Result<Option<Map<String, Value>>> {
@@ -83,6 +91,48 @@ pub(in crate::store) fn session(result: &QueryResult) -> Result<Session> {
 
 fn external_id(row: &Row<'_>) -> Result<Option<ExternalId>> {
     Ok(row.get::<Option<String>>("external_id")?.map(|id| ExternalId::from_stored(&id)))
+}
+
+/// A row of `session_runs`.
+pub(super) fn run(result: &QueryResult) -> Result<SessionRun> {
+    let row = Row::new(result, "session_runs")?;
+    let reason: String = row.get("reason")?;
+    Ok(SessionRun {
+        id: RunId::from_stored(&row.id),
+        environment: EnvironmentId::from_stored(&row.get::<String>("environment_id")?),
+        session: SessionId::from_stored(&row.get::<String>("session_id")?),
+        reason: RunReason::parse(&reason).ok_or_else(|| row.fault("reason", "unknown reason"))?,
+        previous: row.get::<Option<String>>("previous_run_id")?.map(|id| RunId::from_stored(&id)),
+        triggered_at: Timestamp::from_millis(row.get("triggered_at")?),
+    })
+}
+
+/// A row of `waitpoints`.
+pub(super) fn waitpoint(result: &QueryResult) -> Result<Waitpoint> {
+    let row = Row::new(result, "waitpoints")?;
+    let io: String = row.get("io")?;
+    Ok(Waitpoint {
+        id: WaitpointId::from_stored(&row.id),
+        environment: EnvironmentId::from_stored(&row.get::<String>("environment_id")?),
+        session: SessionId::from_stored(&row.get::<String>("session_id")?),
+        direction: Direction::parse(&io).map_err(|error| row.fault("io", error))?,
+        run: RunId::from_stored(&row.get::<String>("run_id")?),
+        after: row.seq_num("after_seq_num")?,
+        timeout_at: row.time("timeout_at")?,
+        expires_at: row.time("expires_at")?,
+        tags: row.words("tags")?.unwrap_or_default(),
+        idempotency_key: row.get("idempotency_key")?,
+        key_expires_at: row.time("key_expires_at")?,
+        created_at: Timestamp::from_millis(row.get("created_at")?),
+        completion: completion(&row)?,
+    })
+}
+
+fn completion(row: &Row<'_>) -> Result<Option<Completion>> {
+    let Some(at) = row.time("completed_at")? else { return Ok(None) };
+    let word: String = row.get("outcome")?;
+    let outcome = Outcome::parse(&word, row.seq_num("seq_num")?);
+    Ok(Some(Completion { at, outcome: outcome.ok_or_else(|| row.fault("outcome", "unknown outcome"))? }))
 }
 
 /// A row of `environments`.

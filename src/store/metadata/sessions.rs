@@ -20,7 +20,7 @@ const CREATE_ATTEMPTS: usize = 8;
 const SWEEP_BATCH: u64 = 200;
 
 /// Sessions of one environment: where every query begins.
-fn scoped(environment: &EnvironmentId) -> SelectStatement {
+pub(super) fn scoped(environment: &EnvironmentId) -> SelectStatement {
     let mut select = sessions::Entity::find().into_query();
     select.and_where(Expr::col(sessions::Column::EnvironmentId).eq(environment.as_str()));
     select
@@ -36,7 +36,7 @@ fn scoped_update(environment: &EnvironmentId) -> UpdateStatement {
 }
 
 #[instrument(level = "debug", skip_all, name = "query")]
-async fn one(db: &impl ConnectionTrait, select: &SelectStatement) -> Result<Option<Session>> {
+pub(super) async fn one(db: &impl ConnectionTrait, select: &SelectStatement) -> Result<Option<Session>> {
     db.query_one(select).await.map_err(fault)?.as_ref().map(rows::session).transpose()
 }
 
@@ -131,6 +131,7 @@ impl SqlMetadata {
         let transaction = self.begin().await?;
         let inserted = transaction.execute(&insert).await.map_err(fault)?.rows_affected() == 1;
         if inserted {
+            super::runs::insert_first(&transaction, session).await?;
             insert_tags(&transaction, session).await?;
         }
         transaction.commit().await.map_err(fault)?;

@@ -3,6 +3,7 @@
 mod channels;
 mod list;
 mod metadata;
+mod waitpoints;
 
 /// Runs every case on every adapter, each as a test of its own (`<adapter>::<case>`), and prints the product.
 ///

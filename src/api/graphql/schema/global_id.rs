@@ -3,7 +3,9 @@
 use async_graphql::ID;
 use data_encoding::BASE64URL_NOPAD;
 
-use crate::domain::{ChannelAddress, ChannelKey, ChannelName, Direction, SeqNum, SessionId, SessionRef};
+use crate::domain::{
+    ChannelAddress, ChannelKey, ChannelName, Direction, SeqNum, SessionId, SessionRef, WaitpointId,
+};
 
 /// What an id names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +16,8 @@ pub(in crate::api::graphql) enum GlobalId {
     Channel(ChannelKey),
     /// `r:{seq num}:{channel key}`
     Record(ChannelKey, SeqNum),
+    /// `w:{waitpoint id}`
+    Waitpoint(WaitpointId),
 }
 
 impl GlobalId {
@@ -28,6 +32,7 @@ impl GlobalId {
             Self::Session(id) => format!("s:{id}"),
             Self::Channel(key) => format!("c:{key}"),
             Self::Record(key, seq_num) => format!("r:{seq_num}:{key}"),
+            Self::Waitpoint(id) => format!("w:{id}"),
         }
     }
 
@@ -42,6 +47,7 @@ impl GlobalId {
                 let (seq_num, key) = rest.split_once(':')?;
                 Some(Self::Record(channel(key)?, seq_num.parse().ok()?))
             }
+            "w" => WaitpointId::parse(rest).ok().map(Self::Waitpoint),
             _ => None,
         }
     }
@@ -81,6 +87,7 @@ mod tests {
             GlobalId::Channel(ChannelKey::main(session, Direction::In)),
             GlobalId::Channel(key.clone()),
             GlobalId::Record(key, u64::MAX),
+            GlobalId::Waitpoint(WaitpointId::from_stored("waitpoint_0abc")),
         ] {
             assert_eq!(GlobalId::decode(&id.encode()), Some(id));
         }
@@ -97,6 +104,7 @@ mod tests {
             "c:sessions/session_a/up",
             "r:1",
             "r:x:sessions/session_a/in",
+            "w:session_a",
         ] {
             assert_eq!(GlobalId::decode(&BASE64URL_NOPAD.encode(plain.as_bytes()).into()), None, "{plain}");
         }

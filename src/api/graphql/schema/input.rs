@@ -96,6 +96,22 @@ pub struct TimeFilter {
     period: Option<String>,
 }
 
+impl TimeFilter {
+    /// From when, and until when.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the field.
+    pub fn span(self, now: Timestamp) -> Result<(Option<Timestamp>, Option<Timestamp>)> {
+        let since = self.period.map(|text| {
+            let period = period(&text);
+            period.map(|period| now.minus(period)).ok_or_else(|| {
+                Error::invalid("createdAt.period", "must be a number and one of s, m, h, d, w")
+            })
+        });
+        Ok((self.from.map(|from| from.0).max(since.transpose()?), self.to.map(|to| to.0)))
+    }
+}
+
 impl SessionFilter {
     /// The filter that the use cases know.
     ///
@@ -103,13 +119,7 @@ impl SessionFilter {
     /// [`Error::Invalid`] naming the field.
     pub fn read(self, now: Timestamp) -> Result<Filter> {
         let tags = self.tags.unwrap_or_default();
-        let TimeFilter { from, to, period: since } = self.created_at.unwrap_or_default();
-        let since = since.map(|text| {
-            let period = period(&text);
-            period.map(|period| now.minus(period)).ok_or_else(|| {
-                Error::invalid("createdAt.period", "must be a number and one of s, m, h, d, w")
-            })
-        });
+        let (created_from, created_to) = self.created_at.unwrap_or_default().span(now)?;
         let external_ids = self.external_id.map(|id| ExternalId::parse(&id)).transpose()?;
         let statuses = self.statuses.unwrap_or_default().into_iter().map(Into::into).collect();
         Filter {
@@ -119,8 +129,8 @@ impl SessionFilter {
             task_identifiers: self.task_identifiers.unwrap_or_default(),
             external_ids: external_ids.into_iter().collect(),
             statuses: StatusSet::new(statuses),
-            created_from: from.map(|from| from.0).max(since.transpose()?),
-            created_to: to.map(|to| to.0),
+            created_from,
+            created_to,
         }
         .checked()
     }

@@ -7,10 +7,12 @@ mod mutation;
 mod page;
 mod query;
 mod record;
+mod run;
 mod scalar;
 mod session;
 mod subscription;
 mod user_error;
+mod waitpoint;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -37,6 +39,7 @@ pub(super) use session::SessionStatus;
 
 use channel::ChannelNode;
 use session::SessionNode;
+use waitpoint::WaitpointNode;
 
 /// Everything that can be asked.
 pub(super) type Schema = async_graphql::Schema<query::Query, mutation::Mutation, subscription::Subscription>;
@@ -49,6 +52,7 @@ pub(super) enum Node {
     Session(SessionNode),
     Channel(ChannelNode),
     Record(RecordNode),
+    Waitpoint(WaitpointNode),
 }
 
 /// The schema with its limits.

@@ -12,9 +12,13 @@ use serde_json::value::RawValue;
 use super::channel::ChannelNode;
 use super::input::{SessionBy, channel};
 use super::record::{ChannelIo, PositionNode, RecordNode};
+use super::run::{self, EndAndContinueSessionInput, EndAndContinueSessionPayload};
 use super::scalar::{DateTime, Json, UInt64};
 use super::session::SessionNode;
 use super::user_error::{UserError, outcome};
+use super::waitpoint::{
+    self, CompleteWaitpointInput, CompleteWaitpointPayload, CreateWaitpointInput, CreateWaitpointPayload,
+};
 use super::{app, caller};
 use crate::api::rest::trigger;
 use crate::domain::access::UNAUTHORIZED;
@@ -342,6 +346,34 @@ impl Mutation {
         };
         let (channel, user_errors) = settled(outcome(trim.await)?);
         Ok(TrimChannelPayload { channel, user_errors, client_mutation_id })
+    }
+
+    /// Ends a session's run and records the one that goes on in its place. Of several runs that try, the one that is
+    /// current wins.
+    async fn end_and_continue_session(
+        &self,
+        ctx: &Context<'_>,
+        #[graphql(desc = "The handover.")] input: EndAndContinueSessionInput,
+    ) -> Result<EndAndContinueSessionPayload> {
+        run::end_and_continue(ctx, input).await
+    }
+
+    /// Registers that a run waits for the next record of a channel. Only for secret keys.
+    async fn create_waitpoint(
+        &self,
+        ctx: &Context<'_>,
+        #[graphql(desc = "The wait.")] input: CreateWaitpointInput,
+    ) -> Result<CreateWaitpointPayload> {
+        waitpoint::create(ctx, input).await
+    }
+
+    /// Answers a waitpoint: the data is appended to its channel and completes it. The same answer again changes nothing.
+    async fn complete_waitpoint(
+        &self,
+        ctx: &Context<'_>,
+        #[graphql(desc = "The answer.")] input: CompleteWaitpointInput,
+    ) -> Result<CompleteWaitpointPayload> {
+        waitpoint::complete(ctx, input).await
     }
 
     /// Signs a public token. Only for secret keys.

@@ -10,6 +10,7 @@ use super::page::{self, PageArgs, PageInfo, Way};
 use super::record::RecordNode;
 use super::scalar::DateTime;
 use super::session::{SessionConnection, SessionNode};
+use super::waitpoint::{self, WaitpointConnection, WaitpointFilterInput, WaitpointNode};
 use super::{app, caller, load_session};
 use crate::domain::list::Anchor;
 use crate::domain::record::ReadLimit;
@@ -137,6 +138,29 @@ impl Query {
         Ok(app(ctx).sessions.tags(caller(ctx)?, &query).await?)
     }
 
+    /// One waitpoint; null when there is none.
+    async fn waitpoint(
+        &self,
+        ctx: &Context<'_>,
+        #[graphql(desc = "The id of its node, or `waitpoint_...`.")] id: ID,
+    ) -> Result<Option<WaitpointNode>> {
+        waitpoint::find(ctx, &id).await
+    }
+
+    /// Waitpoints, newest first: those that wait are what is to be answered. A page holds 1 to 100, 50 by default.
+    #[graphql(complexity = "page::cost(first, last, child_complexity)")]
+    async fn waitpoints(
+        &self,
+        ctx: &Context<'_>,
+        #[graphql(desc = "Which ones; all without it.")] filter: Option<WaitpointFilterInput>,
+        #[graphql(desc = "The next so many, 1 to 100.")] first: Option<i32>,
+        #[graphql(desc = "Begin after this cursor: older ones.")] after: Option<String>,
+        #[graphql(desc = "The last so many, 1 to 100.")] last: Option<i32>,
+        #[graphql(desc = "End before this cursor: newer ones.")] before: Option<String>,
+    ) -> Result<WaitpointConnection> {
+        waitpoint::list(ctx, filter, (first, after), (last, before)).await
+    }
+
     /// Who asks, and what they may do.
     async fn viewer(&self, ctx: &Context<'_>) -> Result<Viewer> {
         let caller = caller(ctx)?;
@@ -167,6 +191,7 @@ async fn load(ctx: &Context<'_>, id: &ID) -> Result<Option<Node>> {
         Some(GlobalId::Channel(ChannelKey { session, address })) => {
             load_session(ctx, session).await?.map(|row| Node::Channel(ChannelNode::new(row, address)))
         }
+        Some(GlobalId::Waitpoint(id)) => waitpoint::load(ctx, &id).await?.map(Node::Waitpoint),
         Some(GlobalId::Record(key, seq_num)) => record(ctx, key, seq_num).await?.map(Node::Record),
     })
 }

@@ -4,8 +4,9 @@ use async_graphql::{ComplexObject, Context, Enum, ID, Object, Result, SimpleObje
 
 use super::channel::ChannelNode;
 use super::global_id::GlobalId;
-use super::page::PageInfo;
+use super::page::{self, PageInfo};
 use super::record::ChannelIo;
+use super::run::{self, RunNode};
 use super::scalar::{DateTime, Json, UInt64};
 use super::{app, caller};
 use crate::domain::session::SharedSession;
@@ -118,6 +119,16 @@ impl SessionNode {
     /// `run_...`: recorded with the session. There is no run engine behind it.
     async fn current_run_id(&self) -> &str {
         self.0.current_run_id.as_str()
+    }
+
+    /// Its runs, newest first.
+    #[graphql(complexity = "page::cost(first, None, child_complexity)")]
+    async fn runs(
+        &self,
+        ctx: &Context<'_>,
+        #[graphql(desc = "At most so many, 1 to 100.", default_with = "Some(run::RUNS)")] first: Option<i32>,
+    ) -> Result<Vec<RunNode>> {
+        run::newest(ctx, &self.0, first).await
     }
 
     /// What clients send to the agent.

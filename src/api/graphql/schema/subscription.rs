@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use async_graphql::{Context, Result, Subscription as SubscriptionRoot};
+use async_graphql::{Context, ID, Result, Subscription as SubscriptionRoot};
 use futures_util::stream::{self, BoxStream, Stream, StreamExt};
 
 use super::channel::ChannelEvent;
@@ -10,6 +10,7 @@ use super::input::{FollowStart, SessionBy, SessionFilter, channel};
 use super::record::ChannelIo;
 use super::scalar::Cursor;
 use super::session::SessionNode;
+use super::waitpoint::{self, WaitpointNode};
 use super::{Stopping, app, caller};
 use crate::api::graphql::events::{ChannelEvents, ChannelFeed, Handover};
 use crate::api::graphql::selection::Selection;
@@ -98,6 +99,15 @@ impl Subscription {
     ) -> Result<impl Stream<Item = Result<SessionNode>> + use<>> {
         let filter = filter.unwrap_or_default().read(app(ctx).clock.now())?;
         Ok(nodes(app(ctx).sessions.watch_list(caller(ctx)?, filter)?))
+    }
+
+    /// A waitpoint, once it is complete, be it already; then it completes.
+    async fn waitpoint_completed(
+        &self,
+        ctx: &Context<'_>,
+        #[graphql(desc = "The id of its node, or `waitpoint_...`.")] id: ID,
+    ) -> Result<impl Stream<Item = Result<WaitpointNode>> + use<>> {
+        waitpoint::completed(ctx, &id).await
     }
 }
 

@@ -37,6 +37,8 @@ fn user_errors(error: &Error) -> Option<Vec<UserError>> {
     let one = |field: &str| Some(vec![UserError::at(code, field, error.detail())]);
     let at = |fault: &Violation| UserError::at(Code::ValidationFailed, &fault.field, &fault.message);
     match error {
+        Error::NotFound("waitpoint") => one("id"),
+        Error::NotFound("run") => one("runId"),
         Error::NotFound(_) | Error::Closed { .. } | Error::Expired { .. } => one("by"),
         Error::Conflict(_) => one(""),
         Error::Malformed(fault) => Some(vec![at(fault)]),

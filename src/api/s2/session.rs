@@ -239,6 +239,7 @@ fn batch(message: SessionMessage) -> Result<DirectBatch, Failure> {
 mod tests {
     use std::convert::Infallible;
 
+    use futures_util::FutureExt;
     use proptest::collection::vec;
     use proptest::prelude::*;
 
@@ -270,7 +271,7 @@ mod tests {
                 }
             }
         };
-        futures_util::FutureExt::now_or_never(read).expect("every piece is there")
+        read.now_or_never().expect("every piece is there")
     }
 
     fn algorithm() -> impl Strategy<Value = CompressionAlgorithm> {

@@ -239,6 +239,7 @@ fn batch(message: SessionMessage) -> Result<DirectBatch, Failure> {
 mod tests {
     use std::convert::Infallible;
 
+    use futures_util::FutureExt;
     use proptest::collection::vec;
     use proptest::prelude::*;
 

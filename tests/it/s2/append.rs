@@ -12,6 +12,9 @@ use crate::harness::server::START;
 /// Largest metered size of a record and of a batch.
 const METERED_MAX: usize = 1 << 20;
 
+/// What a request is called, its headers and body, and status and code of its refusal.
+type Refusal = (&'static str, Vec<(&'static str, &'static str)>, String, u16, &'static str);
+
 async fn stream(server: &TestServer) -> Stream {
     server.create(json!({"externalId": "s"})).await;
     server.wire().open("s", "out").await
@@ -55,7 +58,7 @@ async fn every_refusal_has_its_status_and_code() {
         assert_eq!(stream.append(&given).await.expect(status), body);
     }
     let base64 = |text: &str| json!({"records": [{"body": text}]}).to_string();
-    let cases: Vec<(&str, Vec<(&str, &str)>, String, u16, &str)> = vec![
+    let cases: Vec<Refusal> = vec![
         ("no JSON", vec![], "{".into(), 400, "bad_json"),
         ("nothing", vec![], String::new(), 400, "bad_json"),
         ("wrong types", vec![], json!({"records": 1}).to_string(), 400, "bad_json"),

@@ -7,17 +7,14 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use futures_util::{SinkExt, StreamExt};
 use reqwest::{Client, Method};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
-use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 
-use crate::harness::TestServer;
 use crate::harness::engine::engines;
 use crate::harness::s2::{Heard, Stream, Wire, batch, frame};
 use crate::harness::server::KEY;
+use crate::harness::{Socket, TestServer};
 
 /// Tries on each engine.
 const TRIES: usize = 100_000;
@@ -197,26 +194,18 @@ impl Target {
 
     /// Several mutations under way on one socket.
     async fn over_socket(&self, enough: usize, told: &mut Told) {
-        let url = format!("{}/graphql", self.url.replace("http", "ws"));
-        let mut request = url.into_client_request().expect("a request");
-        request
-            .headers_mut()
-            .insert("sec-websocket-protocol", "graphql-transport-ws".parse().expect("a header"));
-        let (mut socket, _) = tokio_tungstenite::connect_async(request).await.expect("a socket");
-        let init = json!({"type": "connection_init", "payload": {"authorization": format!("Bearer {KEY}")}});
-        socket.send(Message::text(init.to_string())).await.expect("sent");
+        let mut socket = Socket::open(&format!("{}/graphql", self.url), &[]).await.expect("a socket");
+        socket.init(Some(KEY)).await;
         let (mut open, mut number) = (HashMap::new(), 0);
         while told.late.len() < enough || !open.is_empty() {
             while told.late.len() < enough && open.len() < WINDOW {
                 let bodies = self.bodies(Door::GraphQlSocket, UNARY_RECORDS, told);
                 let payload = self.mutation(Door::GraphQlSocket, &bodies);
-                let message = json!({"type": "subscribe", "id": number.to_string(), "payload": payload});
-                socket.send(Message::text(message.to_string())).await.expect("sent");
+                socket.say(json!({"type": "subscribe", "id": number.to_string(), "payload": payload})).await;
                 open.insert(number.to_string(), bodies);
                 number += 1;
             }
-            let Some(Ok(Message::Text(text))) = socket.next().await else { panic!("the socket ended") };
-            let message: Value = serde_json::from_str(&text).expect("JSON");
+            let message = socket.hear().await;
             if message["type"] == "next" {
                 let bodies = open.remove(message["id"].as_str().expect("an id")).expect("one of ours");
                 self.answered(taken(&message["payload"]), bodies, told);

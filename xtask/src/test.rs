@@ -60,7 +60,7 @@ impl Stage {
             Self::Deny => lint::deny(workspace),
             Self::Build => build(workspace),
             Self::Rust => rust(workspace),
-            Self::Node => node::test(workspace, "tests/node", Duration::from_secs(60)),
+            Self::Node => sdk(workspace),
             Self::Graphql => node::test(workspace, "tests/graphql", Duration::from_secs(120)),
             Self::Browser => browser(workspace),
         }
@@ -88,6 +88,14 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
 fn build(workspace: &Workspace) -> anyhow::Result<()> {
     // Elsewhere a server without its playground will do; here it is part of what is proved.
     process::run(workspace.cargo(&["build", "--bin", "sessiond"]).env("SESSIOND_REQUIRE_PLAYGROUND", "1"))
+}
+
+/// The SDK, on both engines.
+fn sdk(workspace: &Workspace) -> anyhow::Result<()> {
+    let (folder, limit) = ("tests/node", Duration::from_secs(60));
+    node::test(workspace, folder, limit)?;
+    let s2 = S2::start(&s2::install(workspace)?)?;
+    node::test_on_s2(workspace, folder, limit, &s2.url())
 }
 
 fn browser(workspace: &Workspace) -> anyhow::Result<()> {

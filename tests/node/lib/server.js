@@ -1,6 +1,7 @@
 // Starts, restarts and stops the real binary. Knows nothing of what the tests ask of it.
 
 import { execFile, spawn } from "node:child_process";
+import { randomBytes } from "node:crypto";
 import { once } from "node:events";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -17,6 +18,13 @@ const READY_WITHIN_MS = 20_000;
 // The harness asks for readiness itself, outside the checks on what the tests ask.
 const rawFetch = globalThis.fetch;
 
+/** The embedded log, or with SESSIOND_TEST_S2 a basin of its own on the S2 at that address. */
+function engine() {
+  const endpoint = process.env.SESSIOND_TEST_S2;
+  if (!endpoint) return {};
+  return { SESSIOND_LOG__URL: `s2://suite-${randomBytes(8).toString("hex")}`, SESSIOND_LOG__ENDPOINT: endpoint };
+}
+
 export class Server {
   #child;
   #stderr = "";
@@ -26,7 +34,7 @@ export class Server {
   /** `settings` are further variables, such as `{ SESSIOND_LOG__RETENTION: "1d" }`. */
   static async start(settings = {}) {
     const server = new Server();
-    server.#settings = settings;
+    server.#settings = { ...engine(), ...settings };
     server.data = await mkdtemp(join(tmpdir(), "sessiond-node-"));
     await server.#launch("127.0.0.1:0");
     return server;

@@ -12,10 +12,10 @@ use tokio::process::Command;
 use tokio::sync::Notify;
 
 use super::*;
+use crate::harness::Process;
 use crate::harness::database::TestDatabase;
 use crate::harness::server::KEY;
 use crate::harness::sse::SseReader;
-use crate::harness::Process;
 
 const MASTER_KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 const ROUNDS: usize = 4;
@@ -146,7 +146,10 @@ async fn killed_between_seal_and_row_a_retry_and_the_list_agree() {
     for (name, id) in ["retried", "restarted"].into_iter().zip(&ids) {
         let url = a.url.clone();
         closes.push(tokio::spawn(async move {
-            request(&url, Method::POST, &format!("/api/v1/sessions/{name}/close")).json(&json!({})).send().await
+            request(&url, Method::POST, &format!("/api/v1/sessions/{name}/close"))
+                .json(&json!({}))
+                .send()
+                .await
         }));
         let key = ChannelKey::main(SessionId::from_stored(id), Direction::In);
         Follower::of(&direct, &key).await.to_the_end().await;
@@ -206,7 +209,8 @@ async fn write(servers: Arc<Servers>, name: usize, progress: Arc<Progress>) -> B
         let body = format!("writer {name} {number}");
         loop {
             let url = format!("{}/realtime/v1/sessions/killed/in/append", servers.url(turn));
-            let sent = client.post(url).bearer_auth(KEY).header("X-Part-Id", &body).body(body.clone()).send().await;
+            let sent =
+                client.post(url).bearer_auth(KEY).header("X-Part-Id", &body).body(body.clone()).send().await;
             if let Ok(response) = sent
                 && response.status() == 200
                 && let Ok(ack) = response.json::<Value>().await
@@ -244,7 +248,8 @@ async fn follow_through(servers: Arc<Servers>, mut turn: usize) -> Vec<(u64, Str
             }
             if event.name == "batch" {
                 seen.extend(event.records().into_iter().map(|(seq, record)| {
-                    let body: Value = serde_json::from_str(record["body"].as_str().expect("text")).expect("JSON");
+                    let body: Value =
+                        serde_json::from_str(record["body"].as_str().expect("text")).expect("JSON");
                     (seq, body["data"].as_str().expect("text").to_owned())
                 }));
             }

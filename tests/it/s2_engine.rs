@@ -1,6 +1,7 @@
 //! What only the engine in S2 promises: several replicas on one basin, seals that were not finished, an S2 that goes away.
 
 mod outage;
+mod processes;
 mod replicas;
 mod scan;
 

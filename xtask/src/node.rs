@@ -40,17 +40,31 @@ impl Counts {
 pub(crate) fn test(workspace: &Workspace, folder: &str, limit: Duration) -> anyhow::Result<()> {
     let dir = workspace.root.join(folder);
     process::run(Command::new("npm").args(["ci", "--no-audit", "--no-fund"]).current_dir(&dir))?;
+    run(workspace, folder, limit, None)
+}
+
+/// Runs the tests of an installed `folder`, with records kept in the data folder or on the S2 at `s2`.
+pub(crate) fn run(
+    workspace: &Workspace,
+    folder: &str,
+    limit: Duration,
+    s2: Option<&str>,
+) -> anyhow::Result<()> {
+    let dir = workspace.root.join(folder);
     let mut node = Command::new("node");
     node.args(["--test", "--test-force-exit", "--test-reporter=tap"])
         .arg(format!("--test-timeout={}", limit.as_millis()))
         .current_dir(&dir)
-        .env("SESSIOND_BIN", workspace.debug_binary("sessiond"));
+        .env("SESSIOND_BIN", workspace.debug_binary("sessiond"))
+        .env_remove("SESSIOND_TEST_S2")
+        .envs(s2.map(|url| ("SESSIOND_TEST_S2", url)));
     let mut counts = Counts::default();
     let passed = process::run_seen(&mut node, |line| counts.see(line))?;
     ensure!(passed && counts.fail == 0 && counts.cancelled == 0, "{} failed", counts.fail + counts.cancelled);
     ensure!(counts.skipped == 0 && counts.todo == 0, "{} skipped", counts.skipped + counts.todo);
     ensure!(counts.pass > 0, "no test ran");
-    println!("{} tests of {folder} passed, 0 failed, 0 skipped", counts.pass);
+    let engine = if s2.is_some() { " on S2" } else { "" };
+    println!("{} tests of {folder} passed{engine}, 0 failed, 0 skipped", counts.pass);
     Ok(())
 }
 

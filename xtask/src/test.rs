@@ -31,7 +31,7 @@ enum Stage {
     Build,
     /// Unit, contract, integration and documentation tests
     Rust,
-    /// The SDK suite against the binary
+    /// The SDK suite against the binary, on both engines
     Node,
     /// The suite of GraphQL clients against the binary
     Graphql,
@@ -60,7 +60,7 @@ impl Stage {
             Self::Deny => lint::deny(workspace),
             Self::Build => build(workspace),
             Self::Rust => rust(workspace),
-            Self::Node => node::test(workspace, "tests/node", Duration::from_secs(60)),
+            Self::Node => sdk(workspace),
             Self::Graphql => node::test(workspace, "tests/graphql", Duration::from_secs(120)),
             Self::Browser => browser(workspace),
         }
@@ -88,6 +88,14 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
 fn build(workspace: &Workspace) -> anyhow::Result<()> {
     // Elsewhere a server without its playground will do; here it is part of what is proved.
     process::run(workspace.cargo(&["build", "--bin", "sessiond"]).env("SESSIOND_REQUIRE_PLAYGROUND", "1"))
+}
+
+/// On the embedded log, and again on S2.
+fn sdk(workspace: &Workspace) -> anyhow::Result<()> {
+    let limit = Duration::from_secs(60);
+    node::test(workspace, "tests/node", limit)?;
+    let s2 = S2::start(&s2::install(workspace)?)?;
+    node::run(workspace, "tests/node", limit, Some(&s2.url()))
 }
 
 fn browser(workspace: &Workspace) -> anyhow::Result<()> {

@@ -1,6 +1,7 @@
 // Starts, restarts and stops the real binary. Knows nothing of what the tests ask of it.
 
 import { execFile, spawn } from "node:child_process";
+import { randomUUID } from "node:crypto";
 import { once } from "node:events";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -17,6 +18,16 @@ const READY_WITHIN_MS = 20_000;
 // The harness asks for readiness itself, outside the checks on what the tests ask.
 const rawFetch = globalThis.fetch;
 
+/** The S2 that the run has started, if records are to be kept there. */
+const endpoint = process.env.SESSIOND_TEST_S2;
+/** Whether the engine counts the bytes of a channel, which S2 does not. */
+export const COUNTS_BYTES = endpoint === undefined;
+
+/** Where records are kept: in the data folder, or in a new basin. */
+function engine() {
+  return endpoint ? { SESSIOND_LOG__URL: `s2://test-${randomUUID()}`, SESSIOND_LOG__ENDPOINT: endpoint } : {};
+}
+
 export class Server {
   #child;
   #stderr = "";
@@ -26,7 +37,7 @@ export class Server {
   /** `settings` are further variables, such as `{ SESSIOND_LOG__RETENTION: "1d" }`. */
   static async start(settings = {}) {
     const server = new Server();
-    server.#settings = settings;
+    server.#settings = { ...engine(), ...settings };
     server.data = await mkdtemp(join(tmpdir(), "sessiond-node-"));
     await server.#launch("127.0.0.1:0");
     return server;

@@ -43,26 +43,21 @@ pub(crate) fn test(workspace: &Workspace, folder: &str, limit: Duration) -> anyh
     run(workspace, folder, limit, None)
 }
 
-/// Runs what [`test`] has run once more, against servers that keep their records in the S2 at `endpoint`.
-pub(crate) fn test_on_s2(
+/// Runs the tests of an installed `folder`, with records kept in the data folder or on the S2 at `s2`.
+pub(crate) fn run(
     workspace: &Workspace,
     folder: &str,
     limit: Duration,
-    endpoint: &str,
+    s2: Option<&str>,
 ) -> anyhow::Result<()> {
-    run(workspace, folder, limit, Some(endpoint))
-}
-
-fn run(workspace: &Workspace, folder: &str, limit: Duration, s2: Option<&str>) -> anyhow::Result<()> {
     let dir = workspace.root.join(folder);
     let mut node = Command::new("node");
     node.args(["--test", "--test-force-exit", "--test-reporter=tap"])
         .arg(format!("--test-timeout={}", limit.as_millis()))
         .current_dir(&dir)
-        .env("SESSIOND_BIN", workspace.debug_binary("sessiond"));
-    if let Some(endpoint) = s2 {
-        node.env("SESSIOND_TEST_S2", endpoint);
-    }
+        .env("SESSIOND_BIN", workspace.debug_binary("sessiond"))
+        .env_remove("SESSIOND_TEST_S2")
+        .envs(s2.map(|url| ("SESSIOND_TEST_S2", url)));
     let mut counts = Counts::default();
     let passed = process::run_seen(&mut node, |line| counts.see(line))?;
     ensure!(passed && counts.fail == 0 && counts.cancelled == 0, "{} failed", counts.fail + counts.cancelled);

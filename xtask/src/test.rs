@@ -31,7 +31,7 @@ enum Stage {
     Build,
     /// Unit, contract, integration and documentation tests
     Rust,
-    /// The SDK suite against the binary
+    /// The SDK suite against the binary, on both engines
     Node,
     /// The suite of GraphQL clients against the binary
     Graphql,
@@ -90,12 +90,12 @@ fn build(workspace: &Workspace) -> anyhow::Result<()> {
     process::run(workspace.cargo(&["build", "--bin", "sessiond"]).env("SESSIOND_REQUIRE_PLAYGROUND", "1"))
 }
 
-/// The SDK, on both engines.
+/// On the embedded log, and again on S2.
 fn sdk(workspace: &Workspace) -> anyhow::Result<()> {
-    let (folder, limit) = ("tests/node", Duration::from_secs(60));
-    node::test(workspace, folder, limit)?;
+    let limit = Duration::from_secs(60);
+    node::test(workspace, "tests/node", limit)?;
     let s2 = S2::start(&s2::install(workspace)?)?;
-    node::test_on_s2(workspace, folder, limit, &s2.url())
+    node::run(workspace, "tests/node", limit, Some(&s2.url()))
 }
 
 fn browser(workspace: &Workspace) -> anyhow::Result<()> {

@@ -1,7 +1,7 @@
 // Starts, restarts and stops the real binary. Knows nothing of what the tests ask of it.
 
 import { execFile, spawn } from "node:child_process";
-import { randomBytes } from "node:crypto";
+import { randomUUID } from "node:crypto";
 import { once } from "node:events";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -18,11 +18,14 @@ const READY_WITHIN_MS = 20_000;
 // The harness asks for readiness itself, outside the checks on what the tests ask.
 const rawFetch = globalThis.fetch;
 
-/** The embedded log, or with SESSIOND_TEST_S2 a basin of its own on the S2 at that address. */
+/** The S2 that the run has started, if records are to be kept there. */
+const endpoint = process.env.SESSIOND_TEST_S2;
+/** Whether the engine counts the bytes of a channel, which S2 does not. */
+export const COUNTS_BYTES = endpoint === undefined;
+
+/** Where records are kept: in the data folder, or in a new basin. */
 function engine() {
-  const endpoint = process.env.SESSIOND_TEST_S2;
-  if (!endpoint) return {};
-  return { SESSIOND_LOG__URL: `s2://suite-${randomBytes(8).toString("hex")}`, SESSIOND_LOG__ENDPOINT: endpoint };
+  return endpoint ? { SESSIOND_LOG__URL: `s2://test-${randomUUID()}`, SESSIOND_LOG__ENDPOINT: endpoint } : {};
 }
 
 export class Server {

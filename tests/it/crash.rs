@@ -283,33 +283,7 @@ async fn a_full_disk_fails_the_append_and_poisons_the_log() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sync_that_fails_fails_the_append_and_poisons_the_log() {
-    fails_closed(async |process| {
-        let folder = std::env::temp_dir().join(format!("sessiond-inject-{}", process.id()));
-        let strace = Command::new("strace")
-            .args(["-f", "-p", &process.id().to_string(), "-e", "trace=fdatasync"])
-            .args(["-e", "inject=fdatasync:error=EIO", "-o"])
-            .arg(&folder)
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn();
-        let mut strace = strace.expect("strace");
-        attached(&mut strace).await;
-        Some(strace)
-    })
-    .await;
-}
-
-/// Waits until strace says that it holds the process.
-async fn attached(strace: &mut tokio::process::Child) {
-    use tokio::io::{AsyncBufReadExt, BufReader};
-    let mut lines = BufReader::new(strace.stderr.take().expect("a pipe")).lines();
-    while let Some(line) = lines.next_line().await.expect("readable output") {
-        if line.contains("attached") {
-            tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-            return;
-        }
-    }
-    panic!("strace did not attach");
+    fails_closed(async |process| Some(process.inject("fdatasync:error=EIO").await)).await;
 }
 
 async fn start_fails(data: &Path) -> String {

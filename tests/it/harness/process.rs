@@ -60,6 +60,27 @@ impl Process {
         self.child.id().expect("still running")
     }
 
+    /// Makes strace change what a kind of system call does, such as `fdatasync:error=EIO`, for as long as what is returned
+    /// lives. It holds the process when this returns.
+    pub async fn inject(&self, fault: &str) -> Child {
+        let call = fault.split(':').next().unwrap_or_default();
+        let mut strace = Command::new("strace")
+            .args(["-f", "-p", &self.id().to_string(), "-e", &format!("trace={call}")])
+            .args(["-e", &format!("inject={fault}"), "-o", "/dev/null"])
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("strace");
+        let mut lines = BufReader::new(strace.stderr.take().expect("a pipe")).lines();
+        while let Some(line) = lines.next_line().await.expect("readable output") {
+            if line.contains("attached") {
+                tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+                return strace;
+            }
+        }
+        panic!("strace did not attach");
+    }
+
     /// kill -9, and waits until it is gone.
     pub async fn kill(mut self) {
         self.child.kill().await.expect("killed");

@@ -11,10 +11,10 @@ use reqwest::{Client, Method};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
+use crate::harness::Socket;
 use crate::harness::engine::engines;
 use crate::harness::s2::{Heard, Stream, Wire, batch, frame};
 use crate::harness::server::KEY;
-use crate::harness::{Socket, TestServer};
 
 /// Tries on each engine.
 const TRIES: usize = 100_000;
@@ -93,14 +93,14 @@ impl Told {
 }
 
 impl Target {
-    async fn prepare(server: &TestServer, name: &str) -> Arc<Self> {
-        server.create(json!({"externalId": name})).await;
-        let wire = Wire::new(&server.url);
+    async fn prepare(url: &str, name: &str) -> Arc<Self> {
+        let wire = Wire::new(url);
+        wire.create(name).await;
         let streams = [("in", wire.open(name, "in").await), ("out", wire.open(name, "out").await)];
         Arc::new(Self {
             name: name.to_owned(),
-            url: server.url.clone(),
-            http: server.http.clone(),
+            url: url.to_owned(),
+            http: Client::new(),
             streams: streams.into(),
             acked: AtomicUsize::new(0),
             warm: Notify::new(),
@@ -289,7 +289,7 @@ async fn nothing_gets_into_a_session_that_is_closed_through_any_door() {
         while tries < TRIES {
             let names = (session..session + AT_ONCE).map(|number| format!("s{number}"));
             session += AT_ONCE;
-            let rounds: Vec<_> = names.map(|name| attack(&server, name)).collect();
+            let rounds: Vec<_> = names.map(|name| attack(&server.url, name)).collect();
             for (tried, told) in futures_util::future::join_all(rounds).await {
                 tries += tried;
                 acknowledged += told.acked.len();
@@ -305,8 +305,8 @@ async fn nothing_gets_into_a_session_that_is_closed_through_any_door() {
 }
 
 /// Hammers one session through every door, closes it meanwhile, and looks at what is stored.
-async fn attack(server: &TestServer, name: String) -> (usize, Told) {
-    let target = Target::prepare(server, &name).await;
+async fn attack(url: &str, name: String) -> (usize, Told) {
+    let target = Target::prepare(url, &name).await;
     let writers: Vec<_> =
         Door::ALL.map(|door| tokio::spawn(target.clone().hammer(door, LATE))).into_iter().collect();
     target.close().await;

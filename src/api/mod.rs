@@ -2,6 +2,7 @@
 //!
 //! Knows [`Sessions`] and [`Auth`]; never a store.
 
+pub mod blobs;
 pub mod cors;
 pub mod error;
 pub mod extract;
@@ -51,6 +52,8 @@ pub struct ApiConfig {
     pub graphql: GraphqlConfig,
     /// Direct writes.
     pub direct: DirectConfig,
+    /// Validity of signed URLs.
+    pub url_ttl: Duration,
     /// Where callers reach this server; `None` reads it off each request.
     pub public_url: Option<String>,
     /// The listener itself speaks TLS.
@@ -111,7 +114,7 @@ impl std::ops::Deref for Shared {
 }
 
 /// Every route template: the only values that the `route` label of a metric may have.
-const ROUTES: [&str; 23] = [
+const ROUTES: [&str; 26] = [
     "/",
     "/healthz",
     "/readyz",
@@ -124,6 +127,9 @@ const ROUTES: [&str; 23] = [
     "/api/v1/sessions",
     "/api/v1/sessions/{session}",
     "/api/v1/sessions/{session}/close",
+    "/api/v1/sessions/{session}/snapshot-url",
+    "/api/v1/sessions/{session}/transcript",
+    "/blobs/v1/{token}",
     "/api/v1/auth/jwt/claims",
     "/api/v1/auth/jwt",
     "/api/v1/auth/public-tokens",

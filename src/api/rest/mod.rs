@@ -5,4 +5,5 @@ pub mod list;
 pub mod model;
 pub mod read;
 pub mod sessions;
+pub mod snapshot;
 pub mod trigger;

@@ -7,6 +7,7 @@ mod direct;
 mod replicas;
 mod room;
 mod rows;
+mod snapshot;
 mod waiters;
 
 use std::future::Future;
@@ -16,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::access::{Action, Caller, Resource, UNAUTHORIZED, Verdict};
+use super::blob::Blobs;
 use super::channel::ChannelKey;
 use super::clock::Clock;
 use super::error::{Error, Result};
@@ -99,6 +101,8 @@ pub struct Backends {
     pub channels: Arc<dyn ChannelStore>,
     /// Lists.
     pub index: Arc<dyn ListIndex>,
+    /// Snapshots.
+    pub blobs: Arc<dyn Blobs>,
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// Wakes streams.
@@ -112,6 +116,7 @@ pub struct Sessions {
     store: Arc<dyn MetadataStore>,
     channels: Arc<dyn ChannelStore>,
     index: Arc<dyn ListIndex>,
+    blobs: Arc<dyn Blobs>,
     clock: Arc<dyn Clock>,
     bounds: Bounds,
     rows: Rows,
@@ -121,10 +126,10 @@ pub struct Sessions {
 impl Sessions {
     /// The use cases over a set of adapters. [`Timers::run`] must be running for streams to end on time.
     pub fn new(backends: Backends, config: SessionsConfig) -> Arc<Self> {
-        let Backends { store, channels, index, clock, timers, stopping } = backends;
+        let Backends { store, channels, index, blobs, clock, timers, stopping } = backends;
         let rows = Rows::new(store.clone(), config);
         let bounds = Bounds { clock: clock.clone(), timers, stopping };
-        Arc::new(Self { store, channels, index, clock, bounds, rows, room: Room::default() })
+        Arc::new(Self { store, channels, index, blobs, clock, bounds, rows, room: Room::default() })
     }
 
     /// The clock that every rule is judged by.

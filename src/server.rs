@@ -19,12 +19,13 @@ use crate::api::{self, ApiConfig, ApiState};
 use crate::auth::Auth;
 use crate::auth::keys::{Keys, NewEnvironment, RevealedKey};
 use crate::auth::vault::Vault;
-use crate::config::{Config, HttpConfig};
+use crate::config::{BlobPlace, Config, HttpConfig};
 use crate::domain::tenant::{Environment, EnvironmentKind};
 use crate::domain::timer::Timers;
-use crate::domain::{Backends, ChannelStore, Clock, MetadataStore, Sessions, SessionsConfig};
+use crate::domain::{Backends, Blobs, ChannelStore, Clock, MetadataStore, Sessions, SessionsConfig};
 use crate::listener::Listener;
 use crate::shutdown::Shutdown;
+use crate::store::blob::{ObjectBlobs, S3Options};
 use crate::store::channel::log::{LogChannels, LogOptions};
 use crate::store::channel::s2::{S2Channels, S2Options};
 use crate::store::channel::{CommitStats, LogObserver};
@@ -186,6 +187,7 @@ impl Server {
             waitpoints: control.store.clone(),
             channels: engine.channels(),
             index,
+            blobs: open_blobs(&config)?,
             clock: clock.clone(),
             timers: timers.clone(),
             stopping: shutdown.draining().clone(),
@@ -287,6 +289,23 @@ pub fn prepare_process() -> anyhow::Result<()> {
     Ok(())
 }
 
+fn open_blobs(config: &Config) -> anyhow::Result<Arc<dyn Blobs>> {
+    let blobs = &config.blobs;
+    let opened = match blobs.place() {
+        None => ObjectBlobs::folder(&config.blobs_dir()),
+        Some(BlobPlace::Folder(folder)) => ObjectBlobs::folder(&folder),
+        Some(BlobPlace::S3 { bucket, prefix }) => ObjectBlobs::s3(&S3Options {
+            bucket,
+            prefix,
+            endpoint: blobs.endpoint.as_ref().map(ToString::to_string),
+            region: blobs.region.clone(),
+            credentials: blobs.access_key.clone().zip(blobs.secret_key.clone()),
+            allow_http: blobs.allow_http,
+        }),
+    };
+    Ok(Arc::new(opened.context("cannot open the store of blobs")?))
+}
+
 /// A log and a metadata store belong together for ever: with another's log every session would lose its records.
 async fn claim_log(control: &Control, ours: &str) -> anyhow::Result<()> {
     let known = control.store.claim_log(ours).await?;
@@ -315,6 +334,7 @@ fn api_config(config: &Config) -> ApiConfig {
         body_timeout: http.body_timeout,
         graphql: config.graphql.clone(),
         direct: config.direct.clone(),
+        url_ttl: config.blobs.url_ttl,
         // Of the URL what an origin is: scheme, host, port.
         public_url: http.public_url.as_ref().map(|url| url.origin().ascii_serialization()),
         tls: http.tls.certificate.is_some(),

@@ -34,6 +34,7 @@ const CRATE_ROOMS: &[(&str, &[&str])] = &[
     ("entity", &["store"]),
     ("migration", &["store"]),
     ("fjall", &["store"]),
+    ("object_store", &["store"]),
     ("s2_sdk", &["store"]),
     ("s2_api", &["store", "api"]),
     ("s2_common", &["store", "api"]),
@@ -45,7 +46,8 @@ const CRATE_ROOMS: &[(&str, &[&str])] = &[
 ];
 
 /// Adapters, which never name each other.
-const ADAPTERS: &[&str] = &["metadata", "channel::log", "channel::s2", "index::sql", "index::clickhouse"];
+const ADAPTERS: &[&str] =
+    &["blob", "metadata", "channel::log", "channel::s2", "index::sql", "index::clickhouse"];
 /// The SQL index reads the tables that the SQL metadata store writes, through its connections.
 const SHARED_ADAPTERS: &[(&str, &str)] = &[("index::sql", "metadata")];
 

@@ -2,6 +2,7 @@
 //!
 //! Knows [`Sessions`] and [`Auth`]; never a store.
 
+pub mod blobs;
 pub mod cors;
 pub mod error;
 pub mod extract;
@@ -51,6 +52,8 @@ pub struct ApiConfig {
     pub graphql: GraphqlConfig,
     /// Direct writes.
     pub direct: DirectConfig,
+    /// Validity of signed URLs.
+    pub url_ttl: Duration,
     /// Where callers reach this server; `None` reads it off each request.
     pub public_url: Option<String>,
     /// The listener itself speaks TLS.
@@ -111,7 +114,7 @@ impl std::ops::Deref for Shared {
 }
 
 /// Every route template: the only values that the `route` label of a metric may have.
-const ROUTES: [&str; 29] = [
+const ROUTES: [&str; 32] = [
     "/",
     "/healthz",
     "/readyz",
@@ -130,6 +133,9 @@ const ROUTES: [&str; 29] = [
     "/api/v1/waitpoints/tokens",
     "/api/v1/waitpoints/tokens/{waitpoint}",
     "/api/v1/waitpoints/tokens/{waitpoint}/complete",
+    "/api/v1/sessions/{session}/snapshot-url",
+    "/api/v1/sessions/{session}/transcript",
+    "/blobs/v1/{token}",
     "/api/v1/auth/jwt/claims",
     "/api/v1/auth/jwt",
     "/api/v1/auth/public-tokens",

@@ -7,7 +7,7 @@ use utoipa::openapi::{OpenApi, OpenApiBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::{App, realtime, rest, s2};
+use super::{App, blobs, realtime, rest, s2};
 
 /// What every route of a kind may refuse with, beside what its own annotation says.
 const REFUSALS: [(&str, &str); 7] = [
@@ -38,6 +38,9 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(rest::waitpoints::list))
         .routes(routes!(rest::waitpoints::retrieve))
         .routes(routes!(rest::waitpoints::complete))
+        .routes(routes!(rest::snapshot::url_to_get, rest::snapshot::url_to_put))
+        .routes(routes!(rest::snapshot::transcript))
+        .routes(routes!(blobs::get, blobs::head, blobs::put))
         .routes(routes!(rest::auth::claims))
         .routes(routes!(rest::auth::jwt))
         .routes(routes!(rest::auth::public_tokens))
@@ -85,12 +88,16 @@ fn complete(document: &mut Value) {
     let Some(paths) = document["paths"].as_object_mut() else { return };
     for (path, item) in paths {
         let Some(item) = item.as_object_mut() else { continue };
-        let keys_only = path.starts_with("/api/v1/auth/") || path.contains("/runs/");
+        let keys_only =
+            path.starts_with("/api/v1/auth/") || path.contains("/runs/") || path.ends_with("/transcript");
+        let by_url = path.starts_with("/blobs/");
         for (method, operation) in item {
             if !matches!(method.as_str(), "get" | "head" | "post" | "put" | "patch" | "delete") {
                 continue;
             }
-            operation["security"] = if keys_only {
+            operation["security"] = if by_url {
+                json!([])
+            } else if keys_only {
                 json!([{"secretKey": []}])
             } else {
                 json!([{"secretKey": []}, {"publicToken": []}])
@@ -153,7 +160,7 @@ mod tests {
     fn every_documented_path_has_a_metric_label_and_every_operation_its_refusals() {
         let document = document();
         let paths = document["paths"].as_object().expect("paths");
-        assert_eq!(paths.len(), 20);
+        assert_eq!(paths.len(), 23);
         for (path, item) in paths {
             assert!(super::super::ROUTES.contains(&path.as_str()), "{path}");
             for (method, operation) in item.as_object().expect("an object") {

@@ -5,6 +5,7 @@
 pub mod direct;
 pub mod keys;
 mod leases;
+pub mod signed_url;
 pub mod token;
 pub mod vault;
 

@@ -25,6 +25,7 @@ pub struct Vault {
     seal: RandomizedNonceKey,
     lookup: hmac::Key,
     direct: [u8; KEY_LEN],
+    url: [u8; KEY_LEN],
 }
 
 impl Vault {
@@ -52,7 +53,8 @@ impl Vault {
             .map_err(Error::internal)?;
         let lookup = hmac::Key::new(hmac::HMAC_SHA256, &derive(&master, b"sessiond secret lookup v1")?);
         let direct = derive(&master, b"sessiond direct tokens v1")?;
-        Ok(Self { seal, lookup, direct })
+        let url = derive(&master, b"sessiond signed urls v1")?;
+        Ok(Self { seal, lookup, direct, url })
     }
 
     /// What a secret is found by in the store.
@@ -63,6 +65,11 @@ impl Vault {
     /// What tokens for direct writes are signed with.
     pub(super) fn direct_key(&self) -> &[u8] {
         &self.direct
+    }
+
+    /// What signed URLs are signed with.
+    pub(super) fn url_key(&self) -> &[u8] {
+        &self.url
     }
 
     /// Encrypts a secret, bound to its environment and key id.

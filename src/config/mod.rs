@@ -1,5 +1,6 @@
 //! Settings: embedded defaults < TOML file < `SESSIOND_*` environment < flags. Nobody else reads the environment.
 
+mod blobs;
 mod direct;
 mod graphql;
 mod http;
@@ -13,6 +14,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::domain::{Error, Result, Violation};
+pub use blobs::{BlobPlace, BlobsConfig};
 pub use direct::DirectConfig;
 pub use graphql::GraphqlConfig;
 pub use http::{HttpConfig, RateLimitConfig, TlsConfig};
@@ -24,7 +26,7 @@ pub const DEFAULTS: &str = include_str!("../../config.default.toml");
 const PREFIX: &str = "SESSIOND_";
 /// Variables with our prefix that are not settings of the server: those of the client
 /// commands, the test suite and the build.
-const NOT_SETTINGS: [&str; 9] = [
+const NOT_SETTINGS: [&str; 10] = [
     "config",
     "url",
     "token",
@@ -32,6 +34,7 @@ const NOT_SETTINGS: [&str; 9] = [
     "test_postgres",
     "test_s2",
     "test_s2_bin",
+    "test_s3",
     "skip_playground",
     "require_playground",
 ];
@@ -55,6 +58,8 @@ pub struct Config {
     pub metadata: MetadataConfig,
     /// The log.
     pub log: LogConfig,
+    /// Snapshots.
+    pub blobs: BlobsConfig,
     /// Protection of keys.
     pub auth: AuthConfig,
     /// Logging.
@@ -131,6 +136,7 @@ impl Config {
         self.direct.validate(&mut faults);
         self.metadata.validate(&mut faults);
         self.log.validate(&mut faults);
+        self.blobs.validate(&mut faults);
         if self.metadata.is_postgres() && self.auth.master_key.is_none() {
             faults.push(fault("auth.master_key", "is required with Postgres"));
         }
@@ -148,6 +154,11 @@ impl Config {
     /// The folder of the embedded log.
     pub fn log_dir(&self) -> PathBuf {
         self.data.join("log")
+    }
+
+    /// The folder of blobs, where no other place is set.
+    pub fn blobs_dir(&self) -> PathBuf {
+        self.data.join("blobs")
     }
 
     /// The file of the generated master key.

@@ -3,6 +3,7 @@
 //! Knows no transport, no database, no token format. Start reading at [`Sessions`].
 
 pub mod access;
+pub mod blob;
 pub mod channel;
 pub mod clock;
 pub mod envelope;
@@ -18,10 +19,12 @@ pub mod session;
 mod sessions;
 pub mod tenant;
 pub mod timer;
+pub mod transcript;
 pub mod waitpoint;
 pub mod watch;
 
 pub use access::{Action, Caller, CallerKind, Resource, Scopes};
+pub use blob::{Blob, BlobInfo, BlobKey, Blobs, ByteStream};
 pub use channel::{ChannelAddress, ChannelKey, ChannelName, Direction};
 pub use clock::{Clock, SystemClock, TestClock, Timestamp};
 pub use error::{Code, Error, Result, Violation};

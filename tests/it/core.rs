@@ -18,6 +18,7 @@ use sessiond::domain::{
     SessionRef, Sessions, SessionsConfig, TestClock,
 };
 use sessiond::server::Control;
+use sessiond::store::blob::ObjectBlobs;
 use sessiond::store::channel::log::{LogChannels, LogOptions};
 use sessiond::store::index::sql::SqlIndex;
 use sessiond::store::metadata::SqlMetadata;
@@ -60,6 +61,7 @@ impl Core {
             waitpoints: control.store.clone(),
             channels: Arc::new(log),
             index: Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store))),
+            blobs: Arc::new(ObjectBlobs::folder(&config.blobs_dir()).expect("a folder of blobs")),
             timers: timers.clone(),
             clock,
             stopping: stopping.clone(),

@@ -5,6 +5,7 @@ pub mod list;
 pub mod model;
 pub mod read;
 pub mod sessions;
+pub mod snapshot;
 pub mod trigger;
 pub mod waitpoint_model;
 pub mod waitpoints;

@@ -8,6 +8,7 @@ mod replicas;
 mod room;
 mod rows;
 mod runs;
+mod snapshot;
 mod waiters;
 mod waiting;
 mod waitpoints;
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::access::{Action, Caller, Resource, UNAUTHORIZED, Verdict};
+use super::blob::Blobs;
 use super::channel::ChannelKey;
 use super::clock::Clock;
 use super::error::{Error, Result};
@@ -107,6 +109,8 @@ pub struct Backends {
     pub channels: Arc<dyn ChannelStore>,
     /// Lists.
     pub index: Arc<dyn ListIndex>,
+    /// Snapshots.
+    pub blobs: Arc<dyn Blobs>,
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// Wakes streams.
@@ -121,6 +125,7 @@ pub struct Sessions {
     waitpoints: Arc<dyn Waitpoints>,
     channels: Arc<dyn ChannelStore>,
     index: Arc<dyn ListIndex>,
+    blobs: Arc<dyn Blobs>,
     clock: Arc<dyn Clock>,
     bounds: Bounds,
     rows: Rows,
@@ -131,7 +136,7 @@ pub struct Sessions {
 impl Sessions {
     /// The use cases over a set of adapters. [`Timers::run`] must be running for streams to end on time.
     pub fn new(backends: Backends, config: SessionsConfig) -> Arc<Self> {
-        let Backends { store, waitpoints, channels, index, clock, timers, stopping } = backends;
+        let Backends { store, waitpoints, channels, index, blobs, clock, timers, stopping } = backends;
         let rows = Rows::new(store.clone(), config);
         let waiting =
             Waiting::new(store.clone(), waitpoints.clone(), channels.clone(), clock.clone(), timers.clone());
@@ -141,6 +146,7 @@ impl Sessions {
             waitpoints,
             channels,
             index,
+            blobs,
             clock,
             bounds,
             rows,

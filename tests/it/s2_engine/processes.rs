@@ -152,7 +152,7 @@ async fn killed_between_seal_and_row_a_retry_and_the_list_agree() {
                 .await
         }));
         let key = ChannelKey::main(SessionId::from_stored(id), Direction::In);
-        Follower::of(&direct, &key).await.to_the_end().await;
+        Follower::of(&direct, &key).await.drain().await;
     }
     a.kill().await;
     for close in closes {

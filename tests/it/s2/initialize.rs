@@ -228,3 +228,27 @@ async fn an_external_id_is_open_to_writers_once_a_session_has_it() {
     // Another name of the same channel, and another token: both go on in the same log.
     assert_eq!(wire.open("later", "out").await.append(&batch).await.expect(200)["start"]["seq_num"], 2);
 }
+
+#[tokio::test]
+async fn pages_of_other_origins_may_write_and_read() {
+    let server = TestServer::start().await;
+    server.create(json!({"externalId": "s"})).await;
+    let stream = server.wire().open("s", "in").await;
+    let asked = "authorization,content-type,s2-basin,s2-format";
+    let preflight = stream
+        .request(Method::OPTIONS, "")
+        .header("origin", "https://page.example")
+        .header("access-control-request-method", "POST")
+        .header("access-control-request-headers", asked);
+    let preflight = preflight.send().await.expect("an answer");
+    assert_eq!(preflight.status().as_u16(), 200);
+    assert_eq!(preflight.headers()["access-control-allow-headers"], asked);
+    for (method, query, status) in
+        [(Method::POST, "", 200), (Method::GET, "?seq_num=0", 200), (Method::GET, "", 416)]
+    {
+        let request = stream.request(method, query).header("origin", "https://page.example");
+        let answer = request.json(&json!({"records": [{"body": "x"}]})).send().await.expect("an answer");
+        assert_eq!(answer.status().as_u16(), status, "{query}");
+        assert_eq!(answer.headers()["access-control-allow-origin"], "https://page.example");
+    }
+}

@@ -40,6 +40,8 @@ enum Need {
     Key,
     /// Any credentials.
     Somebody,
+    /// The token in the path alone; a bearer counts for nothing.
+    Url,
     /// As `Session`, but who may not see it is told that there is nothing.
     Hidden(&'static str),
     /// An action on the session of a waitpoint, whose id no scope names.
@@ -292,6 +294,34 @@ fn rows() -> Vec<Row> {
             document: "subscription($by: SessionBy!) { channelRecords(by: $by, io: OUT) { caughtUp } }",
             waits: true,
         },
+        Row {
+            name: "snapshot to get",
+            need: Need::Session("read"),
+            rest: &[("get", "/api/v1/sessions/{session}/snapshot-url", "")],
+            ..ROW
+        },
+        Row {
+            name: "snapshot to put",
+            need: Need::Session("write"),
+            rest: &[("put", "/api/v1/sessions/{session}/snapshot-url", "")],
+            ..ROW
+        },
+        Row {
+            name: "transcript",
+            need: Need::KeyOnSession("read"),
+            rest: &[("get", "/api/v1/sessions/{session}/transcript", "")],
+            ..ROW
+        },
+        Row {
+            name: "a snapshot by no URL of ours",
+            need: Need::Url,
+            rest: &[
+                ("get", "/blobs/v1/{session}", ""),
+                ("head", "/blobs/v1/{session}", ""),
+                ("put", "/blobs/v1/{session}", "x"),
+            ],
+            ..ROW
+        },
         Row { name: "claims", need: Need::Key, rest: &[("post", "/api/v1/auth/jwt/claims", "")], ..ROW },
         Row {
             name: "mint",
@@ -407,6 +437,7 @@ fn expected(need: Need, token: &Token, address: &str, exists: bool) -> Verdict {
     };
     let allowed = |yes| if yes { Allowed } else { Denied };
     match need {
+        Need::Url => Denied,
         _ if !token.known => Unauthenticated,
         Need::Session(action) => session(action),
         Need::KeyOnSession(action) if token.key => session(action),

@@ -2,6 +2,8 @@
 
 mod access;
 mod access_matrix;
+mod attacks;
+mod blobs;
 mod cli;
 mod contract;
 mod control_plane;

@@ -62,6 +62,11 @@ fn content(result: GetResult) -> ByteStream {
     result.into_stream().map_err(away).boxed()
 }
 
+/// Without its quotes, which only some stores write.
+fn etag(meta: &ObjectMeta) -> Option<String> {
+    meta.e_tag.as_deref().map(|etag| etag.trim_matches('"').to_owned())
+}
+
 /// The first bytes of a file whose content has this type, which is at most [`MEDIA_TYPE_MAX`] bytes.
 fn header(media_type: &str) -> Bytes {
     let mut header = MAGIC.to_vec();
@@ -97,7 +102,7 @@ impl ObjectBlobs {
     }
 
     fn info(&self, meta: &ObjectMeta, media_type: Option<String>) -> Result<BlobInfo> {
-        let etag = meta.e_tag.as_deref().map(|etag| etag.trim_matches('"').to_owned());
+        let etag = etag(meta);
         Ok(BlobInfo {
             length: meta.size.saturating_sub(self.offset()),
             etag: etag.ok_or_else(|| Error::internal("the store of blobs names no versions"))?,
@@ -168,17 +173,15 @@ impl Blobs for ObjectBlobs {
         if range.is_empty() {
             return Ok(Some(stream::empty().boxed()));
         }
-        let if_match = match self.media_type {
-            MediaType::Attribute => format!("\"{}\"", info.etag),
-            // The folder's are not quoted.
-            MediaType::Header => info.etag.clone(),
-        };
         let options = GetOptions {
             range: Some(GetRange::Bounded(range.start + self.offset()..range.end + self.offset())),
-            if_match: Some(if_match),
+            if_match: Some(format!("\"{}\"", info.etag)),
             ..GetOptions::default()
         };
-        Ok(present(self.store.get_opts(&self.path(key), options).await)?.map(content))
+        let found = present(self.store.get_opts(&self.path(key), options).await)?;
+        // Some stores do not know `If-Match`.
+        let same = found.filter(|result| etag(&result.meta).as_ref() == Some(&info.etag));
+        Ok(same.map(content))
     }
 }
 

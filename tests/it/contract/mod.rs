@@ -1,5 +1,6 @@
 //! One suite per port, run unchanged on every adapter.
 
+mod blobs;
 mod channels;
 mod list;
 mod metadata;

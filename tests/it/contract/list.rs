@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use sessiond::domain::list::Anchor;
 use sessiond::domain::{
-    Closure, Cursor, Filter, ListIndex, MetadataStore, Page, PageRequest, Session, SessionId, SessionPatch,
+    Closure, Cursor, Filter, ListIndex, MetadataStore, Page, PageRequest, RunId, Session, SessionId, SessionPatch,
     Status, StatusSet, TagQuery, Timestamp,
 };
 
@@ -360,7 +360,12 @@ async fn random_filters_agree_with_the_oracle(sql: Sql) {
 async fn environments_are_lists_of_their_own(sql: Sql) {
     let tagged = Session { tags: words(&["shared"]), ..named("same") };
     let ours = sql.create(tagged.clone()).await.session.id;
-    let theirs = Session { id: SessionId::generate(at(1)), environment: sql.elsewhere.clone(), ..tagged };
+    let theirs = Session {
+        id: SessionId::generate(at(1)),
+        current_run_id: RunId::generate(at(1)),
+        environment: sql.elsewhere.clone(),
+        ..tagged
+    };
     sql.create(Session { tags: words(&["shared", "theirs"]), ..theirs }).await;
     let filters = [
         Filter::default(),

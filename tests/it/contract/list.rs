@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 
 use sessiond::domain::list::Anchor;
 use sessiond::domain::{
-    Closure, Cursor, Filter, ListIndex, MetadataStore, Page, PageRequest, RunId, Session, SessionId, SessionPatch,
-    Status, StatusSet, TagQuery, Timestamp,
+    Closure, Cursor, Filter, ListIndex, MetadataStore, Page, PageRequest, RunId, Session, SessionId,
+    SessionPatch, Status, StatusSet, TagQuery, Timestamp,
 };
 
 use crate::contract::suite;

@@ -2,7 +2,7 @@
 
 use sessiond::config::Config;
 
-use super::TestServer;
+use super::{TestServer, s2_lite};
 
 /// One engine behind a server.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +19,13 @@ impl Engine {
     }
 }
 
-/// Every engine that this run can reach.
+/// Every engine.
 pub fn engines() -> Vec<Engine> {
-    vec![Engine { name: "embedded log", configure: |_| {} }]
+    vec![Engine { name: "embedded log", configure: |_| {} }, Engine { name: "S2", configure: on_s2 }]
+}
+
+fn on_s2(config: &mut Config) {
+    let url = format!("s2://{}", s2_lite::fresh_basin());
+    config.log.url = Some(url.parse().expect("a URL"));
+    config.log.endpoint = Some(s2_lite::endpoint().parse().expect("a URL"));
 }

@@ -120,7 +120,9 @@ impl Target {
         bodies
     }
 
-    fn answered(&self, taken: bool, bodies: Vec<String>, told: &mut Told) {
+    /// `None`: the server does not know itself, because S2 did not answer in time.
+    fn answered(&self, taken: Option<bool>, bodies: Vec<String>, told: &mut Told) {
+        let Some(taken) = taken else { return };
         if taken {
             let before = self.acked.fetch_add(bodies.len(), Ordering::Relaxed);
             if before < WARM && before + bodies.len() >= WARM {
@@ -154,7 +156,7 @@ impl Target {
         told
     }
 
-    async fn once(&self, door: Door, bodies: &[String]) -> bool {
+    async fn once(&self, door: Door, bodies: &[String]) -> Option<bool> {
         let stream = &self.streams[door.io()];
         let records: Vec<_> = bodies.iter().map(|body| json!({"body": body})).collect();
         let status = match door {
@@ -178,8 +180,14 @@ impl Target {
                 .map_or_else(|refused| refused.status.as_u16(), |_| 200),
         };
         let refusal = if door == Door::AppendOut { 400 } else { 409 };
-        assert!(status == 200 || status == refusal, "{door:?}: {status}");
-        status == 200
+        match status {
+            200 => Some(true),
+            503 => None,
+            status => {
+                assert_eq!(status, refusal, "{door:?}");
+                Some(false)
+            }
+        }
     }
 
     fn mutation(&self, door: Door, bodies: &[String]) -> Value {
@@ -220,11 +228,11 @@ impl Target {
             let Ok(mut writer) = stream.session().await else {
                 // Refused at the door: that is a try as well.
                 let bodies = self.bodies(Door::Frames, RECORDS, told);
-                self.answered(false, bodies, told);
+                self.answered(Some(false), bodies, told);
                 continue;
             };
             let mut open = std::collections::VecDeque::new();
-            loop {
+            let refused = loop {
                 while open.len() < WINDOW {
                     let bodies = self.bodies(Door::Frames, RECORDS, told);
                     let sent = writer.send_raw(frame(&batch(&bodies))).await;
@@ -234,18 +242,24 @@ impl Target {
                     }
                 }
                 match writer.heard().await {
-                    Heard::Message(_) => self.answered(true, open.pop_front().expect("one is open"), told),
+                    Heard::Message(_) => {
+                        self.answered(Some(true), open.pop_front().expect("one is open"), told)
+                    }
                     Heard::Terminal(status, body) => {
-                        assert_eq!((status, &body["code"]), (409, &json!("session_closed")));
+                        let code = body["code"].as_str().expect("a code");
+                        assert!(
+                            matches!((status, code), (409, "session_closed") | (503, "unavailable")),
+                            "{body}"
+                        );
                         let last = self.bodies(Door::Frames, RECORDS, told);
                         writer.send_raw(frame(&batch(&last))).await;
                         open.push_back(last);
-                        break;
+                        break (status == 409).then_some(false);
                     }
                     other => panic!("a session ended without a word: {other:?}"),
                 }
-            }
-            open.into_iter().for_each(|bodies| self.answered(false, bodies, told));
+            };
+            open.into_iter().for_each(|bodies| self.answered(refused, bodies, told));
         }
     }
 
@@ -272,11 +286,14 @@ impl Target {
 }
 
 /// Whether a mutation was taken; refused it may be only because of the close.
-fn taken(answer: &Value) -> bool {
+fn taken(answer: &Value) -> Option<bool> {
+    if answer["errors"][0]["extensions"]["code"] == "UNAVAILABLE" {
+        return None;
+    }
     let payload = &answer["data"]["appendRecords"];
     match payload["userErrors"].as_array().map(Vec::as_slice) {
-        Some([]) => true,
-        Some([error]) if error["code"] == "SESSION_CLOSED" => false,
+        Some([]) => Some(true),
+        Some([error]) if error["code"] == "SESSION_CLOSED" => Some(false),
         _ => panic!("{answer}"),
     }
 }

@@ -243,7 +243,7 @@ impl Target {
                 }
                 match writer.heard().await {
                     Heard::Message(_) => {
-                        self.answered(Some(true), open.pop_front().expect("one is open"), told)
+                        self.answered(Some(true), open.pop_front().expect("one is open"), told);
                     }
                     Heard::Terminal(status, body) => {
                         let code = body["code"].as_str().expect("a code");

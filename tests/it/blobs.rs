@@ -204,7 +204,8 @@ async fn a_url_is_for_one_session_one_method_and_a_quarter_of_an_hour() {
 }
 
 async fn direct_token(server: &TestServer) -> String {
-    let response = server.request(Method::PUT, "/realtime/v1/sessions/s/out").send().await.expect("an answer");
+    let response =
+        server.request(Method::PUT, "/realtime/v1/sessions/s/out").send().await.expect("an answer");
     header(&response, "x-s2-access-token")
 }
 

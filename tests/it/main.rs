@@ -2,7 +2,6 @@
 
 mod access;
 mod access_matrix;
-mod attacks;
 mod blobs;
 mod cli;
 mod contract;

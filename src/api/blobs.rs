@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 use super::App;
 use super::error::Failure;
+use super::rest::model::ErrorBody;
 use crate::auth::signed_url::{UrlGrant, UrlMethod};
 use crate::domain::blob::{SNAPSHOT_MAX, UNKNOWN_MEDIA_TYPE};
 use crate::domain::{BlobInfo, ByteStream, Error};
@@ -70,12 +71,13 @@ impl FromRequestParts<App> for ToPut {
     params(("token" = String, Path, description = "Of a URL that snapshot-url answered with"),
         ("Range" = Option<String>, Header, description = "One range of bytes; other ones are ignored")),
     responses((status = 200, description = "The bytes, with the type they were put with",
-            content((Vec<u8> = "application/vnd.trigger.transcript+ndjson"), (Vec<u8> = "application/octet-stream")),
+            content((Vec<u8> = "*/*")),
             headers(("ETag" = String), ("Accept-Ranges" = String))),
-        (status = 206, description = "The range", content((Vec<u8> = "application/octet-stream")),
+        (status = 206, description = "The range", content((Vec<u8> = "*/*")),
             headers(("ETag" = String), ("Content-Range" = String))),
-        (status = 404, description = "No snapshot was put"),
-        (status = 416, description = "The range begins behind the end", headers(("Content-Range" = String)))))]
+        (status = 404, description = "No snapshot was put", body = ErrorBody),
+        (status = 416, description = "The range begins behind the end", body = ErrorBody,
+            headers(("Content-Range" = String)))))]
 pub async fn get(
     State(app): State<App>,
     ToGet(grant): ToGet,
@@ -104,8 +106,8 @@ pub async fn head(State(app): State<App>, ToGet(grant): ToGet) -> Result<Respons
     params(("token" = String, Path, description = "Of a URL that snapshot-url answered with")),
     request_body(content = Vec<u8>, content_type = "application/vnd.trigger.transcript+ndjson"),
     responses((status = 200, description = "It is stored"),
-        (status = 408, description = "The body did not arrive in time"),
-        (status = 413, description = "The body is over its limit")))]
+        (status = 408, description = "The body did not arrive in time", body = ErrorBody),
+        (status = 413, description = "The body is over its limit", body = ErrorBody)))]
 pub async fn put(
     State(app): State<App>,
     ToPut(grant): ToPut,

@@ -103,3 +103,61 @@ impl BlobsConfig {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blobs(toml: &str) -> BlobsConfig {
+        toml::from_str(&format!("allow_http = {}\nurl_ttl = \"15m\"\n{toml}", toml.contains("http://minio")))
+            .expect("readable")
+    }
+
+    #[test]
+    fn a_url_names_a_folder_or_a_bucket() {
+        let s3 = |bucket: &str, prefix: &str| {
+            Some(BlobPlace::S3 { bucket: bucket.to_owned(), prefix: prefix.to_owned() })
+        };
+        for (url, place) in [
+            ("file:///var/blobs", Some(BlobPlace::Folder("/var/blobs".into()))),
+            ("file:///var/a%20b", Some(BlobPlace::Folder("/var/a b".into()))),
+            ("s3://bucket", s3("bucket", "")),
+            ("s3://bucket/a/b/", s3("bucket", "a/b")),
+            ("s3://user@bucket", None),
+            ("s3://bucket?x=1", None),
+            ("s3:///x", None),
+            ("https://bucket", None),
+        ] {
+            assert_eq!(blobs(&format!("url = \"{url}\"")).place(), place, "{url}");
+        }
+    }
+
+    #[test]
+    fn every_fault_is_told_at_once() {
+        for (toml, fields) in [
+            ("", vec![]),
+            ("url = \"file:///x\"", vec![]),
+            ("url = \"s3://b\"\nregion = \"r\"", vec![]),
+            ("url = \"s3://b\"\nendpoint = \"http://minio\"\naccess_key = \"a\"\nsecret_key = \"s\"", vec![]),
+            ("url = \"s3://b\"", vec!["blobs.region"]),
+            ("url = \"s3://b\"\nendpoint = \"http://plain\"", vec!["blobs.endpoint"]),
+            ("url = \"s3://b\"\nendpoint = \"ftp://x\"", vec!["blobs.endpoint"]),
+            ("region = \"r\"", vec!["blobs.region"]),
+            (
+                "url = \"ftp://x\"\nsecret_key = \"s\"\nendpoint = \"https://x\"",
+                vec!["blobs.url", "blobs.access_key", "blobs.endpoint"],
+            ),
+        ] {
+            let mut faults = Vec::new();
+            blobs(toml).validate(&mut faults);
+            let found: Vec<_> = faults.iter().map(|fault| fault.field.as_str()).collect();
+            assert_eq!(found, fields, "{toml}");
+        }
+        for (ttl, fits) in [("9s", false), ("10s", true), ("24h", true), ("24h 1s", false)] {
+            let mut faults = Vec::new();
+            let url_ttl = humantime_serde::re::humantime::parse_duration(ttl).expect("a duration");
+            BlobsConfig { url_ttl, ..blobs("") }.validate(&mut faults);
+            assert_eq!(faults.is_empty(), fits, "{ttl}");
+        }
+    }
+}

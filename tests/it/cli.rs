@@ -130,6 +130,10 @@ async fn settings_come_from_defaults_file_environment_and_flags_in_that_order() 
         .expect("written");
     let mut shown = command(data, &["config", "--json", "--config", file.to_str().expect("UTF-8")]);
     shown.env("SESSIOND_HTTP__MAX_CONNECTIONS", "2").env("SESSIOND_SECRET_KEY", "tr_dev_a_secret_to_hide");
+    shown.env("SESSIOND_BLOBS__URL", "s3://bucket/prefix").env("SESSIOND_BLOBS__REGION", "here");
+    shown
+        .env("SESSIOND_BLOBS__ACCESS_KEY", "a_secret_to_hide")
+        .env("SESSIOND_BLOBS__SECRET_KEY", "a_secret_to_hide");
     let output = shown.output().await.expect("runs");
     let text = String::from_utf8(output.stdout).expect("UTF-8");
     let settings: Value = serde_json::from_str(&text).expect("JSON");
@@ -137,6 +141,7 @@ async fn settings_come_from_defaults_file_environment_and_flags_in_that_order() 
     assert_eq!(settings["http"]["write_timeout"], "1s");
     assert_eq!(settings["http"]["listen"], "127.0.0.1:3030");
     assert_eq!(settings["data"], data.to_str().expect("UTF-8"));
+    assert_eq!(settings["blobs"]["secret_key"], "***");
     assert!(!text.contains("a_secret_to_hide"));
 
     for (name, value, fault) in [
@@ -145,6 +150,7 @@ async fn settings_come_from_defaults_file_environment_and_flags_in_that_order() 
         ("SESSIOND_HTTP__MAX_CONNECTIONS", "0", "http.max_connections"),
         ("SESSIOND_METADATA__URL", "mysql://x", "metadata.url"),
         ("SESSIOND_METADATA__URL", "postgres://x", "auth.master_key"),
+        ("SESSIOND_BLOBS__URL", "s3://bucket", "blobs.region"),
     ] {
         let output = command(data, &["config"]).env(name, value).output().await.expect("runs");
         let text = String::from_utf8(output.stderr).expect("UTF-8");

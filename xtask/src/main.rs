@@ -9,6 +9,7 @@ mod playground;
 mod postgres;
 mod process;
 mod s2;
+mod s3;
 mod schema;
 mod stage;
 mod test;

@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 
 use crate::postgres::Postgres;
 use crate::s2::{self, S2};
+use crate::s3::{self, S3};
 use crate::stage::Stages;
 use crate::workspace::Workspace;
 use crate::{lint, node, packages, playground, process};
@@ -107,9 +108,11 @@ fn rust(workspace: &Workspace) -> anyhow::Result<()> {
     let postgres = Postgres::start()?;
     let binary = s2::install(workspace)?;
     let s2 = S2::start(&binary)?;
+    let s3 = S3::start(&s3::install(workspace)?)?;
     let mut cargo = workspace.cargo(&["test", "--workspace", "--no-fail-fast"]);
     cargo.env("SESSIOND_TEST_POSTGRES", postgres.url());
     cargo.env("SESSIOND_TEST_S2", s2.url()).env("SESSIOND_TEST_S2_BIN", &binary);
+    cargo.env("SESSIOND_TEST_S3", s3.url());
     let mut counts = Counts::default();
     let passed = process::run_seen(&mut cargo, |line| counts.see(line))?;
     let Counts { passed: ok, failed, ignored, filtered } = counts;

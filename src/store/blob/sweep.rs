@@ -46,8 +46,7 @@ mod tests {
         for (name, old) in [("snapshot", true), ("snapshot#1", true), ("snapshot#2", false), ("x#y", true)] {
             let file = File::create(inner.join(name)).expect("a file");
             if old {
-                let long_ago = FileTimes::new().set_modified(SystemTime::UNIX_EPOCH);
-                file.set_times(long_ago).expect("times");
+                file.set_times(FileTimes::new().set_modified(SystemTime::UNIX_EPOCH)).expect("times");
             }
         }
         leftovers(folder.path()).expect("swept");

@@ -27,7 +27,7 @@ pub struct BlobKey(String);
 impl BlobKey {
     /// The snapshot of a session.
     pub fn snapshot(environment: &EnvironmentId, session: &SessionId) -> Self {
-        Self(format!("environments/{environment}/sessions/{session}/snapshot"))
+        Self(format!("{environment}/{session}/snapshot"))
     }
 
     /// As text.

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use futures_util::stream;
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
+use sessiond::config::Config;
 
 use crate::harness::server::KEY;
 use crate::harness::{Answer, Process, TestServer};
@@ -279,6 +280,66 @@ async fn an_upload_that_stalls_or_breaks_stores_nothing() {
     let request = server.http.put(&to_put).body(reqwest::Body::wrap_stream(broken));
     request.send().await.expect_err("the client gave up");
     assert_eq!(send(&server, Method::GET, &to_get, "").await.text, "kept");
+}
+
+/// Settings for a bucket at this endpoint.
+fn in_bucket(bucket: &str, endpoint: &str) -> impl FnOnce(&mut Config) {
+    let (url, endpoint) =
+        (format!("s3://{bucket}/wire/{}", uuid::Uuid::new_v4().simple()), endpoint.to_owned());
+    move |config| {
+        config.blobs.url = Some(url.parse().expect("a URL"));
+        config.blobs.endpoint = Some(endpoint.parse().expect("a URL"));
+        config.blobs.allow_http = true;
+        config.blobs.access_key = Some("test".to_owned().into());
+        config.blobs.secret_key = Some("secret".to_owned().into());
+    }
+}
+
+#[tokio::test]
+async fn a_bucket_keeps_snapshots_as_the_folder_does() {
+    let test = std::env::var("SESSIOND_TEST_S3").expect("SESSIOND_TEST_S3 is set by `cargo xtask test`");
+    let test: url::Url = test.parse().expect("a URL");
+    let endpoint = format!("http://127.0.0.1:{}", test.port().expect("a port"));
+    let server = TestServer::start_with(in_bucket(test.path().trim_matches('/'), &endpoint)).await;
+    server.create(json!({"externalId": "s"})).await;
+    let to_get = url(&server, Method::GET, "s").await;
+    send(&server, Method::GET, &to_get, "").await.expect(404);
+    let messages: Vec<_> =
+        (0..5).map(|n| json!({"id": format!("m{n}"), "text": "x".repeat(60_000)})).collect();
+    let blob = version_2(&messages);
+    put(&server, "s", blob.clone()).await;
+    let response = download(&server, &to_get, &[]).await;
+    assert_eq!(header(&response, "content-type"), NDJSON);
+    assert!(response.text().await.expect("whole") == blob);
+    let tail = download(&server, &to_get, &[("range", "bytes=-22")]).await;
+    assert_eq!(tail.status().as_u16(), 206);
+    assert_eq!(tail.text().await.expect("whole"), blob[blob.len() - 22..]);
+    let page = server.get("/api/v1/sessions/s/transcript?limit=1&before=m3").await.expect(200);
+    assert_eq!(page["messages"], json!([messages[2]]));
+    let to_put = url(&server, Method::PUT, "s").await;
+    let full = Bytes::from(vec![b'x'; MAX]);
+    assert_eq!(send(&server, Method::PUT, &to_put, full.clone()).await.status.as_u16(), 200);
+    let pieces = stream::iter([Ok::<_, std::io::Error>(full), Ok(Bytes::from_static(b"y"))]);
+    let over = server.http.put(&to_put).body(reqwest::Body::wrap_stream(pieces));
+    server.send(over).await.expect(413);
+    let head = server.http.head(&to_get).send().await.expect("an answer");
+    assert_eq!(header(&head, "content-length"), MAX.to_string());
+}
+
+#[tokio::test]
+async fn while_the_bucket_is_away_its_routes_are_503_and_everything_else_works() {
+    // Bound and never listened on: whoever connects is refused.
+    let closed = tokio::net::TcpSocket::new_v4().expect("a socket");
+    closed.bind("127.0.0.1:0".parse().expect("an address")).expect("bound");
+    let endpoint = format!("http://{}", closed.local_addr().expect("an address"));
+    let server = TestServer::start_with(in_bucket("bucket", &endpoint)).await;
+    server.create(json!({"externalId": "s"})).await;
+    let (to_put, to_get) = (url(&server, Method::PUT, "s").await, url(&server, Method::GET, "s").await);
+    for (method, url) in [(Method::GET, &to_get), (Method::PUT, &to_put)] {
+        assert_eq!(send(&server, method, url, "x").await.expect(503)["code"], "unavailable");
+    }
+    server.get("/api/v1/sessions/s/transcript").await.expect(503);
+    assert_eq!(server.append("s", "in", "x").await, 0);
 }
 
 #[tokio::test]

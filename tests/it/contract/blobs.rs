@@ -20,6 +20,7 @@ suite!("Blobs": [folder = Opened::folder, s3 = Opened::s3], [
     a_stream_that_fails_stores_nothing,
     readers_see_one_version_whole,
     sizes_around_the_part_are_stored_whole,
+    the_largest_snapshot_is_stored,
     keys_are_apart,
 ]);
 
@@ -47,6 +48,7 @@ impl Opened {
     }
 
     async fn s3() -> Self {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         Self { blobs: Arc::new(ObjectBlobs::s3(&s3_options()).expect("opens")), _folder: None }
     }
 }
@@ -199,4 +201,10 @@ async fn keys_are_apart(blobs: Opened) {
     assert!(blobs.find(&elsewhere).await.expect("an answer").is_none());
     assert_eq!(read(&blobs, "session_a").await.as_deref(), Some(&b"a"[..]));
     assert_eq!(read(&blobs, "session_ab").await.as_deref(), Some(&b"ab"[..]));
+}
+
+async fn the_largest_snapshot_is_stored(blobs: Opened) {
+    let bytes = content(9, 4 * PART);
+    blobs.put(&key("s"), "text/plain", pieces(&bytes, 64 * 1024)).await.expect("stored");
+    assert!(read(&blobs, "s").await.expect("a blob") == bytes);
 }

@@ -7,7 +7,7 @@ use s2_sdk::types::{
 };
 use s2_sdk::{S2, S2Basin};
 use sessiond::domain::record::Command;
-use sessiond::domain::{Error, SystemClock};
+use sessiond::domain::{AppendAck, Error, SystemClock};
 use sessiond::store::channel::s2::OpenError;
 
 use super::*;
@@ -66,19 +66,29 @@ async fn of_two_replicas_that_expect_the_same_tail_one_wins_every_time() {
     assert_eq!(all(&a, &key).await.len(), 50);
 }
 
+/// Appends as clients do: once more when S2 was too busy to answer.
+async fn persist(replica: &S2Channels, key: &ChannelKey, input: AppendInput) -> AppendAck {
+    loop {
+        match replica.append(key, input.clone()).await {
+            Err(Error::Unavailable { .. }) => {}
+            answer => return answer.expect("appends"),
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_part_id_is_stored_once_by_whichever_replica_comes_first() {
     let [a, b] = two().await;
     let key = main_out("parts");
     let appends = (0..60).flat_map(|number| {
         // The same parts through both, and others in between.
-        let (id, noise) = (format!("p{number}"), format!("noise {number}"));
-        [a.append(&key, part(&id, "x")), b.append(&key, data(&noise)), b.append(&key, part(&id, "x"))]
+        let (id, noise) = (format!("p{number}"), format!("noise{number}"));
+        [(&a, part(&id, "x")), (&b, part(&noise, "noise")), (&b, part(&id, "x"))]
     });
-    let acks: Vec<_> = join_all(appends).await.into_iter().map(|ack| ack.expect("appends")).collect();
+    let acks = join_all(appends.map(|(replica, input)| persist(replica, &key, input))).await;
     for three in acks.chunks(3) {
         assert_eq!(three[0].seq_nums, three[2].seq_nums);
-        assert!(three[0].repeated != three[2].repeated, "one of two has stored it");
+        assert!(three[0].repeated || three[2].repeated, "one of two has stored it");
     }
     assert_eq!(all(&b, &key).await.len(), 120);
     let other = b.append(&key, part("p7", "other")).await;

@@ -40,7 +40,7 @@ fn seal() -> AppendRecord {
     CommandRecord::fence("sessiond:sealed".parse().expect("a token")).into()
 }
 
-fn is_closed(answer: &Result<sessiond::domain::AppendAck>, reason: &str) -> bool {
+fn is_closed(answer: &Result<AppendAck>, reason: &str) -> bool {
     matches!(answer, Err(Error::Closed { reason: Some(given), .. }) if given == reason)
 }
 

@@ -112,7 +112,8 @@ impl From<Arc<Error>> for Failure {
             Error::Trimmed { earliest } => failure = failure.with("earliest", json!(earliest.to_string())),
             Error::RateLimited(limit) => {
                 failure.headers = rate_headers(*limit);
-                failure = failure.with("retryAfterMs", json!(limit.wait.as_millis()));
+                failure =
+                    failure.with("retryAfterMs", json!(limit.wait.as_nanos().div_ceil(1_000_000) as u64));
             }
             Error::Unavailable { .. } => {
                 failure.message = AWAY.to_owned();

@@ -131,6 +131,7 @@ async fn an_error_in_a_nullable_field_leaves_its_neighbours_alone() {
     for (field, expected) in [
         (r#"session(by: {externalId: ""})"#, "VALIDATION_FAILED"),
         (r#"session(by: {externalId: "else"})"#, "UNAUTHORIZED"),
+        (r#"waitpoint(id: "waitpoint_?")"#, "VALIDATION_FAILED"),
     ] {
         let query = format!("{{ a: {field} {{ id }} viewer {{ tokenKind }} }}");
         let result = server.graphql_as(Some(&reader)).result(&query, json!({})).await;

@@ -143,8 +143,8 @@ impl Query {
         &self,
         ctx: &Context<'_>,
         #[graphql(desc = "The id of its node, or `waitpoint_...`.")] id: ID,
-    ) -> Result<Option<WaitpointNode>> {
-        waitpoint::find(ctx, &id).await
+    ) -> Option<Result<WaitpointNode>> {
+        waitpoint::find(ctx, &id).await.transpose()
     }
 
     /// Waitpoints, newest first: those that wait are what is to be answered. A page holds 1 to 100, 50 by default.

@@ -99,8 +99,9 @@ impl WaitpointNode {
     }
 
     /// The session whose channel it waits on; null for who may not read it.
-    async fn session(&self, ctx: &Context<'_>) -> Result<Option<SessionNode>> {
-        Ok(load_session(ctx, self.0.session.clone()).await?.map(SessionNode))
+    async fn session(&self, ctx: &Context<'_>) -> Option<Result<SessionNode>> {
+        let row = load_session(ctx, self.0.session.clone()).await.transpose()?;
+        Some(row.map(SessionNode))
     }
 
     /// Which of the session's main channels.
@@ -119,9 +120,10 @@ impl WaitpointNode {
     }
 
     /// The record that has ended it; null if none has, or once it is trimmed.
-    async fn record(&self, ctx: &Context<'_>) -> Result<Option<RecordNode>> {
-        let record = app(ctx).sessions.completing_record(&self.0).await?;
-        Ok(record.map(|record| RecordNode { channel: Arc::new(self.0.channel()), record }))
+    async fn record(&self, ctx: &Context<'_>) -> Option<Result<RecordNode>> {
+        let record = app(ctx).sessions.completing_record(&self.0).await.transpose()?;
+        let node = |record| RecordNode { channel: Arc::new(self.0.channel()), record };
+        Some(record.map(node).map_err(Into::into))
     }
 
     /// Labels to filter by: at most 10, of 1 to 128 characters.

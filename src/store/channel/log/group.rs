@@ -87,6 +87,11 @@ impl<'a> Group<'a> {
         }
     }
 
+    /// Requests that wait for it.
+    pub(super) fn requests(&self) -> usize {
+        self.answers.len()
+    }
+
     /// Metered bytes to be written.
     pub(super) fn bytes(&self) -> usize {
         self.bytes

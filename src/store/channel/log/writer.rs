@@ -11,6 +11,9 @@ use super::state::Memory;
 
 /// Metered bytes after which a group is full.
 const GROUP_BYTES: usize = 8 << 20;
+/// Requests after which it is. Many writers that wait for one group would all be idle while it syncs, and the disk while
+/// they prepare the next one.
+const GROUP_REQUESTS: usize = 256;
 
 /// Runs until the queue is closed and empty.
 pub(super) fn run(shared: &Arc<Shared>, mut memory: Memory) {
@@ -32,6 +35,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut memory: Memory) {
         memory.trim();
         let mut group = Group::new(shared, &mut memory);
         while group.bytes() < GROUP_BYTES
+            && group.requests() < GROUP_REQUESTS
             && let Some(request) = waiting.pop_front()
         {
             group.add(request);

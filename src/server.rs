@@ -128,6 +128,7 @@ impl Engine {
             basin: basin.to_owned(),
             token: config.log.token.clone().unwrap_or_else(|| "none".into()),
             retention,
+            longest_pause: S2Options::LONGEST_PAUSE,
             observer,
         };
         Ok(Self::S2(Arc::new(S2Channels::open(options, clock).await.context("cannot open the log")?)))

@@ -13,15 +13,20 @@ pub struct Engine {
 }
 
 impl Engine {
+    /// The log in the data folder.
+    pub fn log() -> Self {
+        Self { name: "embedded log", configure: |_| {} }
+    }
+
+    /// A basin of its own on the S2 of this run.
+    pub fn s2() -> Self {
+        Self { name: "S2", configure: on_s2 }
+    }
+
     /// A fresh server on this engine.
     pub async fn start(self) -> TestServer {
         TestServer::start_with(self.configure).await
     }
-}
-
-/// Every engine.
-pub fn engines() -> Vec<Engine> {
-    vec![Engine { name: "embedded log", configure: |_| {} }, Engine { name: "S2", configure: on_s2 }]
 }
 
 fn on_s2(config: &mut Config) {

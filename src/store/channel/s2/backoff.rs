@@ -5,25 +5,29 @@ use std::time::Duration;
 
 /// The first pause, before jitter.
 const FIRST: Duration = Duration::from_millis(50);
-/// The longest pause, before jitter.
-const LONGEST: Duration = Duration::from_secs(5);
 
 /// Pauses that double up to a longest, each with up to as much again at random, so that what broke together does not come
 /// back together.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Backoff {
+    longest: Duration,
     tries: u32,
 }
 
 impl Backoff {
+    /// The longest pause is given before jitter.
+    pub(super) fn new(longest: Duration) -> Self {
+        Self { longest, tries: 0 }
+    }
+
     /// As if it had been paused so often, but no more than a few times.
-    pub(super) fn after(tries: u32) -> Self {
-        Self { tries: tries.min(4) }
+    pub(super) fn after(longest: Duration, tries: u32) -> Self {
+        Self { longest, tries: tries.min(4) }
     }
 
     /// The next pause.
     pub(super) fn next(&mut self) -> Duration {
-        let base = FIRST.saturating_mul(1 << self.tries.min(16)).min(LONGEST);
+        let base = FIRST.saturating_mul(1 << self.tries.min(16)).min(self.longest);
         self.tries = self.tries.saturating_add(1);
         let random = RandomState::new().hash_one(self.tries) % 1024;
         base + base.mul_f64(random as f64 / 1024.0)
@@ -51,7 +55,8 @@ mod tests {
 
     #[test]
     fn pauses_grow_to_a_longest_and_begin_anew_after_a_success() {
-        let mut backoff = Backoff::default();
+        const LONGEST: Duration = Duration::from_secs(5);
+        let mut backoff = Backoff::new(LONGEST);
         let first = backoff.next();
         assert!((FIRST..2 * FIRST).contains(&first));
         let last = (0..50).map(|_| backoff.next()).last().expect("fifty");

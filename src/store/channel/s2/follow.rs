@@ -100,7 +100,7 @@ impl Source for S2Source {
     /// Waits for S2 to come back.
     async fn read(&self, from: SeqNum) -> Result<Arc<RecordBatch>> {
         let Feed { shared, key, .. } = &*self.feed;
-        let mut backoff = Backoff::default();
+        let mut backoff = Backoff::new(shared.longest_pause);
         loop {
             match shared.read(key, ReadStart::SeqNum(from), ReadLimit::BATCH).await {
                 Err(Error::Unavailable { .. }) => backoff.pause().await,
@@ -133,7 +133,7 @@ enum Ended {
 
 impl Feeder {
     async fn run(mut self) {
-        let mut backoff = Backoff::default();
+        let mut backoff = Backoff::new(self.shared.longest_pause);
         loop {
             let before = self.next;
             let ended = match self.connection().await {

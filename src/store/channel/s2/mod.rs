@@ -58,8 +58,15 @@ pub struct S2Options {
     pub token: SecretString,
     /// Records older than this are trimmed by S2; `None` keeps them.
     pub retention: Option<Duration>,
+    /// The longest pause before S2 is asked again while it is away, before jitter of up to as much again.
+    pub longest_pause: Duration,
     /// Who is told what the engine does.
     pub observer: Arc<dyn LogObserver>,
+}
+
+impl S2Options {
+    /// What [`S2Options::longest_pause`] is outside tests.
+    pub const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 }
 
 impl fmt::Debug for S2Options {
@@ -103,6 +110,7 @@ struct Shared {
     live: Arc<Live>,
     feeds: follow::Feeds,
     writers: Writers,
+    longest_pause: Duration,
     observer: Arc<dyn LogObserver>,
 }
 
@@ -130,6 +138,7 @@ impl S2Channels {
             live: Arc::default(),
             feeds: follow::Feeds::default(),
             writers: Writers::default(),
+            longest_pause: options.longest_pause,
             observer: options.observer,
         };
         Ok(Self { shared: Arc::new(shared), log_id })

@@ -17,7 +17,7 @@ use crate::domain::{AppendAck, Error, Position, Result, SeqNum};
 use crate::store::channel::part::Digest;
 
 /// Where no channel ends: an append that must land here is only judged by S2.
-const NOWHERE: SeqNum = i64::MAX as SeqNum;
+pub(super) const NOWHERE: SeqNum = i64::MAX as SeqNum;
 
 /// See the module.
 pub(super) enum Plan {

@@ -70,6 +70,7 @@ pub(super) struct Stored {
 pub(super) struct Remote {
     basin: S2Basin,
     retention: Option<Duration>,
+    longest_pause: Duration,
 }
 
 impl Remote {
@@ -107,7 +108,8 @@ impl Remote {
             }
             Err(error) => return Err(OpenError::S2(error)),
         }
-        Ok(Self { basin: s2.basin(name), retention: options.retention })
+        let S2Options { retention, longest_pause, .. } = *options;
+        Ok(Self { basin: s2.basin(name), retention, longest_pause })
     }
 
     fn stream(&self, name: &str) -> Result<S2Stream> {
@@ -163,7 +165,7 @@ impl Remote {
         records: Vec<AppendRecord>,
         guard: Guard<'_>,
     ) -> Result<Position, Fault> {
-        let mut backoff = Backoff::default();
+        let mut backoff = Backoff::new(self.longest_pause);
         loop {
             match self.append_or_create(name, keep, records.clone(), guard).await {
                 Err(Fault::Unknown(_)) if backoff.tries() < ATTEMPTS.get() => backoff.pause().await,

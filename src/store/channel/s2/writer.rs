@@ -20,7 +20,7 @@ use super::append::{Request, away_too};
 use super::backoff::Backoff;
 use super::codec::{self, SEAL};
 use super::index::lock;
-use super::plan::Plan;
+use super::plan::{NOWHERE, Plan};
 use super::remote::{Fault, Guard, away, session_fault};
 use crate::domain::record::Chain;
 use crate::domain::{AppendAck, AppendInput, ChannelKey, Closure, Error, Position, Result, SeqNum};
@@ -76,7 +76,7 @@ struct Flight {
     token: String,
     /// Where it is expected to land.
     first: Option<SeqNum>,
-    /// It must land there, or not at all.
+    /// It must land exactly behind the records that were searched; if it does not, another writer was faster.
     pinned: bool,
 }
 
@@ -202,7 +202,8 @@ impl Writer {
         if let Some(token) = request.token_after() {
             token.clone_into(&mut self.token);
         }
-        self.flight.push_back(Flight { request, ticket, token, first, pinned: pin.is_some() });
+        let pinned = pin.is_some_and(|place| place != NOWHERE);
+        self.flight.push_back(Flight { request, ticket, token, first, pinned });
         true
     }
 
@@ -329,7 +330,7 @@ impl Writer {
         if request.since.elapsed() > CONTENDED_FOR {
             return request.answer(Err(away("other writers keep getting in the way")));
         }
-        let pause = Backoff::after(request.tries).next() / 16;
+        let pause = Backoff::after(self.shared.longest_pause, request.tries).next() / 16;
         self.waiting.push_front(request);
         tokio::time::sleep(pause).await;
     }

@@ -93,7 +93,8 @@ pub(super) async fn a_repeat_passes_a_fence_and_a_moved_tail(channels: Channels)
 
 pub(super) async fn a_refused_append_does_not_use_its_part_id_up(channels: Channels) {
     let key = channel();
-    channels.refused(&key, expecting(7, one("p", "a"))).await;
+    let refused = channels.refused(&key, expecting(7, one("p", "a"))).await;
+    assert!(matches!(refused, Error::SeqNumMismatch { tail: 0 }), "{refused:?}");
     assert!(!channels.append(&key, one("p", "b")).await.repeated);
 }
 

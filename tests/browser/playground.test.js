@@ -106,7 +106,7 @@ test("a token that ends while something is followed is said to have ended", asyn
   await playground.signIn();
   await playground.example("Create");
   await playground.response('"created": true');
-  await playground.signIn(await readerToken(server, "hello", 8));
+  await playground.signIn(await readerToken(server, "hello", 6));
   assert.match(await playground.tokenStatus.innerText(), /public token · read:sessions:hello · until/);
   await playground.example("Follow");
   await playground.phase("live");

@@ -17,7 +17,7 @@ const SUBSCRIBERS = 20;
 const RECORDS = 3000;
 const WRITERS = 5;
 /** The appends take about this long, so that there is time for things to break. */
-const WRITING_MS = 10_000;
+const WRITING_MS = 3_000;
 const WITHIN_MS = 60_000;
 
 /** mulberry32: small, and the same everywhere. */

@@ -558,8 +558,36 @@ async fn over_websocket(server: &TestServer, token: &Token, document: &str, vari
     }
 }
 
+/// How a row names the session.
+#[derive(Clone, Copy)]
+enum Address {
+    ExternalId,
+    Id,
+    UnknownExternalId,
+    UnknownId,
+}
+
 #[tokio::test]
-async fn every_door_gives_every_token_the_verdict_of_the_rules() {
+async fn every_door_gives_every_token_the_verdict_of_the_rules_on_an_external_id() {
+    every_door_gives_every_token_the_verdict_of_the_rules(Address::ExternalId).await;
+}
+
+#[tokio::test]
+async fn every_door_gives_every_token_the_verdict_of_the_rules_on_an_id() {
+    every_door_gives_every_token_the_verdict_of_the_rules(Address::Id).await;
+}
+
+#[tokio::test]
+async fn every_door_gives_every_token_the_verdict_of_the_rules_on_an_unknown_external_id() {
+    every_door_gives_every_token_the_verdict_of_the_rules(Address::UnknownExternalId).await;
+}
+
+#[tokio::test]
+async fn every_door_gives_every_token_the_verdict_of_the_rules_on_an_unknown_id() {
+    every_door_gives_every_token_the_verdict_of_the_rules(Address::UnknownId).await;
+}
+
+async fn every_door_gives_every_token_the_verdict_of_the_rules(address: Address) {
     let server = TestServer::start().await;
     let session = server.create(json!({"externalId": "s", "taskIdentifier": "agent"})).await;
     let id = session["id"].as_str().expect("an id").to_owned();
@@ -570,51 +598,53 @@ async fn every_door_gives_every_token_the_verdict_of_the_rules() {
     let wait = server.post(&wait, &json!({"session": "s", "io": "in"})).await.expect(200);
     let waitpoint = wait["waitpointId"].as_str().expect("a waitpoint");
     let mut disagreements = Vec::new();
+    let (address, exists) = match address {
+        Address::ExternalId => ("s", true),
+        Address::Id => (id.as_str(), true),
+        Address::UnknownExternalId => ("nothing", false),
+        Address::UnknownId => (missing.as_str(), false),
+    };
     for row in rows() {
-        for (address, exists) in
-            [("s", true), (id.as_str(), true), ("nothing", false), (missing.as_str(), false)]
-        {
-            let by = if address.starts_with("session_") { "sessionId" } else { "externalId" };
-            let node = data_encoding::BASE64URL_NOPAD.encode(format!("s:{address}").as_bytes());
-            let waitpoint = if exists { waitpoint } else { "waitpoint_nothing" };
-            let names = Names { session: address, run, waitpoint };
-            let variables = match row.document {
-                document if document.contains("$run") => json!({"by": {by: address}, "run": run}),
-                document if document.contains("$waitpoint") => json!({"waitpoint": waitpoint}),
-                document if document.contains("$by") => json!({"by": {by: address}}),
-                document if document.contains("$id") => json!({"id": node}),
-                _ => json!({}),
-            };
-            // The third way to name a session, through one of the doors.
-            let mut opaque = variables.clone();
-            if by == "sessionId" && opaque.get("by").is_some() {
-                opaque["by"] = json!({"id": node});
+        let by = if address.starts_with("session_") { "sessionId" } else { "externalId" };
+        let node = data_encoding::BASE64URL_NOPAD.encode(format!("s:{address}").as_bytes());
+        let waitpoint = if exists { waitpoint } else { "waitpoint_nothing" };
+        let names = Names { session: address, run, waitpoint };
+        let variables = match row.document {
+            document if document.contains("$run") => json!({"by": {by: address}, "run": run}),
+            document if document.contains("$waitpoint") => json!({"waitpoint": waitpoint}),
+            document if document.contains("$by") => json!({"by": {by: address}}),
+            document if document.contains("$id") => json!({"id": node}),
+            _ => json!({}),
+        };
+        // The third way to name a session, through one of the doors.
+        let mut opaque = variables.clone();
+        if by == "sessionId" && opaque.get("by").is_some() {
+            opaque["by"] = json!({"id": node});
+        }
+        // There is no opaque id of what has only an external id.
+        if matches!(row.need, Need::Hidden(_)) && by == "externalId" {
+            continue;
+        }
+        for token in &tokens {
+            let expected = expected(row.need, token, address, exists);
+            // An external id that nobody has yet is nothing to read, and waited for by who follows.
+            let waits = row.waits && by == "externalId" && expected == NotFound;
+            let mut verdicts = Vec::new();
+            for call in row.rest {
+                let verdict = over_rest(&server, token, &names, *call).await;
+                verdicts.push(("REST", if waits && verdict == Allowed { NotFound } else { verdict }));
             }
-            // There is no opaque id of what has only an external id.
-            if matches!(row.need, Need::Hidden(_)) && by == "externalId" {
-                continue;
+            let silent = matches!(row.need, Need::All(_)) && row.waits && expected == Allowed;
+            let streams = row.document.starts_with("subscription");
+            let answers = !row.document.is_empty() && !silent;
+            if answers && !(waits && streams) {
+                verdicts.push(("HTTP", over_http(&server, token, row.document, &variables).await));
+                verdicts.push(("WebSocket", over_websocket(&server, token, row.document, &opaque).await));
             }
-            for token in &tokens {
-                let expected = expected(row.need, token, address, exists);
-                // An external id that nobody has yet is nothing to read, and waited for by who follows.
-                let waits = row.waits && by == "externalId" && expected == NotFound;
-                let mut verdicts = Vec::new();
-                for call in row.rest {
-                    let verdict = over_rest(&server, token, &names, *call).await;
-                    verdicts.push(("REST", if waits && verdict == Allowed { NotFound } else { verdict }));
-                }
-                let silent = matches!(row.need, Need::All(_)) && row.waits && expected == Allowed;
-                let streams = row.document.starts_with("subscription");
-                let answers = !row.document.is_empty() && !silent;
-                if answers && !(waits && streams) {
-                    verdicts.push(("HTTP", over_http(&server, token, row.document, &variables).await));
-                    verdicts.push(("WebSocket", over_websocket(&server, token, row.document, &opaque).await));
-                }
-                for (door, verdict) in verdicts {
-                    if verdict != expected {
-                        let case = format!("{} {address} by {} over {door}", row.name, token.name);
-                        disagreements.push(format!("{case}: {verdict:?}, not {expected:?}"));
-                    }
+            for (door, verdict) in verdicts {
+                if verdict != expected {
+                    let case = format!("{} {address} by {} over {door}", row.name, token.name);
+                    disagreements.push(format!("{case}: {verdict:?}, not {expected:?}"));
                 }
             }
         }

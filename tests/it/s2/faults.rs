@@ -116,7 +116,7 @@ async fn kill_9_under_append_sessions_loses_and_doubles_nothing_that_is_sent_aga
                 let name = format!("s{index}");
                 wire.create(&name).await;
                 let stream = wire.open(&name, "in").await;
-                writers.push(Persistent::new(stream, &name, 2_000, acks.clone()));
+                writers.push(Persistent::new(stream, &name, 1_000, acks.clone()));
             }
         }
         let running: Vec<_> = writers

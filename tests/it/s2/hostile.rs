@@ -113,7 +113,7 @@ async fn every_frame_that_lies_ends_its_session_with_a_word_and_costs_no_memory(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writers_that_read_no_acks_cost_little_and_hold_up_nobody() {
-    const WRITERS: usize = 48;
+    const WRITERS: usize = 24;
     let data = tempfile::tempdir().expect("a folder");
     let process = Process::serve(data.path()).await;
     let wire = Wire::new(&process.url);

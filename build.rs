@@ -33,7 +33,7 @@ fn main() {
             Vec::new()
         })
     };
-    fs::write(out.join("playground.rs"), table(&files)).expect("OUT_DIR can be written");
+    fs::write(out.join("playground.rs"), table(&files, &out)).expect("OUT_DIR can be written");
 }
 
 /// A file of the bundle: its path in it, and where its compressed content is.
@@ -123,13 +123,16 @@ fn collect(dist: &Path, dir: &Path, files: &mut Vec<Bundled>) -> io::Result<()> 
 }
 
 /// The slice of `Asset`s, as Rust.
-fn table(files: &[Bundled]) -> String {
+fn table(files: &[Bundled], out: &Path) -> String {
     let mut table = "&[\n".to_owned();
     for Bundled { path, gzip } in files {
         let mut hasher = DefaultHasher::new();
         fs::read(gzip).expect("was just written").hash(&mut hasher);
         let etag = format!("W/\"{:016x}\"", hasher.finish());
-        writeln!(table, "Asset {{ path: {path:?}, etag: {etag:?}, gzip: include_bytes!({gzip:?}) }},")
+        // Relative, so that a build output can be moved or copied with its checkout.
+        let below = gzip.strip_prefix(out).expect("below OUT_DIR");
+        let include = format!("include_bytes!(concat!(env!(\"OUT_DIR\"), \"/\", {below:?}))");
+        writeln!(table, "Asset {{ path: {path:?}, etag: {etag:?}, gzip: {include} }},")
             .expect("a string takes everything");
     }
     table + "]\n"

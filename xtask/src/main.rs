@@ -1,18 +1,27 @@
-//! Developer commands: `cargo xtask test | lint | schema | playground | bench`. With `cargo run`, the only commands
-//! anyone must know.
+//! Developer commands: `cargo xtask test | up | lint | schema | playground | bench | timings`. With `cargo run`, the only
+//! commands anyone must know.
 
+mod backends;
+#[cfg(feature = "bench")]
 mod bench;
+#[cfg(not(feature = "bench"))]
+#[path = "bench_build.rs"]
+mod bench;
+mod interrupt;
 mod lint;
+mod nextest;
 mod node;
 mod packages;
 mod playground;
 mod postgres;
 mod process;
-mod s2;
-mod s3;
 mod schema;
+mod server;
+mod slowest;
 mod stage;
 mod test;
+mod timings;
+mod tools;
 mod workspace;
 
 use std::process::ExitCode;
@@ -31,24 +40,31 @@ struct Cli {
 enum Command {
     /// Prove everything: install what is missing, check, build, run every test
     Test(test::TestArgs),
+    /// Start the backends of the tests and keep them running
+    Up,
     /// The quick checks: format, clippy, dependencies, the one-way rule
     Lint,
     /// Print `schema.graphql` anew
     Schema,
     /// Bundle the playground again, after a build that had to do without npm
     Playground,
-    /// Measure a release build
+    /// Measure a `dist` build
     Bench(bench::BenchArgs),
+    /// Measure what building costs, from nothing
+    Timings(timings::TimingsArgs),
 }
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+    let command = Cli::parse().command;
+    let done = interrupt::install().and_then(|()| match command {
         Command::Test(args) => test::run(&args),
+        Command::Up => backends::up(),
         Command::Lint => lint::run(),
         Command::Schema => schema::run(),
         Command::Playground => playground::run(),
         Command::Bench(args) => bench::run(&args),
-    };
+        Command::Timings(args) => timings::run(&args),
+    });
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -7,20 +7,35 @@ use std::time::Duration;
 use anyhow::ensure;
 
 use crate::process;
+use crate::slowest::Slowest;
 use crate::workspace::Workspace;
 
-/// The counts that close the output of `node --test` (`# pass 12`).
-#[derive(Debug, Default, PartialEq, Eq)]
+/// Test files that run beside each other. Each has a server of its own, and most of them wait most of the time.
+const AT_ONCE: usize = 3;
+
+/// What `node --test` says: the counts at the end (`# pass 12`), and how long each test took.
+#[derive(Debug, Default, PartialEq)]
 struct Counts {
     pass: u64,
     fail: u64,
     cancelled: u64,
     skipped: u64,
     todo: u64,
+    slowest: Slowest,
+    /// The test whose time comes next.
+    current: String,
 }
 
 impl Counts {
     fn see(&mut self, line: &str) {
+        let line = line.trim_start();
+        if let Some((_, name)) = line.strip_prefix("ok ").and_then(|rest| rest.split_once(" - ")) {
+            name.clone_into(&mut self.current);
+        } else if let Some(millis) =
+            line.strip_prefix("duration_ms: ").and_then(|text| text.parse::<f64>().ok())
+        {
+            self.slowest.add(std::mem::take(&mut self.current), millis / 1000.0);
+        }
         let Some((name, count)) = line.strip_prefix("# ").and_then(|rest| rest.split_once(' ')) else {
             return;
         };
@@ -36,36 +51,41 @@ impl Counts {
     }
 }
 
-/// Installs the locked packages of `folder` and runs every `*.test.js` there, none for longer than `limit`.
-pub(crate) fn test(workspace: &Workspace, folder: &str, limit: Duration) -> anyhow::Result<()> {
-    let dir = workspace.root.join(folder);
-    process::run(Command::new("npm").args(["ci", "--no-audit", "--no-fund"]).current_dir(&dir))?;
-    run(workspace, folder, limit, None)
+/// Installs the locked packages of `folder`.
+pub(crate) fn install(workspace: &Workspace, folder: &str) -> anyhow::Result<()> {
+    let mut npm = Command::new("npm");
+    process::run(npm.args(["ci", "--no-audit", "--no-fund"]).current_dir(workspace.root.join(folder)))
 }
 
-/// Runs the tests of an installed `folder`, with records kept in the data folder or on the S2 at `s2`.
+/// Runs every `*.test.js` of an installed `folder`, no test for longer than `limit`, with records kept in the data
+/// folder or on the S2 at `s2`; or only the tests whose name matches a pattern of `only`.
 pub(crate) fn run(
     workspace: &Workspace,
     folder: &str,
+    only: &[String],
     limit: Duration,
     s2: Option<&str>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<u64> {
     let dir = workspace.root.join(folder);
     let mut node = Command::new("node");
     node.args(["--test", "--test-force-exit", "--test-reporter=tap"])
+        .arg(format!("--test-concurrency={AT_ONCE}"))
         .arg(format!("--test-timeout={}", limit.as_millis()))
+        .args(only.iter().map(|pattern| format!("--test-name-pattern={pattern}")))
         .current_dir(&dir)
         .env("SESSIOND_BIN", workspace.debug_binary("sessiond"))
         .env_remove("SESSIOND_TEST_S2")
         .envs(s2.map(|url| ("SESSIOND_TEST_S2", url)));
     let mut counts = Counts::default();
     let passed = process::run_seen(&mut node, |line| counts.see(line))?;
+    counts.slowest.print();
     ensure!(passed && counts.fail == 0 && counts.cancelled == 0, "{} failed", counts.fail + counts.cancelled);
-    ensure!(counts.skipped == 0 && counts.todo == 0, "{} skipped", counts.skipped + counts.todo);
+    let skipped = counts.skipped + counts.todo;
+    ensure!(skipped == 0 || !only.is_empty(), "{skipped} skipped");
     ensure!(counts.pass > 0, "no test ran");
     let engine = if s2.is_some() { " on S2" } else { "" };
-    println!("{} tests of {folder} passed{engine}, 0 failed, 0 skipped", counts.pass);
-    Ok(())
+    println!("{} tests of {folder} passed{engine}, 0 failed", counts.pass);
+    Ok(counts.pass)
 }
 
 #[cfg(test)]
@@ -80,6 +100,20 @@ mod tests {
         {
             counts.see(line);
         }
-        assert_eq!(counts, Counts { pass: 4, fail: 2, cancelled: 0, skipped: 1, todo: 0 });
+        assert_eq!(
+            counts,
+            Counts { pass: 4, fail: 2, skipped: 1, current: counts.current.clone(), ..Counts::default() }
+        );
+    }
+
+    #[test]
+    fn the_times_of_tests_are_taken() {
+        let mut counts = Counts::default();
+        for line in ["# Subtest: one", "ok 7 - one - two", "  ---", "  duration_ms: 1500.25", "  ..."] {
+            counts.see(line);
+        }
+        let mut slowest = Slowest::default();
+        slowest.add("one - two".to_owned(), 1.50025);
+        assert_eq!(counts.slowest, slowest);
     }
 }

@@ -13,28 +13,35 @@ const DEBIAN: [&str; 3] = ["postgresql", "strace", "chromium"];
 const NODE_MIN: (u32, u32) = (20, 19);
 
 /// Installs what the tests miss.
+///
+/// # Errors
+/// Names what is missing and cannot be installed by us.
 pub(crate) fn install() -> anyhow::Result<()> {
-    debian(&DEBIAN)?;
-    let version = process::answer(Command::new("node").arg("--version")).context("Node is not installed")?;
+    let version = process::answer(Command::new("node").arg("--version")).unwrap_or("(none)".to_owned());
+    let (major, minor) = NODE_MIN;
     ensure!(
         node_version(&version).is_some_and(|found| found >= NODE_MIN),
-        "Node {version} is too old; {}.{} or later is needed",
-        NODE_MIN.0,
-        NODE_MIN.1
+        "Node {major}.{minor} or later is needed, here is {version}; install it"
     );
+    debian(&DEBIAN)?;
     println!("node {version}; Debian packages {}", DEBIAN.join(", "));
     Ok(())
 }
 
-/// Installs those Debian packages that are missing.
+/// Installs those Debian packages that are missing. With none missing it asks nobody and needs no rights.
+///
+/// # Errors
+/// Names those that are missing where we may not install.
 pub(crate) fn debian(packages: &[&str]) -> anyhow::Result<()> {
     let missing: Vec<&str> = packages.iter().copied().filter(|name| !installed(name)).collect();
-    if !missing.is_empty() {
-        let root = process::answer(Command::new("id").arg("-u")).is_some_and(|uid| uid == "0");
-        process::run(apt_get(root).arg("update"))?;
-        process::run(apt_get(root).args(["install", "--yes", "--no-install-recommends"]).args(&missing))?;
+    if missing.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    println!("missing Debian packages: {}", missing.join(", "));
+    let asked = process::run(apt_get().arg("update")).and_then(|()| {
+        process::run(apt_get().args(["install", "--yes", "--no-install-recommends"]).args(&missing))
+    });
+    asked.with_context(|| format!("these could not be installed, so install them: {}", missing.join(" ")))
 }
 
 fn installed(package: &str) -> bool {
@@ -42,7 +49,8 @@ fn installed(package: &str) -> bool {
     status.is_some_and(|status| status == "installed")
 }
 
-fn apt_get(root: bool) -> Command {
+fn apt_get() -> Command {
+    let root = process::answer(Command::new("id").arg("-u")).is_some_and(|uid| uid == "0");
     if root {
         let mut command = Command::new("apt-get");
         command.env("DEBIAN_FRONTEND", "noninteractive");

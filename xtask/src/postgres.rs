@@ -1,4 +1,4 @@
-//! A private Postgres for tests: installed if missing, run in a throw-away folder as a user that is not root,
+//! A private Postgres for tests: run in a throw-away folder as a user that is not root,
 //! reachable on a free loopback port, stopped and deleted on drop.
 
 use std::fs;
@@ -29,7 +29,7 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Installs what is missing, makes a cluster and starts it.
+    /// Makes a cluster and starts it.
     ///
     /// # Errors
     /// Says which step failed and shows what the step printed.
@@ -103,23 +103,10 @@ impl Drop for Postgres {
     }
 }
 
-/// The folder of the newest server installed, after installing one if there is none.
+/// The folder of the newest server installed.
 fn binaries() -> Result<PathBuf> {
-    if let Some(found) = newest()? {
-        return Ok(found);
-    }
-    run(Command::new("apt-get").args(["update", "-qq"]))?;
-    let offered = run(Command::new("apt-cache").args(["search", "--names-only", "^postgresql-[0-9]+$"]))?;
-    let version = offered
-        .lines()
-        .filter_map(|line| line.split_whitespace().next()?.strip_prefix("postgresql-")?.parse::<u32>().ok())
-        .max()
-        .context("apt offers no postgresql server; install one")?;
-    let package = format!("postgresql-{version}");
-    run(Command::new("apt-get")
-        .args(["install", "-y", "-qq", "--no-install-recommends", &package])
-        .env("DEBIAN_FRONTEND", "noninteractive"))?;
-    newest()?.with_context(|| format!("{package} brought no initdb under {DEBIAN_ROOT}"))
+    newest()?
+        .with_context(|| format!("no Postgres under {DEBIAN_ROOT}; the Debian package postgresql brings one"))
 }
 
 fn newest() -> Result<Option<PathBuf>> {

@@ -1,5 +1,6 @@
 //! Running other programs: shown before they start, an error when they fail.
 
+use std::env;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 
@@ -31,6 +32,20 @@ pub(crate) fn run_seen(command: &mut Command, mut see: impl FnMut(&str)) -> anyh
     }
     ours.flush()?;
     Ok(child.wait()?.success())
+}
+
+/// Runs `command` and returns its standard output; what it says beside that is shown.
+pub(crate) fn output(command: &mut Command) -> anyhow::Result<Vec<u8>> {
+    let shown = show(command);
+    let output =
+        command.stderr(Stdio::inherit()).output().with_context(|| format!("cannot start {shown}"))?;
+    ensure!(output.status.success(), "{shown}: {}", output.status);
+    Ok(output.stdout)
+}
+
+/// The cargo that runs us.
+pub(crate) fn cargo() -> Command {
+    Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
 /// The trimmed standard output of `command`, or `None` if it is missing or fails.

@@ -1,37 +1,40 @@
 //! `cargo xtask test`: the one command that proves everything, or the named stages of it.
 
+use std::cell::{OnceCell, RefCell};
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 
-use crate::postgres::Postgres;
-use crate::s2::{self, S2};
-use crate::s3::{self, S3};
+use crate::backends::{Backends, Building};
+use crate::nextest::{Part, SELECTION, TARGETS, Tests};
 use crate::stage::Stages;
 use crate::workspace::Workspace;
-use crate::{lint, node, packages, playground, process};
+use crate::{lint, node, packages, playground, process, tools};
 
 /// Flags of `test`.
 #[derive(Debug, Args)]
 pub(crate) struct TestArgs {
     /// Only these; without any, all of them
     stages: Vec<Stage>,
+    /// Only tests whose name contains one of these words (matches one, as a regular expression, in the suites of Node)
+    #[arg(last = true, value_name = "NAME")]
+    only: Vec<String>,
 }
 
-/// The parts of the proof, in the order in which they run.
+/// The parts of the proof.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Stage {
     /// Format
     Fmt,
+    /// Everything that the tests run, the server's binary among it
+    Build,
+    /// Unit, contract and integration tests
+    Rust,
     /// Warnings
     Clippy,
     /// Dependencies: bans, licences, sources
     Deny,
-    /// The server's binary
-    Build,
-    /// Unit, contract, integration and documentation tests
-    Rust,
     /// The SDK suite against the binary, on both engines
     Node,
     /// The suite of GraphQL clients against the binary
@@ -40,32 +43,38 @@ enum Stage {
     Browser,
 }
 
-impl Stage {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Fmt => "fmt",
-            Self::Clippy => "clippy",
-            Self::Deny => "deny",
-            Self::Build => "build",
-            Self::Rust => "rust",
-            Self::Node => "node",
-            Self::Graphql => "graphql",
-            Self::Browser => "browser",
-        }
-    }
+/// One line of the table: a stage, or a part of one.
+struct Step {
+    stage: Stage,
+    name: &'static str,
+    run: fn(&Run) -> anyhow::Result<u64>,
+}
 
-    fn run(self, workspace: &Workspace) -> anyhow::Result<()> {
-        match self {
-            Self::Fmt => lint::fmt(workspace),
-            Self::Clippy => lint::clippy(workspace),
-            Self::Deny => lint::deny(workspace),
-            Self::Build => build(workspace),
-            Self::Rust => rust(workspace),
-            Self::Node => sdk(workspace),
-            Self::Graphql => node::test(workspace, "tests/graphql", Duration::from_secs(120)),
-            Self::Browser => browser(workspace),
-        }
-    }
+/// In the order in which they run: what finds most faults soonest comes first, and what needs a backend last.
+const STEPS: &[Step] = &[
+    Step { stage: Stage::Fmt, name: "fmt", run: |run| lint::fmt(&run.workspace).map(|()| 0) },
+    Step { stage: Stage::Build, name: "build", run: |run| run.built().map(|_| 0) },
+    Step { stage: Stage::Rust, name: "rust", run: |run| run.rust(Part::Alone) },
+    Step { stage: Stage::Clippy, name: "clippy", run: |run| lint::clippy(&run.workspace).map(|()| 0) },
+    Step { stage: Stage::Deny, name: "deny", run: |run| lint::deny(&run.workspace).map(|()| 0) },
+    Step { stage: Stage::Rust, name: "rust on backends", run: |run| run.rust(Part::OnBackends) },
+    Step { stage: Stage::Node, name: "node", run: |run| run.node("tests/node", 60) },
+    Step { stage: Stage::Node, name: "node on S2", run: Run::node_on_s2 },
+    Step { stage: Stage::Graphql, name: "graphql", run: |run| run.node("tests/graphql", 120) },
+    Step { stage: Stage::Browser, name: "browser", run: Run::browser },
+];
+
+/// What the steps of one run share.
+struct Run {
+    workspace: Workspace,
+    only: Vec<String>,
+    /// Nothing, if no Rust test is to run.
+    built: OnceCell<anyhow::Result<Option<Tests>>>,
+    runs_rust: bool,
+    /// Whether a step needs the backends.
+    needs_backends: bool,
+    building: RefCell<Option<Building>>,
+    backends: OnceCell<anyhow::Result<Backends>>,
 }
 
 /// Runs the proof.
@@ -73,100 +82,80 @@ impl Stage {
 /// # Errors
 /// If anything failed, or was skipped.
 pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
-    let workspace = Workspace::locate()?;
-    let wanted = |stage: &Stage| args.stages.is_empty() || args.stages.contains(stage);
-    // These suites drive the binary, so naming one alone builds it too.
-    let drives = [Stage::Node, Stage::Graphql, Stage::Browser].iter().any(wanted);
-    let needed = |stage: &Stage| *stage == Stage::Build && drives;
-    let mut stages = Stages::new();
-    stages.run("packages", packages::install);
-    for stage in Stage::value_variants().iter().filter(|stage| wanted(stage) || needed(stage)) {
-        stages.run(stage.name(), || stage.run(&workspace));
+    let wanted = |stage| args.stages.is_empty() || args.stages.contains(&stage);
+    // These drive what is built, so naming one alone builds it too.
+    let drives = [Stage::Rust, Stage::Node, Stage::Graphql, Stage::Browser].into_iter().any(wanted);
+    let run = Run {
+        workspace: Workspace::locate()?,
+        only: args.only.clone(),
+        built: OnceCell::new(),
+        runs_rust: wanted(Stage::Rust),
+        needs_backends: wanted(Stage::Rust) || wanted(Stage::Node),
+        building: RefCell::new(None),
+        backends: OnceCell::new(),
+    };
+    let mut stages = Stages::new(!args.only.is_empty());
+    stages.run("packages", || packages::install().map(|()| 0));
+    for step in STEPS.iter().filter(|step| wanted(step.stage) || (step.stage == Stage::Build && drives)) {
+        stages.run(step.name, || (step.run)(&run));
     }
     stages.finish()
 }
 
-fn build(workspace: &Workspace) -> anyhow::Result<()> {
-    // Elsewhere a server without its playground will do; here it is part of what is proved.
-    process::run(workspace.cargo(&["build", "--bin", "sessiond"]).env("SESSIOND_REQUIRE_PLAYGROUND", "1"))
-}
-
-/// On the embedded log, and again on S2.
-fn sdk(workspace: &Workspace) -> anyhow::Result<()> {
-    let limit = Duration::from_secs(60);
-    node::test(workspace, "tests/node", limit)?;
-    let s2 = S2::start(&s2::install(workspace)?)?;
-    node::run(workspace, "tests/node", limit, Some(&s2.url()))
-}
-
-fn browser(workspace: &Workspace) -> anyhow::Result<()> {
-    playground::check(workspace)?;
-    node::test(workspace, "tests/browser", Duration::from_secs(180))
-}
-
-fn rust(workspace: &Workspace) -> anyhow::Result<()> {
-    let postgres = Postgres::start()?;
-    let binary = s2::install(workspace)?;
-    let s2 = S2::start(&binary)?;
-    let s3 = S3::start(&s3::install(workspace)?)?;
-    let mut cargo = workspace.cargo(&["test", "--workspace", "--no-fail-fast"]);
-    cargo.env("SESSIOND_TEST_POSTGRES", postgres.url());
-    cargo.env("SESSIOND_TEST_S2", s2.url()).env("SESSIOND_TEST_S2_BIN", &binary);
-    cargo.env("SESSIOND_TEST_S3", s3.url());
-    let mut counts = Counts::default();
-    let passed = process::run_seen(&mut cargo, |line| counts.see(line))?;
-    let Counts { passed: ok, failed, ignored, filtered } = counts;
-    ensure!(passed && failed == 0, "{failed} failed of {}", ok + failed);
-    ensure!(ignored == 0 && filtered == 0, "{ignored} ignored, {filtered} filtered out");
-    ensure!(ok > 0, "no test ran");
-    println!("{ok} Rust tests passed, 0 failed, 0 ignored");
-    Ok(())
-}
-
-/// The sum of the closing lines of every test binary.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Counts {
-    passed: u64,
-    failed: u64,
-    ignored: u64,
-    filtered: u64,
-}
-
-impl Counts {
-    /// Reads `test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s`.
-    fn see(&mut self, line: &str) {
-        let Some((_, counts)) = line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". "))
-        else {
-            return;
-        };
-        for part in counts.split("; ") {
-            let Some((count, name)) = part.split_once(' ') else { continue };
-            let Ok(count) = count.parse::<u64>() else { continue };
-            match name {
-                "passed" => self.passed += count,
-                "failed" => self.failed += count,
-                "ignored" => self.ignored += count,
-                "filtered out" => self.filtered += count,
-                _ => {}
+impl Run {
+    /// Builds what the tests run, and begins with the servers of the backends.
+    fn built(&self) -> anyhow::Result<&Option<Tests>> {
+        once(&self.built, || {
+            let mut cargo = self.workspace.cargo(&["build"]);
+            // Elsewhere a server without its playground will do; here it is part of what is proved.
+            cargo.args(SELECTION).args(TARGETS).env("SESSIOND_REQUIRE_PLAYGROUND", "1");
+            process::run(&mut cargo)?;
+            let nextest = || Tests::find(&self.workspace, tools::NEXTEST.install(&self.workspace)?);
+            let tests = self.runs_rust.then(nextest).transpose()?;
+            if self.needs_backends {
+                self.building.replace(Some(Building::start(&self.workspace)?));
             }
-        }
+            Ok(tests)
+        })
+    }
+
+    fn backends(&self) -> anyhow::Result<&Backends> {
+        once(&self.backends, || {
+            self.building.take().context("the build failed")?.finish()?;
+            Backends::start(&self.workspace)
+        })
+    }
+
+    fn rust(&self, part: Part) -> anyhow::Result<u64> {
+        let tests = self.built()?.as_ref().context("no Rust test was to run")?;
+        tests.run(&self.workspace, part, &self.only, || match part {
+            Part::Alone => Ok(Vec::new()),
+            Part::OnBackends => Ok(self.backends()?.environment()),
+        })
+    }
+
+    /// Runs the tests below `folder`, none for longer than `limit` seconds.
+    fn node(&self, folder: &str, limit: u64) -> anyhow::Result<u64> {
+        self.built()?;
+        node::install(&self.workspace, folder)?;
+        node::run(&self.workspace, folder, &self.only, Duration::from_secs(limit), None)
+    }
+
+    fn node_on_s2(&self) -> anyhow::Result<u64> {
+        let s2 = self.backends()?.s2_url();
+        node::run(&self.workspace, "tests/node", &self.only, Duration::from_secs(60), Some(&s2))
+    }
+
+    fn browser(&self) -> anyhow::Result<u64> {
+        playground::check(&self.workspace)?;
+        self.node("tests/browser", 180)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_closing_lines_of_every_binary_are_summed() {
-        let mut counts = Counts::default();
-        for line in [
-            "test domain::x ... ok",
-            "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s",
-            "test result: FAILED. 4 passed; 2 failed; 0 ignored; 0 measured; 5 filtered out; finished in 1.25s",
-        ] {
-            counts.see(line);
-        }
-        assert_eq!(counts, Counts { passed: 7, failed: 2, ignored: 1, filtered: 5 });
-    }
+/// What `make` made on the first call, or why it could not.
+fn once<T>(
+    cell: &OnceCell<anyhow::Result<T>>,
+    make: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<&T> {
+    cell.get_or_init(make).as_ref().map_err(|error| anyhow!("{error:#}"))
 }

@@ -1,10 +1,12 @@
 //! Where things are: the checkout, the build output, and the cache outside the checkout.
 
-use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::{env, fs};
 
 use anyhow::Context;
+
+use crate::process;
 
 /// The paths that every command needs.
 pub(crate) struct Workspace {
@@ -41,14 +43,53 @@ impl Workspace {
 
     /// Cargo, in the checkout, building where we said.
     pub(crate) fn cargo(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        self.command(process::cargo(), args)
+    }
+
+    /// A cargo subcommand that is not on the `PATH`, likewise.
+    pub(crate) fn subcommand(&self, tool: &Path, args: &[&str]) -> Command {
+        self.command(Command::new(tool), args)
+    }
+
+    fn command(&self, mut command: Command, args: &[&str]) -> Command {
         command.args(args).current_dir(&self.root).env("CARGO_TARGET_DIR", &self.target);
         command
+    }
+
+    /// A new folder in the cache, gone when dropped.
+    pub(crate) fn scratch(&self, purpose: &str) -> anyhow::Result<Scratch> {
+        fs::create_dir_all(&self.cache)?;
+        Scratch::new(&self.cache, purpose)
     }
 
     /// A binary of the workspace's debug build.
     pub(crate) fn debug_binary(&self, name: &str) -> PathBuf {
         self.target.join("debug").join(name)
+    }
+}
+
+/// A folder that is removed when dropped.
+pub(crate) struct Scratch {
+    pub(crate) path: PathBuf,
+}
+
+impl Scratch {
+    /// Makes it, empty, below `parent`.
+    ///
+    /// # Errors
+    /// If it cannot be made, or an earlier process of our number has left one.
+    pub(crate) fn new(parent: &Path, purpose: &str) -> anyhow::Result<Self> {
+        let path = parent.join(format!("{purpose}-{}", std::process::id()));
+        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(Self { path })
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            eprintln!("could not remove {}: {error}", self.path.display());
+        }
     }
 }
 

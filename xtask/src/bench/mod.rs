@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: measures a release build over loopback, beside its peers if asked.
+//! `cargo xtask bench`: measures a `dist` build over loopback, beside its peers if asked.
 //!
 //! One load generator serves all servers as far as their protocols allow, it shares the machine with them, and its
 //! own processor time is shown. Every answer is checked: a record lost, repeated or refused fails the run.
@@ -27,9 +27,8 @@ mod target;
 mod ws;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
-use std::{env, fs, process as std_process};
+use std::{env, fs, process};
 
 use anyhow::{Context, ensure};
 use clap::Args;
@@ -46,7 +45,6 @@ use self::rows::{Bench, DELIVERIES, Row, fresh};
 use self::s2lite::S2Lite;
 use self::stats::{Spread, median};
 use self::target::Target;
-use crate::process;
 use crate::workspace::Workspace;
 
 /// Where `--write` puts the report.
@@ -75,7 +73,7 @@ pub(crate) struct BenchArgs {
     /// Where the servers keep their data; must be on a disk [default: bench in the target folder]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// Another build of the server than this checkout's release build
+    /// Another build of the server than this checkout's `dist` build
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
     /// Write docs/benchmarks.md too
@@ -86,30 +84,13 @@ pub(crate) struct BenchArgs {
 /// Measures.
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let workspace = Workspace::locate()?;
-    if cfg!(debug_assertions) {
-        return again_in_release(&workspace);
-    }
+    ensure!(!cfg!(debug_assertions), "a load generator without optimisation would measure itself");
     let _ = rlimit::increase_nofile_limit(16 * 1024)?;
     let parent = args.dir.clone().unwrap_or_else(|| workspace.target.join("bench"));
-    let home = fresh(&parent, &std_process::id().to_string())?;
+    let home = fresh(&parent, &process::id().to_string())?;
     let measured = measure(args, &workspace, &home);
     fs::remove_dir_all(&home)?;
     measured
-}
-
-/// A load generator without optimisation would measure itself.
-fn again_in_release(workspace: &Workspace) -> anyhow::Result<()> {
-    // Both in one call, so that the second build finds the same features and has nothing to do.
-    process::run(&mut workspace.cargo(&[
-        "build",
-        "--release",
-        "--package",
-        "sessiond",
-        "--package",
-        "xtask",
-    ]))?;
-    let mut command = Command::new(workspace.target.join("release/xtask"));
-    process::run(command.args(env::args_os().skip(1)).env("CARGO_TARGET_DIR", &workspace.target))
 }
 
 fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Result<()> {
@@ -204,7 +185,7 @@ fn wires(args: &BenchArgs, workspace: &Workspace) -> Vec<Box<dyn Wire>> {
 }
 
 fn binary(args: &BenchArgs, workspace: &Workspace) -> PathBuf {
-    args.binary.clone().unwrap_or_else(|| workspace.target.join("release/sessiond"))
+    args.binary.clone().unwrap_or_else(|| workspace.target.join("dist/sessiond"))
 }
 
 /// No path of this machine goes into the report.

@@ -17,7 +17,7 @@ use crate::process;
 /// The root key of the measured server, which lives for one row.
 pub(crate) const KEY: &str = "tr_dev_benchmarkbenchmark0001";
 
-/// The release build of this checkout.
+/// The `dist` build of this checkout.
 pub(crate) struct Ours {
     pub(crate) binary: PathBuf,
     pub(crate) way: Way,

@@ -10,10 +10,11 @@ use super::direct::Wire;
 use super::http;
 use super::server::{Server, free_port};
 use crate::process;
-use crate::s2::VERSION;
 use crate::workspace::Workspace;
 
 const CRATE: &str = "s2-lite";
+/// The version that the tests run against (`Cargo.toml`).
+const VERSION: &str = "0.43.4";
 const BASIN: &str = "benchmark";
 
 /// The crate's own binary, installed with cargo.

@@ -15,7 +15,7 @@ use crate::harness::server::KEY;
 /// Writers, each with a batch of nearly 1 MiB: several times what may be on its way to the log at once.
 const WRITERS: usize = 120;
 /// What strace does to every sync of the log, in microseconds.
-const SLOW: &str = "fdatasync:delay_enter=150000";
+const SLOW: &str = "fdatasync:delay_enter=100000";
 
 /// Writes one large batch through the door of its number; whether it was taken.
 async fn write(stream: &Stream, url: &str, door: usize, body: String) -> bool {

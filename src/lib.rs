@@ -7,9 +7,10 @@ pub mod api;
 pub mod auth;
 pub mod cli;
 pub mod config;
-pub mod domain;
 pub mod listener;
 pub mod server;
 pub mod shutdown;
-pub mod store;
 pub mod telemetry;
+
+pub use sessiond_domain as domain;
+pub use sessiond_store as store;

@@ -18,7 +18,7 @@ struct Queries(Arc<AtomicUsize>);
 impl<S: tracing::Subscriber> Layer<S> for Queries {
     fn on_new_span(&self, attributes: &Attributes<'_>, _: &Id, _: Context<'_, S>) {
         let span = attributes.metadata();
-        if span.name() == "query" && span.target().starts_with("sessiond::store") {
+        if span.name() == "query" && span.target().starts_with("sessiond_store") {
             self.0.fetch_add(1, Ordering::SeqCst);
         }
     }

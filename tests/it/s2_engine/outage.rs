@@ -14,7 +14,7 @@ const ROUNDS: usize = 3;
 /// Acks of one round after which S2 is killed.
 const ACKS: usize = 300;
 /// Appends that must have been refused before S2 comes back.
-const REFUSED: usize = 40;
+const REFUSED: usize = 16;
 /// How long S2 stays away once: long enough for followers to have come to their longest pause, and to stay there.
 const AWAY: Duration = LONGEST_PAUSE.saturating_mul(6);
 

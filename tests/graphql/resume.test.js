@@ -14,7 +14,7 @@ import { bearer, delay, suite } from "./lib/suite.js";
 
 const SEED = Number(process.env.RESUME_SEED ?? randomInt(2 ** 31));
 const SUBSCRIBERS = 20;
-const RECORDS = 3000;
+const RECORDS = Number(process.env.RESUME_RECORDS ?? 1500);
 const WRITERS = 5;
 /** The appends take about this long, so that there is time for things to break. */
 const WRITING_MS = 3_000;

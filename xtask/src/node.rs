@@ -10,8 +10,15 @@ use crate::process;
 use crate::slowest::Slowest;
 use crate::workspace::Workspace;
 
-/// Test files that run beside each other. Each has a server of its own, and most of them wait most of the time.
-const AT_ONCE: usize = 3;
+/// A folder of tests that Node runs.
+pub(crate) struct Suite {
+    /// Where it is in the checkout.
+    pub(crate) folder: &'static str,
+    /// Longest that one test may take.
+    pub(crate) limit: Duration,
+    /// Test files that run beside each other. Each has a server of its own, and most wait most of the time.
+    pub(crate) at_once: usize,
+}
 
 /// What `node --test` says: the counts at the end (`# pass 12`), and how long each test took.
 #[derive(Debug, Default, PartialEq)]
@@ -51,28 +58,27 @@ impl Counts {
     }
 }
 
-/// Installs the locked packages of `folder`.
-pub(crate) fn install(workspace: &Workspace, folder: &str) -> anyhow::Result<()> {
+/// Installs the locked packages of a suite.
+pub(crate) fn install(workspace: &Workspace, suite: &Suite) -> anyhow::Result<()> {
     let mut npm = Command::new("npm");
-    process::run(npm.args(["ci", "--no-audit", "--no-fund"]).current_dir(workspace.root.join(folder)))
+    process::run(npm.args(["ci", "--no-audit", "--no-fund"]).current_dir(workspace.root.join(suite.folder)))
 }
 
-/// Runs every `*.test.js` of an installed `folder`, no test for longer than `limit`, with records kept in the data
-/// folder or on the S2 at `s2`; or only the tests whose name matches a pattern of `only`.
+/// Runs an installed suite, or only its tests whose name matches a pattern of `only`, with records kept in the data
+/// folder or on the S2 at `s2`.
 pub(crate) fn run(
     workspace: &Workspace,
-    folder: &str,
+    suite: &Suite,
     only: &[String],
-    limit: Duration,
     s2: Option<&str>,
 ) -> anyhow::Result<u64> {
-    let dir = workspace.root.join(folder);
+    let Suite { folder, limit, at_once } = suite;
     let mut node = Command::new("node");
     node.args(["--test", "--test-force-exit", "--test-reporter=tap"])
-        .arg(format!("--test-concurrency={AT_ONCE}"))
+        .arg(format!("--test-concurrency={at_once}"))
         .arg(format!("--test-timeout={}", limit.as_millis()))
         .args(only.iter().map(|pattern| format!("--test-name-pattern={pattern}")))
-        .current_dir(&dir)
+        .current_dir(workspace.root.join(folder))
         .env("SESSIOND_BIN", workspace.debug_binary("sessiond"))
         .env_remove("SESSIOND_TEST_S2")
         .envs(s2.map(|url| ("SESSIOND_TEST_S2", url)));

@@ -8,9 +8,17 @@ use clap::{Args, ValueEnum};
 
 use crate::backends::{Backends, Building};
 use crate::nextest::{Part, SELECTION, TARGETS, Tests};
+use crate::node::Suite;
 use crate::stage::Stages;
 use crate::workspace::Workspace;
 use crate::{lint, node, packages, playground, process, tools};
+
+/// The SDK and S2's own client against the binary.
+const SDK: Suite = Suite { folder: "tests/node", limit: Duration::from_secs(60), at_once: 3 };
+/// The clients of GraphQL against the binary.
+const GRAPHQL: Suite = Suite { folder: "tests/graphql", limit: Duration::from_secs(120), at_once: 3 };
+/// The browser, which keeps both cores busy by itself.
+const BROWSER: Suite = Suite { folder: "tests/browser", limit: Duration::from_secs(180), at_once: 1 };
 
 /// Flags of `test`.
 #[derive(Debug, Args)]
@@ -58,9 +66,9 @@ const STEPS: &[Step] = &[
     Step { stage: Stage::Clippy, name: "clippy", run: |run| lint::clippy(&run.workspace).map(|()| 0) },
     Step { stage: Stage::Deny, name: "deny", run: |run| lint::deny(&run.workspace).map(|()| 0) },
     Step { stage: Stage::Rust, name: "rust on backends", run: |run| run.rust(Part::OnBackends) },
-    Step { stage: Stage::Node, name: "node", run: |run| run.node("tests/node", 60) },
+    Step { stage: Stage::Node, name: "node", run: |run| run.node(&SDK) },
     Step { stage: Stage::Node, name: "node on S2", run: Run::node_on_s2 },
-    Step { stage: Stage::Graphql, name: "graphql", run: |run| run.node("tests/graphql", 120) },
+    Step { stage: Stage::Graphql, name: "graphql", run: |run| run.node(&GRAPHQL) },
     Step { stage: Stage::Browser, name: "browser", run: Run::browser },
 ];
 
@@ -134,21 +142,20 @@ impl Run {
         })
     }
 
-    /// Runs the tests below `folder`, none for longer than `limit` seconds.
-    fn node(&self, folder: &str, limit: u64) -> anyhow::Result<u64> {
+    fn node(&self, suite: &Suite) -> anyhow::Result<u64> {
         self.built()?;
-        node::install(&self.workspace, folder)?;
-        node::run(&self.workspace, folder, &self.only, Duration::from_secs(limit), None)
+        node::install(&self.workspace, suite)?;
+        node::run(&self.workspace, suite, &self.only, None)
     }
 
     fn node_on_s2(&self) -> anyhow::Result<u64> {
         let s2 = self.backends()?.s2_url();
-        node::run(&self.workspace, "tests/node", &self.only, Duration::from_secs(60), Some(&s2))
+        node::run(&self.workspace, &SDK, &self.only, Some(&s2))
     }
 
     fn browser(&self) -> anyhow::Result<u64> {
         playground::check(&self.workspace)?;
-        self.node("tests/browser", 180)
+        self.node(&BROWSER)
     }
 }
 

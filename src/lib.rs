@@ -6,9 +6,11 @@
 pub mod api;
 pub mod auth;
 pub mod cli;
+pub mod clickhouse;
 pub mod config;
 pub mod domain;
 pub mod listener;
+pub mod replication;
 pub mod server;
 pub mod shutdown;
 pub mod store;

@@ -1,6 +1,8 @@
 //! Puts the parts together: configuration to adapters, adapters to use cases, use cases to doors.
 //! The only place that picks an adapter.
 
+mod replicas;
+
 use std::fs::OpenOptions;
 use std::future::Future;
 use std::io::{ErrorKind, Write};
@@ -29,9 +31,9 @@ use crate::store::blob::{ObjectBlobs, S3Options};
 use crate::store::channel::log::{LogChannels, LogOptions};
 use crate::store::channel::s2::{S2Channels, S2Options};
 use crate::store::channel::{CommitStats, LogObserver};
-use crate::store::index::sql::SqlIndex;
 use crate::store::metadata::{OpenOptions as MetadataOptions, SqlMetadata};
 use crate::telemetry::Metrics;
+use replicas::Replicas;
 
 /// The environment that a first start makes.
 const DEFAULT_NAME: &str = "default";
@@ -160,6 +162,7 @@ pub struct Server {
     auth: Arc<Auth>,
     timers: Arc<Timers>,
     engine: Engine,
+    replicas: Replicas,
     metrics: Arc<Metrics>,
     listener: Listener,
     shutdown: Shutdown,
@@ -180,13 +183,15 @@ impl Server {
         claim_log(&control, engine.log_id()).await?;
         let (_, key) = control.default_environment(config.secret_key.clone()).await?;
         let timers = Timers::new(clock.clone());
-        let index = Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store)));
         let shutdown = Shutdown::default();
+        let replicas = Replicas::open(&config, &metrics)?;
         let backends = Backends {
             store: control.store.clone(),
             waitpoints: control.store.clone(),
             channels: engine.channels(),
-            index,
+            index: replicas.index(&config, &control.store),
+            freshness: replicas.freshness(),
+            feed: replicas.feed(),
             blobs: open_blobs(&config)?,
             clock: clock.clone(),
             timers: timers.clone(),
@@ -197,7 +202,19 @@ impl Server {
         let sessions = Sessions::new(backends, rows);
         sessions.recover().await?;
         let auth = Auth::new(control.store.clone(), control.vault.clone(), clock, timers.clone());
-        Ok(Self { control, sessions, auth, timers, engine, metrics, listener, shutdown, config, key })
+        Ok(Self {
+            control,
+            sessions,
+            auth,
+            timers,
+            engine,
+            replicas,
+            metrics,
+            listener,
+            shutdown,
+            config,
+            key,
+        })
     }
 
     /// The address in use.
@@ -237,8 +254,10 @@ impl Server {
     pub async fn run(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
         let address = self.local_addr()?;
         let draining = self.shutdown.draining().clone();
+        let feed = self.replicas.feed();
+        let replicas = self.replicas.run();
+        tokio::spawn(self.sessions.clone().watch_replicas(feed.clone(), draining.clone()));
         if self.engine.is_shared() {
-            tokio::spawn(self.sessions.clone().watch_replicas(draining.clone()));
             tokio::spawn(recover_regularly(self.sessions.clone(), draining.clone()));
         }
         let router = api::router(ApiState {
@@ -252,12 +271,13 @@ impl Server {
         let listening = tokio::spawn(self.listener.serve(router, self.shutdown.clone()));
         tokio::spawn(self.timers.clone().run(draining.clone()));
         tokio::spawn(self.sessions.end_waits());
-        tokio::spawn(self.auth.watch_keys(draining.clone()));
+        tokio::spawn(self.auth.watch_keys(feed, draining.clone()));
         tokio::spawn(sweep_expired(self.control.store.clone(), self.control.clock.clone(), draining));
         tracing::info!(%address, "listening");
         stop.await;
         tracing::info!("stopping");
         self.shutdown.begin();
+        replicas.step_down();
         self.timers.wake_all();
         let cut = self.shutdown.finish(self.config.http.shutdown_deadline).await;
         if cut > 0 {
@@ -267,6 +287,7 @@ impl Server {
         if let Engine::Log(log) = self.engine {
             tokio::task::spawn_blocking(move || log.close()).await?;
         }
+        replicas.end().await?;
         self.control.store.close().await;
         tracing::info!("stopped");
         Ok(())
@@ -287,6 +308,12 @@ pub fn prepare_process() -> anyhow::Result<()> {
     let mut full = tokio::signal::unix::signal(kind)?;
     tokio::spawn(async move { while full.recv().await.is_some() {} });
     Ok(())
+}
+
+/// What other replicas call this one.
+pub fn replica_name() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}/{}", host.trim(), std::process::id())
 }
 
 fn open_blobs(config: &Config) -> anyhow::Result<Arc<dyn Blobs>> {

@@ -71,7 +71,7 @@ pub fn status(code: Code) -> StatusCode {
         Code::ValidationFailed | Code::IdempotencyMismatch => StatusCode::UNPROCESSABLE_ENTITY,
         Code::CursorExpired => StatusCode::GONE,
         Code::RateLimited => StatusCode::TOO_MANY_REQUESTS,
-        Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        Code::NotYetVisible | Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         Code::Internal => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
@@ -115,6 +115,10 @@ impl From<Arc<Error>> for Failure {
                 failure =
                     failure.with("retryAfterMs", json!(limit.wait.as_nanos().div_ceil(1_000_000) as u64));
             }
+            Error::NotYetVisible => {
+                failure.headers.insert(RETRY_AFTER, AWAY_FOR);
+                failure = failure.with("retryAfterMs", json!(1000));
+            }
             Error::Unavailable { .. } => {
                 failure.message = AWAY.to_owned();
                 failure.headers.insert(RETRY_AFTER, AWAY_FOR);
@@ -122,7 +126,8 @@ impl From<Arc<Error>> for Failure {
             Error::Internal(_) => failure.message = OUR_FAULT.to_owned(),
             _ => {}
         }
-        if status.is_server_error() {
+        // What is merely not there yet is no fault for the log.
+        if status.is_server_error() && code != Code::NotYetVisible {
             failure.cause = Some(error);
         }
         failure
@@ -381,6 +386,7 @@ mod tests {
                 ("idempotency_mismatch", 422, None),
                 ("cursor_expired", 410, None),
                 ("rate_limited", 429, None),
+                ("not_yet_visible", 503, None),
                 ("unavailable", 503, None),
                 ("internal", 500, None),
             ]

@@ -202,7 +202,11 @@ async fn readyz(State(app): State<App>) -> Response {
         return not_ready("the server is shutting down".to_owned());
     }
     match app.sessions.ready().await {
-        Ok(()) => Json(json!({"status": "ok"})).into_response(),
+        // Lists that are stale or away are no reason to take the whole server out: sessions and channels work.
+        Ok(()) => match app.sessions.trouble_with_lists().await {
+            None => Json(json!({"status": "ok"})).into_response(),
+            Some(trouble) => Json(json!({"status": "ok", "lists": trouble})).into_response(),
+        },
         Err(error) => {
             tracing::warn!(error = %trace::Chain(&error), "not ready");
             not_ready(error.to_string())

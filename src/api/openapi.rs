@@ -17,7 +17,10 @@ const REFUSALS: [(&str, &str); 7] = [
     ("404", "No such session in the caller's environment"),
     ("429", "Too many requests"),
     ("500", "A fault of the server's"),
-    ("503", "A backend is away; retrying may help"),
+    (
+        "503",
+        "A backend is away, or a list does not show yet what its consistency token stands for; retrying may help",
+    ),
 ];
 const BODY_REFUSALS: [(&str, &str); 4] = [
     ("408", "The body did not arrive in time"),
@@ -25,6 +28,8 @@ const BODY_REFUSALS: [(&str, &str); 4] = [
     ("413", "The body is over its limit"),
     ("422", "The body breaks rules; every one is listed"),
 ];
+
+const TOKEN: &str = "A consistency token: a list that is asked with it shows this write. Only where lists come from ClickHouse";
 
 /// Every documented route.
 pub fn routes() -> OpenApiRouter<App> {
@@ -102,6 +107,14 @@ fn complete(document: &mut Value) {
             } else {
                 json!([{"secretKey": []}, {"publicToken": []}])
             };
+            if rest::consistency::is_write(method, path) {
+                let header = json!({"schema": {"type": "string"}, "description": TOKEN});
+                for status in ["200", "201"] {
+                    if operation["responses"].get(status).is_some() {
+                        operation["responses"][status]["headers"] = json!({"x-sessiond-consistency": header});
+                    }
+                }
+            }
             let has_body = matches!(method.as_str(), "post" | "patch");
             let refusals = REFUSALS.iter().chain(BODY_REFUSALS.iter().filter(|_| has_body));
             for (status, description) in refusals {

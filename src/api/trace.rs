@@ -12,6 +12,7 @@ use tracing::Instrument;
 use super::App;
 use super::cors;
 use super::error::Failure;
+use super::rest::consistency;
 
 /// Names a request in logs and answers.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -71,7 +72,7 @@ fn parent(text: &str) -> Option<(&str, &str)> {
 }
 
 /// Around every route: gives the request its identity and span, lets pages of other origins in, accounts for the
-/// answer. One layer for all of it, because every request pays for every layer.
+/// answer; the answer of a write that lists will show gets its consistency token. One layer for all of it, because every request pays for every layer.
 pub async fn observe(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let begin = Instant::now();
     let id = RequestId::of(request.headers());
@@ -83,6 +84,7 @@ pub async fn observe(State(app): State<App>, mut request: Request, next: Next) -
     let method = method_label(request.method());
     let span =
         tracing::debug_span!("request", request.id = id.as_str(), trace.parent = ?traceparent, route, method);
+    let epoch = consistency::before(&app, request.method(), route);
     let mut response = if request.method() == Method::OPTIONS {
         cors::preflight(origin, request.headers())
     } else {
@@ -91,6 +93,7 @@ pub async fn observe(State(app): State<App>, mut request: Request, next: Next) -
             log_fault(&failure, &id, &traceparent);
             response = failure.render(Some(id.as_str()));
         }
+        consistency::after(&app, epoch, &mut response).instrument(span.clone()).await;
         cors::mark(response.headers_mut(), origin);
         response
     };

@@ -13,13 +13,15 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use quick_cache::sync::Cache;
 use secrecy::{ExposeSecret, SecretString};
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::timer::Timers;
 use crate::domain::{
-    Caller, CallerKind, Clock, EnvironmentId, Error, KeyId, MetadataStore, Result, Scopes, Session, Timestamp,
+    Caller, CallerKind, ChangeFeed, Clock, EnvironmentId, Error, Heard, KeyId, MetadataStore, Result, Scopes,
+    Session, Timestamp,
 };
 use direct::Grant;
 use leases::Leases;
@@ -226,10 +228,16 @@ impl Auth {
         self.mint(caller, Scopes::new(scopes), end).await
     }
 
-    /// Watches for keys that change or end, until `stop` is cancelled.
-    pub async fn watch_keys(self: Arc<Self>, stop: CancellationToken) {
+    /// Watches for keys that change or end, until `stop` is cancelled: at once when `feed` tells of one, and regularly.
+    pub async fn watch_keys(self: Arc<Self>, feed: Arc<dyn ChangeFeed>, stop: CancellationToken) {
         let mut beat = tokio::time::interval(REVISION_EVERY);
-        while stop.run_until_cancelled(beat.tick()).await.is_some() {
+        let mut heard = feed.subscribe();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = beat.tick() => {}
+                Some(Heard::Keys | Heard::Missed(_)) = heard.next() => {}
+            }
             if let Err(error) = self.refresh().await {
                 tracing::warn!(error = &error as &dyn std::error::Error, "cannot check for revoked keys");
             }

@@ -3,6 +3,7 @@
 mod client;
 mod control;
 mod output;
+mod replicate;
 mod serve;
 
 use std::path::PathBuf;
@@ -51,6 +52,8 @@ enum Command {
     Keys(control::KeysCommand),
     /// Mint a public token for a browser
     Token(control::TokenArgs),
+    /// Replicate sessions to ClickHouse without serving, or look after the replication
+    Replicate(replicate::ReplicateArgs),
     /// Show the settings in force, secrets masked
     Config(output::OutputArgs),
     /// Print the GraphQL schema
@@ -89,6 +92,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Environments(command) => control::environments(&common, command).await,
         Command::Keys(command) => control::keys(&common, command).await,
         Command::Token(args) => control::token(&common, args).await,
+        Command::Replicate(args) => replicate::replicate(&common, args).await,
         Command::Config(output) => control::config(&common, output),
         Command::Schema => {
             print!("{}", crate::api::graphql::sdl());

@@ -1,9 +1,11 @@
-//! Settings: embedded defaults < TOML file < `SESSIOND_*` environment < flags. Nobody else reads the environment.
+//! Settings: embedded defaults < TOML file < aliases < `SESSIOND_*` environment < flags. Nobody else reads the environment.
 
+mod aliases;
 mod blobs;
 mod direct;
 mod graphql;
 mod http;
+mod replication;
 mod store;
 
 use std::path::PathBuf;
@@ -18,6 +20,7 @@ pub use blobs::{BlobPlace, BlobsConfig};
 pub use direct::DirectConfig;
 pub use graphql::GraphqlConfig;
 pub use http::{HttpConfig, RateLimitConfig, TlsConfig};
+pub use replication::{ClickHouseConfig, ClickHouseEngine, ReplicationConfig};
 pub use store::{AuthConfig, LogConfig, MetadataConfig};
 
 /// Every setting with its default and a comment each.
@@ -26,15 +29,22 @@ pub const DEFAULTS: &str = include_str!("../../config.default.toml");
 const PREFIX: &str = "SESSIOND_";
 /// Variables with our prefix that are not settings of the server: those of the client
 /// commands, the test suite and the build.
-const NOT_SETTINGS: [&str; 10] = [
+const NOT_SETTINGS: [&str; 17] = [
     "config",
     "url",
     "token",
     "bin",
     "test_postgres",
+    "test_postgres_bin",
+    "chaos_rounds",
+    "chaos_seconds",
+    "chaos_seed",
+    "chaos_log",
     "test_s2",
     "test_s2_bin",
     "test_s3",
+    "test_clickhouse",
+    "test_clickhouse_bin",
     "skip_playground",
     "require_playground",
 ];
@@ -60,10 +70,17 @@ pub struct Config {
     pub log: LogConfig,
     /// Snapshots.
     pub blobs: BlobsConfig,
+    /// Lists past one machine.
+    pub clickhouse: ClickHouseConfig,
+    /// What feeds them.
+    pub replication: ReplicationConfig,
     /// Protection of keys.
     pub auth: AuthConfig,
     /// Logging.
     pub telemetry: TelemetryConfig,
+    /// Variables that are known under another system's name and mean nothing here.
+    #[serde(skip)]
+    pub ignored: Vec<String>,
 }
 
 /// Logging.
@@ -111,20 +128,22 @@ impl Config {
         if let Some(file) = &overrides.file {
             figment = figment.merge(Toml::file_exact(file));
         }
-        figment = figment.merge(environment.split("__"));
+        let (aliased, ignored) = aliases::merge(figment, std::env::vars())?;
+        figment = aliased.merge(environment.split("__"));
         if let Some(data) = &overrides.data {
             figment = figment.merge(Serialized::default("data", data));
         }
         if let Some(listen) = &overrides.listen {
             figment = figment.merge(Serialized::default("http.listen", listen));
         }
-        let config: Self = figment.extract().map_err(|faults| {
+        let mut config: Self = figment.extract().map_err(|faults| {
             let violation = |fault: figment::Error| Violation {
                 field: fault.path.join("."),
                 message: fault.kind.to_string(),
             };
             Error::Invalid(faults.into_iter().map(violation).collect())
         })?;
+        config.ignored = ignored;
         config.validate()?;
         Ok(config)
     }
@@ -137,10 +156,28 @@ impl Config {
         self.metadata.validate(&mut faults);
         self.log.validate(&mut faults);
         self.blobs.validate(&mut faults);
+        self.clickhouse.validate(&mut faults);
+        self.replication.validate(&mut faults);
+        if self.replication.enabled && self.clickhouse.url.is_none() {
+            faults.push(fault("clickhouse.url", "is required with replication.enabled"));
+        }
+        if self.clickhouse.url.is_some() && !self.metadata.is_postgres() {
+            faults.push(fault(
+                "metadata.url",
+                "must be a Postgres with clickhouse.url: SQLite cannot be replicated",
+            ));
+        }
         if self.metadata.is_postgres() && self.auth.master_key.is_none() {
             faults.push(fault("auth.master_key", "is required with Postgres"));
         }
         if faults.is_empty() { Ok(()) } else { Err(Error::Invalid(faults)) }
+    }
+
+    /// Says which variables were read and count for nothing. To be called once logging has begun.
+    pub fn tell_ignored(&self) {
+        for name in &self.ignored {
+            tracing::warn!(name, "this variable has no meaning here, and is ignored");
+        }
     }
 
     /// The URL of the metadata store.
@@ -149,6 +186,16 @@ impl Config {
             Some(url) => url.expose_secret().to_owned(),
             None => format!("sqlite:{}", self.data.join("metadata.db").display()),
         }
+    }
+
+    /// The URL of the primary that the replicator reads from.
+    pub fn replication_url(&self) -> SecretString {
+        self.replication.url.clone().unwrap_or_else(|| self.metadata_url().into())
+    }
+
+    /// As [`Config::replication_url`]; `None` with SQLite.
+    pub fn direct_postgres_url(&self) -> Option<SecretString> {
+        self.metadata.is_postgres().then(|| self.replication_url())
     }
 
     /// The folder of the embedded log.

@@ -104,6 +104,9 @@ pub enum Error {
     /// Too many requests; try again at the given time.
     #[error("rate limit exceeded")]
     RateLimited(RateLimit),
+    /// Lists do not show yet what the caller's consistency token stands for. Retrying helps.
+    #[error("lists do not show what the consistency token stands for yet; try again")]
+    NotYetVisible,
     /// A backend is away, full or poisoned. Retrying may help.
     #[error("{what} is unavailable")]
     Unavailable {
@@ -168,6 +171,7 @@ impl Error {
             Self::IdempotencyMismatch { .. } => Code::IdempotencyMismatch,
             Self::Trimmed { .. } => Code::CursorExpired,
             Self::RateLimited(_) => Code::RateLimited,
+            Self::NotYetVisible => Code::NotYetVisible,
             Self::Unavailable { .. } => Code::Unavailable,
             Self::Internal(_) => Code::Internal,
         }
@@ -216,6 +220,8 @@ pub enum Code {
     CursorExpired,
     /// `rate_limited`
     RateLimited,
+    /// `not_yet_visible`
+    NotYetVisible,
     /// `unavailable`
     Unavailable,
     /// `internal`
@@ -224,7 +230,7 @@ pub enum Code {
 
 impl Code {
     /// Every code, for tables and documents.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::NotFound,
         Self::Conflict,
         Self::SessionClosed,
@@ -240,6 +246,7 @@ impl Code {
         Self::IdempotencyMismatch,
         Self::CursorExpired,
         Self::RateLimited,
+        Self::NotYetVisible,
         Self::Unavailable,
         Self::Internal,
     ];
@@ -262,6 +269,7 @@ impl Code {
             Self::IdempotencyMismatch => "idempotency_mismatch",
             Self::CursorExpired => "cursor_expired",
             Self::RateLimited => "rate_limited",
+            Self::NotYetVisible => "not_yet_visible",
             Self::Unavailable => "unavailable",
             Self::Internal => "internal",
         }
@@ -269,7 +277,7 @@ impl Code {
 
     /// Whether the same request may succeed later.
     pub fn retryable(self) -> bool {
-        matches!(self, Self::RateLimited | Self::Unavailable | Self::Internal)
+        matches!(self, Self::RateLimited | Self::NotYetVisible | Self::Unavailable | Self::Internal)
     }
 }
 

@@ -4,8 +4,10 @@
 
 pub mod access;
 pub mod blob;
+pub mod changes;
 pub mod channel;
 pub mod clock;
+pub mod consistency;
 pub mod envelope;
 pub mod error;
 pub mod follow;
@@ -25,8 +27,10 @@ pub mod watch;
 
 pub use access::{Action, Caller, CallerKind, Resource, Scopes};
 pub use blob::{Blob, BlobInfo, BlobKey, Blobs, ByteStream};
+pub use changes::{ChangeFeed, ChangedSession, Heard, NoReplicas};
 pub use channel::{ChannelAddress, ChannelKey, ChannelName, Direction};
 pub use clock::{Clock, SystemClock, TestClock, Timestamp};
+pub use consistency::{AlwaysFresh, ConsistencyToken, Freshness};
 pub use error::{Code, Error, Result, Violation};
 pub use follow::{Follow, FollowEvent};
 pub use id::{EnvironmentId, ExternalId, KeyId, RunId, SessionId, SessionRef, WaitpointId};

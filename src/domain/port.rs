@@ -83,7 +83,11 @@ pub trait MetadataStore: Send + Sync {
 
     /// As [`MetadataStore::close_session`], for a seal that was found in the log after a crash. The one
     /// query without an environment: the seal proves that its writer was allowed to close.
-    async fn complete_close(&self, id: &SessionId, closure: &Closure) -> Result<()>;
+    async fn complete_close(&self, id: &SessionId, closure: &Closure) -> Result<Option<Session>>;
+
+    /// Sessions of every environment whose `updated_at` and id come after the cursor, in that order: for the server
+    /// itself, which has to make up for changes that it has not heard of.
+    async fn changed_since(&self, after: &ChangeCursor, limit: usize) -> Result<Vec<Session>>;
 
     /// Adds an environment.
     ///
@@ -123,6 +127,15 @@ pub trait MetadataStore: Send + Sync {
 
     /// Answers if the store can be used.
     async fn ping(&self) -> Result<()>;
+}
+
+/// A place in the order of changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChangeCursor {
+    /// When a session was changed last.
+    pub updated_at: Timestamp,
+    /// Which one, of those that were changed at the same time.
+    pub id: SessionId,
 }
 
 /// What [`MetadataStore::create_session`] found or made.

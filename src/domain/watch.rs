@@ -1,5 +1,6 @@
 //! Sessions as they change: one of them, or all that match.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
@@ -32,16 +33,24 @@ pub(super) type Changes = Receiver<SharedSession>;
 pub(super) type Reread =
     Arc<dyn Fn(SessionId) -> BoxFuture<'static, Result<Option<SharedSession>>> + Send + Sync>;
 
+/// Held as long as a session is watched, so that it is looked at even if nobody tells of a change.
+pub(super) type Interest = Box<dyn Any + Send + Sync>;
+
+/// A session that was looked for.
+pub(super) type Arrival = BoxFuture<'static, Result<(SharedSession, Interest)>>;
+
 /// Which sessions are watched.
 pub(super) enum Scope {
     /// One, which may not be there yet.
-    One { arrival: Option<BoxFuture<'static, Result<SharedSession>>>, reread: Reread },
+    One { arrival: Option<Arrival>, reread: Reread },
     /// Those of an environment that match.
     List { environment: EnvironmentId, filter: Filter },
 }
 
 /// A caller's live view of sessions. Changes that come faster than they are taken may be given as one.
 pub struct Watch {
+    /// Given up before `changes`, as whoever counts both expects.
+    interest: Option<Interest>,
     changes: Changes,
     lifeline: Lifeline,
     scope: Scope,
@@ -54,7 +63,7 @@ pub struct Watch {
 
 impl Watch {
     pub(super) fn new(changes: Changes, lifeline: Lifeline, scope: Scope) -> Self {
-        Self { changes, lifeline, scope, shown: None, lagged: false, ended: false }
+        Self { interest: None, changes, lifeline, scope, shown: None, lagged: false, ended: false }
     }
 
     /// The next event. Cancel safe.
@@ -98,11 +107,13 @@ impl Watch {
         }
     }
 
-    fn arrived(&mut self, session: Result<SharedSession>) -> Result<SharedSession> {
+    fn arrived(&mut self, arrived: Result<(SharedSession, Interest)>) -> Result<SharedSession> {
         if let Scope::One { arrival, .. } = &mut self.scope {
             *arrival = None;
         }
-        session
+        let (session, interest) = arrived?;
+        self.interest = Some(interest);
+        Ok(session)
     }
 
     /// What of a change is news.

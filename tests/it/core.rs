@@ -13,9 +13,9 @@ use sessiond::domain::record::Command;
 use sessiond::domain::tenant::EnvironmentKind;
 use sessiond::domain::timer::Timers;
 use sessiond::domain::{
-    AppendInput, Backends, Caller, CallerKind, ChannelAddress, Clock, CreateSession, Direction, Error,
-    Follow, FollowEvent, FollowOptions, KeyId, MetadataStore, NewRecord, NewSession, ReadStart, Scopes,
-    SessionRef, Sessions, SessionsConfig, TestClock,
+    AlwaysFresh, AppendInput, Backends, Caller, CallerKind, ChannelAddress, Clock, CreateSession, Direction,
+    Error, Follow, FollowEvent, FollowOptions, KeyId, MetadataStore, NewRecord, NewSession, NoReplicas,
+    ReadStart, Scopes, SessionRef, Sessions, SessionsConfig, TestClock,
 };
 use sessiond::server::Control;
 use sessiond::store::blob::ObjectBlobs;
@@ -61,6 +61,8 @@ impl Core {
             waitpoints: control.store.clone(),
             channels: Arc::new(log),
             index: Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store))),
+            freshness: Arc::new(AlwaysFresh),
+            feed: Arc::new(NoReplicas),
             blobs: Arc::new(ObjectBlobs::folder(&config.blobs_dir()).expect("a folder of blobs")),
             timers: timers.clone(),
             clock,

@@ -1,7 +1,9 @@
-//! Developer commands: `cargo xtask test | lint | schema | playground | bench`. With `cargo run`, the only commands
+//! Developer commands: `cargo xtask test | lint | schema | playground | chaos | bench`. With `cargo run`, the only commands
 //! anyone must know.
 
 mod bench;
+mod chaos;
+mod clickhouse;
 mod lint;
 mod node;
 mod packages;
@@ -37,6 +39,8 @@ enum Command {
     Schema,
     /// Bundle the playground again, after a build that had to do without npm
     Playground,
+    /// Break everything between Postgres and ClickHouse, and compare every column
+    Chaos(chaos::ChaosArgs),
     /// Measure a release build
     Bench(bench::BenchArgs),
 }
@@ -47,6 +51,7 @@ fn main() -> ExitCode {
         Command::Lint => lint::run(),
         Command::Schema => schema::run(),
         Command::Playground => playground::run(),
+        Command::Chaos(args) => chaos::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     match done {

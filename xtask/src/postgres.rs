@@ -26,6 +26,7 @@ pub struct Postgres {
     server: Child,
     folder: PathBuf,
     url: String,
+    binaries: PathBuf,
 }
 
 impl Postgres {
@@ -49,9 +50,14 @@ impl Postgres {
         let port = free_port()?;
         let server = spawn(&binaries, owner, &folder, &data, port)?;
         let url = format!("postgres://postgres@127.0.0.1:{port}/postgres");
-        let mut postgres = Self { server, folder, url };
-        postgres.wait_until_ready(&binaries, port)?;
+        let mut postgres = Self { server, folder, url, binaries };
+        postgres.wait_until_ready(port)?;
         Ok(postgres)
+    }
+
+    /// Where its programs are.
+    pub fn binaries(&self) -> &Path {
+        &self.binaries
     }
 
     /// The superuser's URL, of the database `postgres`.
@@ -59,14 +65,14 @@ impl Postgres {
         &self.url
     }
 
-    fn wait_until_ready(&mut self, binaries: &Path, port: u16) -> Result<()> {
+    fn wait_until_ready(&mut self, port: u16) -> Result<()> {
         let started = Instant::now();
         while started.elapsed() < START_PATIENCE {
             if let Some(status) = self.server.try_wait()? {
                 let log = fs::read_to_string(self.folder.join("log")).unwrap_or_default();
                 bail!("postgres ended with {status} instead of starting:\n{log}");
             }
-            let mut probe = Command::new(binaries.join("pg_isready"));
+            let mut probe = Command::new(self.binaries.join("pg_isready"));
             let probe = probe.args(["-q", "-h", "127.0.0.1", "-p", &port.to_string()]).status()?;
             if probe.success() {
                 return Ok(());
@@ -169,7 +175,9 @@ fn spawn(binaries: &Path, owner: Option<(u32, u32)>, folder: &Path, data: &Path,
         "unix_socket_directories=",
         "wal_level=logical",
         "shared_buffers=64MB",
-        "max_connections=200",
+        "max_connections=400",
+        "max_wal_senders=100",
+        "max_replication_slots=300",
     ];
     let mut postgres = command(&binaries.join("postgres"), owner, folder);
     postgres.arg("-D").arg(data).args(["-p", &port.to_string()]);

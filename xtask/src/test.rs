@@ -1,10 +1,13 @@
 //! `cargo xtask test`: the one command that proves everything, or the named stages of it.
 
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
 
+use crate::clickhouse::{self, ClickHouse};
 use crate::postgres::Postgres;
 use crate::s2::{self, S2};
 use crate::s3::{self, S3};
@@ -104,15 +107,50 @@ fn browser(workspace: &Workspace) -> anyhow::Result<()> {
     node::test(workspace, "tests/browser", Duration::from_secs(180))
 }
 
+/// The real servers that the tests of the binary talk to.
+pub(crate) struct Servers {
+    postgres: Postgres,
+    s2: S2,
+    s2_binary: PathBuf,
+    s3: S3,
+    clickhouse: ClickHouse,
+    clickhouse_program: PathBuf,
+}
+
+impl Servers {
+    /// Installs what is missing, and starts them all.
+    ///
+    /// # Errors
+    /// The first one's that does not start.
+    pub(crate) fn start(workspace: &Workspace) -> anyhow::Result<Self> {
+        let (s2_binary, clickhouse_program) = (s2::install(workspace)?, clickhouse::install(workspace)?);
+        Ok(Self {
+            postgres: Postgres::start()?,
+            s2: S2::start(&s2_binary)?,
+            s2_binary,
+            s3: S3::start(&s3::install(workspace)?)?,
+            clickhouse: ClickHouse::start(&clickhouse_program)?,
+            clickhouse_program,
+        })
+    }
+
+    /// Tells a test run where they are.
+    pub(crate) fn introduce<'a>(&self, cargo: &'a mut Command) -> &'a mut Command {
+        cargo
+            .env("SESSIOND_TEST_POSTGRES", self.postgres.url())
+            .env("SESSIOND_TEST_POSTGRES_BIN", self.postgres.binaries())
+            .env("SESSIOND_TEST_S2", self.s2.url())
+            .env("SESSIOND_TEST_S2_BIN", &self.s2_binary)
+            .env("SESSIOND_TEST_S3", self.s3.url())
+            .env("SESSIOND_TEST_CLICKHOUSE", self.clickhouse.url())
+            .env("SESSIOND_TEST_CLICKHOUSE_BIN", &self.clickhouse_program)
+    }
+}
+
 fn rust(workspace: &Workspace) -> anyhow::Result<()> {
-    let postgres = Postgres::start()?;
-    let binary = s2::install(workspace)?;
-    let s2 = S2::start(&binary)?;
-    let s3 = S3::start(&s3::install(workspace)?)?;
+    let servers = Servers::start(workspace)?;
     let mut cargo = workspace.cargo(&["test", "--workspace", "--no-fail-fast"]);
-    cargo.env("SESSIOND_TEST_POSTGRES", postgres.url());
-    cargo.env("SESSIOND_TEST_S2", s2.url()).env("SESSIOND_TEST_S2_BIN", &binary);
-    cargo.env("SESSIOND_TEST_S3", s3.url());
+    servers.introduce(&mut cargo);
     let mut counts = Counts::default();
     let passed = process::run_seen(&mut cargo, |line| counts.see(line))?;
     let Counts { passed: ok, failed, ignored, filtered } = counts;

@@ -23,9 +23,10 @@ use super::reply::Reply;
 use super::schema::{self, Schema};
 use crate::api::App;
 use crate::api::error::Failure;
+use crate::api::rest::consistency;
 use crate::api::trace::RequestId;
 use crate::config::GraphqlConfig;
-use crate::domain::{Caller, Error};
+use crate::domain::{Caller, ConsistencyToken, Error};
 use crate::telemetry::Door;
 
 /// Root fields that ask for the schema.
@@ -53,6 +54,8 @@ pub(super) struct Asked {
     pub may_change: bool,
     /// For the count of followers.
     pub door: Door,
+    /// Of the header of the HTTP request; a token in the operation's own extensions wins.
+    pub token: Option<ConsistencyToken>,
 }
 
 /// A request that may be executed.
@@ -61,6 +64,9 @@ pub(super) struct Prepared {
     kind: OperationType,
     cost: Arc<Cost>,
     asked: Asked,
+    app: App,
+    /// Lists may show what it changes.
+    writes: bool,
 }
 
 impl Prepared {
@@ -114,6 +120,9 @@ impl Engine {
         let name = request.operation_name.as_deref();
         let measure = guard::measure(&document, name, &self.limits).map_err(|refusal| too_large(&refusal))?;
         admit(app, &measure, &asked)?;
+        let token = token_of(&request)?.or(asked.token);
+        let writes = measure.operation == OperationType::Mutation
+            && !measure.root_fields.iter().all(|field| UNLIMITED.contains(field));
         let kind = measure.operation;
         check_copies(&measure, &request.variables)?;
         if !self.config.introspection && measure.root_fields.iter().any(|field| SCHEMA.contains(field)) {
@@ -131,18 +140,28 @@ impl Engine {
         let cost = Arc::<Cost>::default();
         request.set_parsed_query(document);
         let mut request = request.data(app.clone()).data(cost.clone()).data(asked.door);
+        if let Some(token) = token {
+            request = request.data(token);
+        }
         if let Some(Credentials { caller, .. }) = &asked.credentials {
             request = request.data(schema::session_loader(app, caller)).data(caller.clone());
         }
-        Ok(Prepared { request, kind, cost, asked })
+        Ok(Prepared { request, kind, cost, asked, app: app.clone(), writes })
     }
 
     /// Executes a query or a mutation.
     pub(super) async fn execute(&self, prepared: Prepared) -> Reply {
-        let Prepared { request, cost, asked, .. } = prepared;
+        let Prepared { request, cost, asked, app, writes, .. } = prepared;
+        let epoch = if writes { app.sessions.token_epoch() } else { None };
         let limit = self.config.request_timeout;
         match tokio::time::timeout(limit, self.schema.execute(request)).await {
-            Ok(response) => Reply::new(response, &asked.id, cost.points()),
+            Ok(response) => {
+                let token = match epoch {
+                    Some(epoch) => consistency::token(&app, epoch).await,
+                    None => None,
+                };
+                Reply::new(response, &asked.id, cost.points(), token)
+            }
             Err(_) => {
                 let message = format!("the operation did not finish within {} seconds", limit.as_secs());
                 Reply::refusal(
@@ -200,7 +219,17 @@ fn answer(response: Response, id: &RequestId, cost: usize) -> Answer {
         super::reply::log(&faults, id);
         return Answer::Failed(faults);
     }
-    Answer::of(Reply::new(response, id, cost))
+    Answer::of(Reply::new(response, id, cost, None))
+}
+
+/// The consistency token in the extensions of a request.
+fn token_of(request: &Request) -> Result<Option<ConsistencyToken>, Failure> {
+    const FIELD: &str = "extensions.consistencyToken";
+    match request.extensions.get("consistencyToken") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => consistency::read(FIELD, text).map(Some),
+        Some(_) => Err(Failure::bad_request(format!("{FIELD} must be a string"))),
+    }
 }
 
 fn answers_of(feed: ChannelFeed, id: RequestId) -> BoxStream<'static, Answer> {

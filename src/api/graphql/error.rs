@@ -47,6 +47,8 @@ pub enum ErrorCode {
     CursorExpired,
     /// Too many requests; `extensions.retryAfterMs` tells when to try again.
     RateLimited,
+    /// The list does not show yet what the consistency token stands for; `extensions.retryAfterMs` tells when to try again.
+    NotYetVisible,
     /// A backend is away; retrying may help.
     Unavailable,
     /// A fault of the server's; `extensions.requestId` finds it in the log.
@@ -91,6 +93,7 @@ impl From<Code> for ErrorCode {
             Code::IdempotencyMismatch => Self::IdempotencyMismatch,
             Code::CursorExpired => Self::CursorExpired,
             Code::RateLimited => Self::RateLimited,
+            Code::NotYetVisible => Self::NotYetVisible,
             Code::Unavailable => Self::Unavailable,
             Code::Internal => Self::Internal,
         }

@@ -7,6 +7,7 @@ use serde_json::json;
 use super::cost::COST_MAX;
 use super::error::Fault;
 use crate::api::trace::{Chain, RequestId};
+use crate::domain::ConsistencyToken;
 
 /// Most errors in one result: a short document can be wrong in ten thousand places.
 const ERRORS_MAX: usize = 20;
@@ -25,8 +26,8 @@ pub(super) struct Reply {
 }
 
 impl Reply {
-    /// A result of the executor.
-    pub fn new(response: Response, id: &RequestId, cost: usize) -> Self {
+    /// A result of the executor, with the token for what it has changed.
+    pub fn new(response: Response, id: &RequestId, cost: usize, token: Option<ConsistencyToken>) -> Self {
         let faults: Vec<Fault> = response.errors.into_iter().map(Fault::from).collect();
         log(&faults, id);
         let executed = response.data != Value::Null || faults.iter().any(Fault::is_in_data);
@@ -35,7 +36,10 @@ impl Reply {
         }
         let data = serde_json::to_string(&response.data).unwrap_or_else(|_| "null".to_owned());
         let errors = errors(&faults, id);
-        let extensions = json!({"cost": {"requested": cost, "limit": COST_MAX}});
+        let mut extensions = json!({"cost": {"requested": cost, "limit": COST_MAX}});
+        if let Some(token) = token {
+            extensions["consistencyToken"] = json!(token.encode());
+        }
         let json = match errors {
             Some(errors) => format!("{{\"errors\":{errors},\"data\":{data},\"extensions\":{extensions}}}"),
             None => format!("{{\"data\":{data},\"extensions\":{extensions}}}"),

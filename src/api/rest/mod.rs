@@ -1,6 +1,7 @@
 //! The control plane over REST: sessions, waitpoints and tokens.
 
 pub mod auth;
+pub mod consistency;
 pub mod list;
 pub mod model;
 pub mod read;

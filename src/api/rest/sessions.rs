@@ -4,11 +4,11 @@ use axum::Json;
 use axum::extract::{RawQuery, State};
 use http::{HeaderMap, StatusCode};
 
-use super::list;
 use super::model::{
     self, CloseBody, CreateBody, CreatedResponse, EndAndContinueBody, EndAndContinueResponse, ListResponse,
     Pagination, SessionItem, UpdateBody,
 };
+use super::{consistency, list};
 use crate::api::App;
 use crate::api::error::{Failure, Route};
 use crate::api::extract::{ApiAsker, JsonObject, SessionPath};
@@ -66,7 +66,9 @@ pub async fn create(
         ("filter[status]" = Option<String>, Query, description = "ACTIVE, CLOSED, EXPIRED"),
         ("filter[createdAt][period]" = Option<String>, Query, description = "Such as 7d, 12h, 30m"),
         ("filter[createdAt][from]" = Option<String>, Query, description = "Milliseconds or a date, inclusive"),
-        ("filter[createdAt][to]" = Option<String>, Query, description = "Milliseconds or a date, inclusive")),
+        ("filter[createdAt][to]" = Option<String>, Query, description = "Milliseconds or a date, inclusive"),
+        ("x-sessiond-consistency" = Option<String>, Header,
+        description = "As a write answered it: the page shows that write, or the answer is 503 `not_yet_visible`")),
     responses((status = 200, description = "A page", body = ListResponse)))]
 pub async fn list(
     State(app): State<App>,
@@ -77,7 +79,8 @@ pub async fn list(
     let from_sdk = headers.contains_key("trigger-version");
     let now = app.clock.now();
     let query = list::parse(query.as_deref().unwrap_or_default(), now, from_sdk)?;
-    let page = app.sessions.list(&caller, query.filter, &query.page).await?;
+    let token = consistency::of(&headers)?;
+    let page = app.sessions.list(&caller, query.filter, &query.page, token).await?;
     let step = query.step.saturating_add(1);
     let text = |cursor: Option<Cursor>| cursor.map(|cursor| list::encode(step, &cursor.encode()));
     Ok(Json(ListResponse {

@@ -70,7 +70,7 @@ fn word(code: Code) -> (u16, &'static str) {
         Code::CursorExpired => (410, "trimmed"),
         Code::TooLarge | Code::ValidationFailed | Code::IdempotencyMismatch => (422, "invalid"),
         Code::RateLimited => (429, "rate_limited"),
-        Code::Unavailable => (503, "unavailable"),
+        Code::NotYetVisible | Code::Unavailable => (503, "unavailable"),
         Code::Internal => (500, "other"),
     }
 }

@@ -8,6 +8,7 @@ use tracing::instrument;
 
 use super::{CreateSession, Created, Sessions, detached};
 use crate::domain::access::{Action, Caller, Resource, Verdict};
+use crate::domain::consistency::ConsistencyToken;
 use crate::domain::error::{Error, Result};
 use crate::domain::id::{SessionId, SessionRef};
 use crate::domain::lifeline::{Cut, Lifeline};
@@ -115,11 +116,13 @@ impl Sessions {
         let (this, environment, address) = (self.clone(), caller.environment.clone(), address.clone());
         let rereader = self.clone();
         let arrival = async move {
-            match (session, address) {
-                (Some(session), _) => Ok(session),
-                (None, SessionRef::External(external)) => this.rows.wait_for(&environment, &external).await,
-                (None, SessionRef::Id(_)) => Err(Error::NotFound("session")),
-            }
+            let session = match (session, address) {
+                (Some(session), _) => session,
+                (None, SessionRef::External(external)) => this.rows.wait_for(&environment, &external).await?,
+                (None, SessionRef::Id(_)) => return Err(Error::NotFound("session")),
+            };
+            let interest: watch::Interest = Box::new(this.rows.watch(&session));
+            Ok((session, interest))
         };
         let environment = caller.environment.clone();
         let reread = move |id: SessionId| {
@@ -186,13 +189,20 @@ impl Sessions {
         .await
     }
 
-    /// A page of sessions.
+    /// A page of sessions. With a token it shows at least what the token stands for.
     ///
     /// # Errors
-    /// [`Error::Denied`]; [`Error::Invalid`] for a filter that is too large.
+    /// [`Error::Denied`]; [`Error::Invalid`] for a filter that is too large; [`Error::NotYetVisible`].
     #[instrument(skip_all, name = "list")]
-    pub async fn list(&self, caller: &Caller, filter: Filter, page: &PageRequest) -> Result<Page> {
+    pub async fn list(
+        &self,
+        caller: &Caller,
+        filter: Filter,
+        page: &PageRequest,
+        token: Option<ConsistencyToken>,
+    ) -> Result<Page> {
         let filter = may_list(caller, filter)?;
+        self.reach(token).await?;
         self.index.list(&caller.environment, &filter, page, self.clock.now()).await
     }
 
@@ -201,18 +211,30 @@ impl Sessions {
     /// # Errors
     /// As [`Sessions::list`].
     #[instrument(skip_all, name = "count")]
-    pub async fn count(&self, caller: &Caller, filter: Filter) -> Result<u64> {
+    pub async fn count(
+        &self,
+        caller: &Caller,
+        filter: Filter,
+        token: Option<ConsistencyToken>,
+    ) -> Result<u64> {
         let filter = may_list(caller, filter)?;
+        self.reach(token).await?;
         self.index.count(&caller.environment, &filter, self.clock.now()).await
     }
 
     /// The tags in use.
     ///
     /// # Errors
-    /// [`Error::Denied`].
+    /// [`Error::Denied`]; [`Error::NotYetVisible`].
     #[instrument(skip_all, name = "tags")]
-    pub async fn tags(&self, caller: &Caller, query: &TagQuery) -> Result<Vec<String>> {
+    pub async fn tags(
+        &self,
+        caller: &Caller,
+        query: &TagQuery,
+        token: Option<ConsistencyToken>,
+    ) -> Result<Vec<String>> {
         caller.require_any(Action::Read, &[Resource::Sessions, Resource::Tasks])?;
+        self.reach(token).await?;
         self.index.tags(&caller.environment, query).await
     }
 

@@ -12,6 +12,7 @@ mod snapshot;
 mod waiters;
 mod waiting;
 mod waitpoints;
+mod watched;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -21,8 +22,10 @@ use tracing::Instrument;
 
 use super::access::{Action, Caller, Resource, UNAUTHORIZED, Verdict};
 use super::blob::Blobs;
+use super::changes::ChangeFeed;
 use super::channel::ChannelKey;
 use super::clock::Clock;
+use super::consistency::{ConsistencyToken, Freshness};
 use super::error::{Error, Result};
 use super::id::SessionRef;
 use super::lifeline::Bounds;
@@ -109,6 +112,10 @@ pub struct Backends {
     pub channels: Arc<dyn ChannelStore>,
     /// Lists.
     pub index: Arc<dyn ListIndex>,
+    /// How far lists are behind.
+    pub freshness: Arc<dyn Freshness>,
+    /// Tells other replicas of what is changed here.
+    pub feed: Arc<dyn ChangeFeed>,
     /// Snapshots.
     pub blobs: Arc<dyn Blobs>,
     /// The time.
@@ -125,6 +132,7 @@ pub struct Sessions {
     waitpoints: Arc<dyn Waitpoints>,
     channels: Arc<dyn ChannelStore>,
     index: Arc<dyn ListIndex>,
+    freshness: Arc<dyn Freshness>,
     blobs: Arc<dyn Blobs>,
     clock: Arc<dyn Clock>,
     bounds: Bounds,
@@ -136,8 +144,9 @@ pub struct Sessions {
 impl Sessions {
     /// The use cases over a set of adapters. [`Timers::run`] must be running for streams to end on time.
     pub fn new(backends: Backends, config: SessionsConfig) -> Arc<Self> {
-        let Backends { store, waitpoints, channels, index, blobs, clock, timers, stopping } = backends;
-        let rows = Rows::new(store.clone(), config);
+        let Backends { store, waitpoints, channels, index, freshness, feed, blobs, clock, timers, stopping } =
+            backends;
+        let rows = Rows::new(store.clone(), feed, config);
         let waiting =
             Waiting::new(store.clone(), waitpoints.clone(), channels.clone(), clock.clone(), timers.clone());
         let bounds = Bounds { clock: clock.clone(), timers, stopping };
@@ -146,6 +155,7 @@ impl Sessions {
             waitpoints,
             channels,
             index,
+            freshness,
             blobs,
             clock,
             bounds,
@@ -166,7 +176,9 @@ impl Sessions {
     /// [`Error::Unavailable`].
     pub async fn recover(&self) -> Result<()> {
         for (session, closure) in self.channels.unsettled().await? {
-            self.store.complete_close(&session, &closure).await?;
+            if let Some(closed) = self.store.complete_close(&session, &closure).await? {
+                self.rows.changed(&[&closed]);
+            }
             self.channels.settle(&session).await?;
             tracing::info!(session.id = %session, "completed the close of a session that was sealed before a crash");
         }
@@ -180,6 +192,32 @@ impl Sessions {
     pub async fn ready(&self) -> Result<()> {
         self.store.ping().await?;
         self.channels.ping().await
+    }
+
+    /// What is wrong that keeps lists stale or away, in words for an operator. The rest of the server works.
+    pub async fn trouble_with_lists(&self) -> Option<String> {
+        self.freshness.trouble().await
+    }
+
+    /// To be asked before a write, for [`Sessions::token`] after it; `None` where lists are never behind writes.
+    pub fn token_epoch(&self) -> Option<u8> {
+        self.freshness.epoch()
+    }
+
+    /// With this, lists show everything that had been committed before the call; `epoch` is from before the write.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn token(&self, epoch: u8) -> Result<ConsistencyToken> {
+        self.freshness.mark(epoch).await
+    }
+
+    /// Waits until lists show what the token stands for, if there is one.
+    async fn reach(&self, token: Option<ConsistencyToken>) -> Result<()> {
+        match token {
+            Some(token) => self.freshness.reach(token).await,
+            None => Ok(()),
+        }
     }
 
     /// The row at an address that the caller may act on. What of it may change may have changed in another process; what

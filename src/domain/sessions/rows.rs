@@ -9,9 +9,12 @@ use tokio::sync::broadcast;
 
 use super::SessionsConfig;
 use super::waiters::{Waiter, Waiters};
+use super::watched::{Watched, Watching};
+use crate::domain::changes::{ChangeFeed, ChangedSession};
+use crate::domain::clock::Timestamp;
 use crate::domain::error::Result;
 use crate::domain::id::{EnvironmentId, ExternalId, SessionId, SessionRef};
-use crate::domain::port::MetadataStore;
+use crate::domain::port::{ChangeCursor, MetadataStore};
 use crate::domain::session::{Session, SharedSession};
 use crate::domain::watch;
 
@@ -19,8 +22,8 @@ use crate::domain::watch;
 const CHANGES_KEPT: usize = 1024;
 /// Sessions whose last version told is remembered: more than can be told while one change is on its way here.
 const VERSIONS_KEPT: usize = CHANGES_KEPT;
-/// How often a row that another process may create is looked for.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// How often a row that another process may create is looked for, whatever that process tells.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// Most ids that one query asks for.
 const QUERY_IDS: usize = 200;
 
@@ -30,6 +33,8 @@ type Key = (EnvironmentId, SessionRef);
 /// which checks the seal in the commit. `expires_at` and ids never change, so they may come from the cache.
 pub(super) struct Rows {
     store: Arc<dyn MetadataStore>,
+    /// Hears of what is changed here.
+    feed: Arc<dyn ChangeFeed>,
     replicated: bool,
     cache: Cache<Key, SharedSession>,
     /// Counts invalidations, so that a read that began before one cannot put its stale row back.
@@ -40,20 +45,28 @@ pub(super) struct Rows {
     open: Waiters<(EnvironmentId, SessionId)>,
     /// The newest version of every session that changes.
     changes: broadcast::Sender<SharedSession>,
+    /// Sessions that are watched one by one.
+    watched: Watched,
     /// What was told last of a session. Changed under the lock of `generation`.
     told: Cache<SessionId, SharedSession>,
 }
 
 impl Rows {
-    pub(super) fn new(store: Arc<dyn MetadataStore>, config: SessionsConfig) -> Self {
+    pub(super) fn new(
+        store: Arc<dyn MetadataStore>,
+        feed: Arc<dyn ChangeFeed>,
+        config: SessionsConfig,
+    ) -> Self {
         Self {
             store,
+            feed,
             replicated: config.replicated,
             cache: Cache::new(config.cached_rows),
             generation: Mutex::default(),
             awaited: Waiters::default(),
             open: Waiters::default(),
             changes: broadcast::Sender::new(CHANGES_KEPT),
+            watched: Watched::default(),
             told: Cache::new(VERSIONS_KEPT),
         }
     }
@@ -124,12 +137,21 @@ impl Rows {
                 None => drop(missing.insert(id.clone())),
             }
         }
-        for some in Vec::from_iter(missing).chunks(QUERY_IDS) {
+        for session in self.read_many(environment, &Vec::from_iter(missing)).await? {
+            found.insert(session.id.clone(), session);
+        }
+        Ok(found)
+    }
+
+    /// The rows with these ids as they stand.
+    async fn read_many(&self, environment: &EnvironmentId, ids: &[SessionId]) -> Result<Vec<SharedSession>> {
+        let mut found = Vec::with_capacity(ids.len());
+        for some in ids.chunks(QUERY_IDS) {
             let before = *self.lock();
             for session in self.store.find_sessions(environment, some).await? {
                 let session = Arc::new(session);
                 self.remember(before, &SessionRef::Id(session.id.clone()), &session);
-                found.insert(session.id.clone(), session);
+                found.push(session);
             }
         }
         Ok(found)
@@ -168,9 +190,93 @@ impl Rows {
         self.open.join((environment.clone(), session.clone()))
     }
 
-    /// The sessions of whose close somebody must know.
-    pub(super) fn open(&self) -> Vec<(EnvironmentId, SessionId)> {
-        self.open.names()
+    /// One who watches a session, which he has just read. He must have begun to listen to [`Rows::changes`] before,
+    /// and stop to listen after.
+    pub(super) fn watch(&self, session: &SharedSession) -> Watching {
+        self.watched.join(session)
+    }
+
+    /// As [`Rows::learned`], of what has been changed here.
+    pub(super) fn changed(&self, versions: &[&Session]) {
+        self.learned(versions);
+        if let Some(newest) = versions.last() {
+            self.feed.announce(ChangedSession::of(newest));
+        }
+    }
+
+    /// Takes in what other replicas have changed: forgets it, and reads anew what somebody here waits for.
+    pub(super) async fn heard(&self, changes: &[ChangedSession]) -> Result<()> {
+        {
+            let mut generation = self.lock();
+            *generation += 1;
+            for ChangedSession { environment, id, .. } in changes {
+                self.cache.remove(&(environment.clone(), SessionRef::Id(id.clone())));
+            }
+        }
+        let all = self.has_free_watchers();
+        let mut wanted: HashMap<&EnvironmentId, Vec<SessionId>> = HashMap::new();
+        for ChangedSession { environment, id, .. } in changes {
+            let key = (environment.clone(), id.clone());
+            if all
+                || self.open.contains(&key)
+                || self.watched.contains(&key)
+                || self.awaited.any(|(awaited, _)| awaited == environment)
+            {
+                wanted.entry(environment).or_default().push(id.clone());
+            }
+        }
+        for (environment, ids) in wanted {
+            for some in ids.chunks(QUERY_IDS) {
+                for session in self.read_many(environment, some).await? {
+                    self.learned(&[&session]);
+                }
+                // Watchers take what they were told before there is too much of it.
+                tokio::task::yield_now().await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes up for changes that nobody has told of: everything that is not older than `since` is looked at, as far as
+    /// somebody here waits for it.
+    pub(super) async fn catch_up(&self, since: Timestamp) -> Result<()> {
+        {
+            let mut generation = self.lock();
+            *generation += 1;
+            self.cache.clear();
+        }
+        self.look_again().await?;
+        let mut cursor = ChangeCursor { updated_at: since, id: SessionId::from_stored("") };
+        while self.has_free_watchers() {
+            let page = self.store.changed_since(&cursor, QUERY_IDS).await?;
+            page.iter().for_each(|session| self.learned(&[session]));
+            let Some(last) = page.last().filter(|_| page.len() == QUERY_IDS) else { break };
+            cursor = ChangeCursor { updated_at: last.updated_at, id: last.id.clone() };
+            tokio::task::yield_now().await;
+        }
+        self.awaited.names().iter().for_each(|name| self.awaited.wake(name));
+        Ok(())
+    }
+
+    /// Reads the sessions that somebody here watches or writes to, and tells what is new about them.
+    pub(super) async fn look_again(&self) -> Result<()> {
+        let mut ids: HashMap<EnvironmentId, BTreeSet<SessionId>> = HashMap::new();
+        for (environment, id) in self.open.names().into_iter().chain(self.watched.names()) {
+            ids.entry(environment).or_default().insert(id);
+        }
+        for (environment, ids) in ids {
+            for session in self.read_many(&environment, &Vec::from_iter(ids)).await? {
+                if session.closed.is_some() || self.watched.is_news(&session) {
+                    self.learned(&[&session]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether somebody watches who has not said which session: a list, or one that is still being looked for.
+    fn has_free_watchers(&self) -> bool {
+        self.changes.receiver_count() > self.watched.watchers()
     }
 
     /// Forgets every address that leads to these versions of a row, wakes who waits for one of them, and tells the
@@ -178,7 +284,7 @@ impl Rows {
     ///
     /// Two changes of a session may come here in another order than that in which they were stored. The older one is
     /// not told then: who watches has seen a version that includes it.
-    pub(super) fn changed(&self, versions: &[&Session]) {
+    fn learned(&self, versions: &[&Session]) {
         let mut generation = self.lock();
         *generation += 1;
         for session in versions {
@@ -196,6 +302,7 @@ impl Rows {
         if self.told.get(&newest.id).is_none_or(|told| newest.is_newer_than(&told)) {
             let newest = Arc::new(Session::clone(newest));
             self.told.insert(newest.id.clone(), newest.clone());
+            self.watched.told(&newest);
             // Nobody may be listening any more, which is no fault.
             let _ = self.changes.send(newest);
         }
@@ -215,7 +322,7 @@ impl Rows {
                 return Ok(session);
             }
             if self.replicated {
-                // Nobody here hears of what another process creates.
+                // What another process tells of a create may be lost with it.
                 let _ = tokio::time::timeout(LOOK_AGAIN, arrival).await;
             } else {
                 arrival.await;

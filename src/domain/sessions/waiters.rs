@@ -46,6 +46,16 @@ impl<K: Hash + Eq + Clone> Waiters<K> {
         lock(&self.0).keys().cloned().collect()
     }
 
+    /// Whether somebody waits for `key`.
+    pub(super) fn contains(&self, key: &K) -> bool {
+        lock(&self.0).contains_key(key)
+    }
+
+    /// Whether somebody waits for such a name.
+    pub(super) fn any(&self, is_such: impl FnMut(&K) -> bool) -> bool {
+        lock(&self.0).keys().any(is_such)
+    }
+
     #[cfg(test)]
     fn len(&self) -> usize {
         lock(&self.0).len()

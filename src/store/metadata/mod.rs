@@ -1,8 +1,9 @@
 //! [`SqlMetadata`]: the metadata store on SQLite or Postgres, chosen by URL.
 //!
-//! `open` connects and migrates, `sessions`, `runs`, `waitpoints` and `tenants` hold the queries, `rows` turns rows into values.
+//! `open` connects and migrates, `changes` tells other replicas, `sessions`, `runs`, `waitpoints` and `tenants` hold the queries, `rows` turns rows into values.
 //! Knows nothing of lists; [`SqlIndex`](super::index::sql::SqlIndex) borrows the connections.
 
+mod changes;
 mod open;
 pub(in crate::store) mod rows;
 mod runs;
@@ -16,10 +17,11 @@ use sea_orm::{
     TransactionOptions, TransactionTrait,
 };
 
+pub use changes::PgChanges;
 pub use open::{Migrated, OpenError, OpenOptions, migrate};
 
 use crate::domain::error::{Error, Result};
-use crate::domain::port::{HandedOver, Inserted, MetadataStore};
+use crate::domain::port::{ChangeCursor, HandedOver, Inserted, MetadataStore};
 use crate::domain::run::SessionRun;
 use crate::domain::session::{Closure, Session, SessionPatch};
 use crate::domain::tenant::{Environment, StoredKey};
@@ -136,8 +138,13 @@ impl MetadataStore for SqlMetadata {
         runs::newest(&self.reader, environment, session, limit).await
     }
 
-    async fn complete_close(&self, id: &SessionId, closure: &Closure) -> Result<()> {
-        sessions::write_closure(&self.writer, None, id, closure).await
+    async fn complete_close(&self, id: &SessionId, closure: &Closure) -> Result<Option<Session>> {
+        sessions::write_closure(&self.writer, None, id, closure).await?;
+        sessions::find_anywhere(&self.reader, id).await
+    }
+
+    async fn changed_since(&self, after: &ChangeCursor, limit: usize) -> Result<Vec<Session>> {
+        sessions::changed_since(&self.reader, after, limit).await
     }
 
     async fn create_environment(&self, environment: Environment) -> Result<()> {

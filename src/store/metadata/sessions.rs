@@ -3,14 +3,16 @@
 use std::time::Duration;
 
 use entity::{session_tags, sessions};
-use sea_orm::sea_query::{Expr, ExprTrait, LockType, OnConflict, Query, SelectStatement, UpdateStatement};
+use sea_orm::sea_query::{
+    Expr, ExprTrait, LockType, OnConflict, Order, Query, SelectStatement, UpdateStatement,
+};
 use sea_orm::{ActiveValue::Set, ConnectionTrait, EntityTrait, QueryTrait};
 use serde_json::Value;
 use tracing::instrument;
 
 use super::{SqlMetadata, fault, rows};
 use crate::domain::error::{Error, Result};
-use crate::domain::port::Inserted;
+use crate::domain::port::{ChangeCursor, Inserted};
 use crate::domain::session::{Closure, Session, SessionPatch};
 use crate::domain::{EnvironmentId, SessionId, SessionRef, Timestamp};
 
@@ -63,6 +65,34 @@ pub(super) async fn find_many(
 ) -> Result<Vec<Session>> {
     let mut select = scoped(environment);
     select.and_where(Expr::col(sessions::Column::Id).is_in(ids.iter().map(|id| id.as_str())));
+    db.query_all(&select).await.map_err(fault)?.iter().map(rows::session).collect()
+}
+
+/// The session with this id, of whichever environment.
+pub(super) async fn find_anywhere(db: &impl ConnectionTrait, id: &SessionId) -> Result<Option<Session>> {
+    let mut select = sessions::Entity::find().into_query();
+    select.and_where(Expr::col(sessions::Column::Id).eq(id.as_str()));
+    one(db, &select).await
+}
+
+/// Sessions after a place in the order of changes.
+#[instrument(level = "debug", skip_all, name = "query")]
+pub(super) async fn changed_since(
+    db: &impl ConnectionTrait,
+    after: &ChangeCursor,
+    limit: usize,
+) -> Result<Vec<Session>> {
+    let at = || Expr::col(sessions::Column::UpdatedAt);
+    let millis = after.updated_at.millis();
+    let later = at().gt(millis).or(Expr::col(sessions::Column::Id).gt(after.id.as_str()));
+    let mut select = sessions::Entity::find().into_query();
+    select
+        // On its own, because the index knows nothing of the id.
+        .and_where(at().gte(millis))
+        .and_where(later)
+        .order_by(sessions::Column::UpdatedAt, Order::Asc)
+        .order_by(sessions::Column::Id, Order::Asc)
+        .limit(limit as u64);
     db.query_all(&select).await.map_err(fault)?.iter().map(rows::session).collect()
 }
 

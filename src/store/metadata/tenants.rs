@@ -2,9 +2,9 @@
 
 use entity::{environments, installation, keys};
 use sea_orm::sea_query::{Expr, ExprTrait, Order, Query, SelectStatement};
-use sea_orm::{ActiveValue::Set, ConnectionTrait, EntityTrait, QueryTrait};
+use sea_orm::{ActiveValue::Set, ConnectionTrait, DbBackend, EntityTrait, QueryTrait};
 
-use super::{SqlMetadata, fault, rows};
+use super::{SqlMetadata, changes, fault, rows};
 use crate::domain::error::{Error, Result};
 use crate::domain::tenant::{Environment, StoredKey};
 use crate::domain::{EnvironmentId, KeyId, Timestamp};
@@ -65,6 +65,11 @@ async fn advance_revision(db: &impl ConnectionTrait) -> Result<()> {
         .table(installation::Entity)
         .value(installation::Column::KeyRevision, Expr::col(installation::Column::KeyRevision).add(1));
     db.execute(&update).await.map_err(fault)?;
+    if db.get_database_backend() == DbBackend::Postgres {
+        // Keys change so seldom that the lock a notification takes at commit does not matter.
+        let notify = format!("SELECT pg_notify('{}', '{}')", changes::CHANNEL, changes::KEYS);
+        db.execute_unprepared(&notify).await.map_err(fault)?;
+    }
     Ok(())
 }
 

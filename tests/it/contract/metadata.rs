@@ -7,10 +7,10 @@ use futures_util::future::join_all;
 use sea_orm::ConnectionTrait;
 use serde_json::json;
 use sessiond::domain::access::Scopes;
-use sessiond::domain::port::Inserted;
+use sessiond::domain::port::{ChangeCursor, Inserted};
 use sessiond::domain::tenant::StoredKey;
 use sessiond::domain::{
-    Closure, EnvironmentId, Error, KeyId, MetadataStore, Session, SessionPatch, SessionRef,
+    Closure, EnvironmentId, Error, KeyId, MetadataStore, Session, SessionId, SessionPatch, SessionRef,
 };
 use sessiond::store::metadata::{OpenError, OpenOptions, SqlMetadata, migrate};
 
@@ -41,6 +41,7 @@ suite!("MetadataStore": [sqlite = Sql::sqlite, postgres = Sql::postgres], [
     of_concurrent_closes_everyone_gets_the_winners_row,
     a_late_close_does_not_turn_updated_at_back,
     completing_a_close_needs_no_environment_and_overwrites_nothing,
+    changes_of_every_environment_come_in_their_order_from_a_place_on,
     environments_come_oldest_first_and_slugs_are_unique_in_a_project,
     keys_come_newest_first_and_only_of_their_environment,
     a_key_is_found_by_its_lookup_whatever_its_environment,
@@ -211,7 +212,8 @@ async fn an_absent_session_is_none(sql: Sql) {
     assert_eq!(patched.expect("answers"), None);
     let closed = sql.store.close_session(&sql.here, &absent.id, &closure(2, "no")).await;
     assert_eq!(closed.expect("answers"), None);
-    sql.store.complete_close(&absent.id, &closure(2, "no")).await.expect("nothing to do");
+    let completed = sql.store.complete_close(&absent.id, &closure(2, "no")).await;
+    assert_eq!(completed.expect("nothing to do"), None);
 }
 
 async fn many_sessions_are_found_by_their_ids_and_only_here(sql: Sql) {
@@ -369,10 +371,32 @@ async fn completing_a_close_needs_no_environment_and_overwrites_nothing(sql: Sql
     let mine = sql.create(named("mine")).await.session;
     let bystander = sql.create(named("bystander")).await.session;
     for reason in ["first", "second"] {
-        sql.store.complete_close(&mine.id, &closure(2000, reason)).await.expect("closes");
+        let row = sql.store.complete_close(&mine.id, &closure(2000, reason)).await.expect("closes");
+        assert_eq!(row, Some(found(&sql, &mine).await));
     }
     assert_eq!(found(&sql, &mine).await.closed, Some(closure(2000, "first")));
     assert_eq!(found(&sql, &bystander).await, bystander);
+}
+
+async fn changes_of_every_environment_come_in_their_order_from_a_place_on(sql: Sql) {
+    let mut expected = Vec::new();
+    for n in 0..6 {
+        let environment = if n % 2 == 0 { sql.here.clone() } else { sql.elsewhere.clone() };
+        // Two of them at each time.
+        expected.push(sql.create(Session { environment, ..session(1000 + n / 2) }).await.session);
+    }
+    expected.sort_by(|a, b| (a.updated_at, a.id.as_str()).cmp(&(b.updated_at, b.id.as_str())));
+    let mut cursor = ChangeCursor { updated_at: at(1000), id: SessionId::from_stored("") };
+    let mut seen = Vec::new();
+    loop {
+        let page = sql.store.changed_since(&cursor, 2).await.expect("answers");
+        let Some(last) = page.last() else { break };
+        cursor = ChangeCursor { updated_at: last.updated_at, id: last.id.clone() };
+        seen.extend(page);
+    }
+    assert_eq!(seen, expected);
+    let late = ChangeCursor { updated_at: at(1002), id: SessionId::from_stored("") };
+    assert_eq!(sql.store.changed_since(&late, 9).await.expect("answers"), expected[4..]);
 }
 
 async fn environments_come_oldest_first_and_slugs_are_unique_in_a_project(sql: Sql) {

@@ -4,6 +4,7 @@ mod blobs;
 mod channels;
 mod list;
 mod metadata;
+mod replicated;
 mod waitpoints;
 
 /// Runs every case on every adapter, each as a test of its own (`<adapter>::<case>`), and prints the product.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use sea_orm::{ConnectionTrait, Database, DatabaseConnection};
 use sessiond::domain::port::Inserted;
 use sessiond::domain::tenant::{Environment, EnvironmentKind};
-use sessiond::domain::{EnvironmentId, ExternalId, MetadataStore, RunId, Session, SessionId, Timestamp};
+use sessiond::domain::{
+    EnvironmentId, ExternalId, ListIndex, MetadataStore, RunId, Session, SessionId, Timestamp,
+};
 use sessiond::store::index::sql::SqlIndex;
 use sessiond::store::metadata::{OpenOptions, SqlMetadata};
 use tempfile::TempDir;
@@ -16,6 +18,7 @@ pub const HERE: &str = "env_here";
 pub const ELSEWHERE: &str = "env_elsewhere";
 
 /// An empty database.
+#[derive(Clone)]
 pub struct TestDatabase {
     /// What [`SqlMetadata::open`] takes.
     pub url: String,
@@ -50,13 +53,14 @@ impl TestDatabase {
 }
 
 /// The SQL adapters on a fresh database with two environments.
+#[derive(Clone)]
 pub struct Sql {
     /// Where they keep their rows.
     pub database: TestDatabase,
     /// The metadata port.
     pub store: SqlMetadata,
     /// The list port.
-    pub index: SqlIndex,
+    pub index: Arc<dyn ListIndex>,
     /// [`HERE`].
     pub here: EnvironmentId,
     /// [`ELSEWHERE`].
@@ -72,13 +76,18 @@ impl Sql {
         Self::on(TestDatabase::postgres().await).await
     }
 
+    /// In an empty database of the caller's.
+    pub async fn at(url: &str) -> Self {
+        Self::on(TestDatabase { url: url.to_owned(), _folder: None }).await
+    }
+
     async fn on(database: TestDatabase) -> Self {
         let store = open(&database.url).await;
         for id in [HERE, ELSEWHERE] {
             store.create_environment(environment(id, "main", id)).await.expect("a new environment");
         }
         let [here, elsewhere] = [HERE, ELSEWHERE].map(EnvironmentId::from_stored);
-        Self { database, index: SqlIndex::new(store.clone()), store, here, elsewhere }
+        Self { database, index: Arc::new(SqlIndex::new(store.clone())), store, here, elsewhere }
     }
 
     /// The same database through connections of its own, as another process would have it.

@@ -1,12 +1,15 @@
 //! What tests share: a real server in this process with a clock of its own, the real binary as a process of its
 //! own, databases, and readers for what comes back.
 
+pub mod clickhouse;
 pub mod database;
 pub mod engine;
 pub mod graphql;
 pub mod openapi;
+pub mod postgres;
 pub mod process;
 pub mod proxy;
+pub mod rough;
 pub mod s2;
 pub mod s2_lite;
 pub mod seed;

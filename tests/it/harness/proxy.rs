@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 /// Cuts every connection after some bytes, both ways counted. Every other time the server does not hear of it: its side
@@ -77,4 +78,56 @@ async fn forward(mut client: TcpStream, mut upstream: TcpStream, mut budget: u64
         budget -= length as u64;
     }
     upstream
+}
+
+/// A network that a test cuts and heals.
+pub struct Wire {
+    /// `host:port` for clients.
+    pub address: String,
+    /// True while nothing gets through.
+    cut: watch::Sender<bool>,
+    accepting: JoinHandle<()>,
+}
+
+impl Wire {
+    /// To the server at `host:port`.
+    pub async fn to(server: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address").to_string();
+        let (cut, is_cut) = watch::channel(false);
+        let server = server.to_owned();
+        let accepting = tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let (server, mut is_cut) = (server.clone(), is_cut.clone());
+                tokio::spawn(async move {
+                    let carry = async {
+                        let mut upstream = TcpStream::connect(server).await?;
+                        let mut client = client;
+                        copy_bidirectional(&mut client, &mut upstream).await
+                    };
+                    tokio::select! {
+                        _ = carry => {}
+                        _ = is_cut.wait_for(|cut| *cut) => {}
+                    }
+                });
+            }
+        });
+        Self { address, cut, accepting }
+    }
+
+    /// Ends every connection, and every new one at once.
+    pub fn cut(&self) {
+        self.cut.send_replace(true);
+    }
+
+    /// Lets new connections through.
+    pub fn heal(&self) {
+        self.cut.send_replace(false);
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
 }

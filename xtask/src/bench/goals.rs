@@ -4,6 +4,7 @@ use super::delivery::Pace;
 use super::direct::{DIRECT, direct};
 use super::graphql;
 use super::memory::weighed;
+use super::replication;
 use super::report::{GRAPHQL, Metric, OURS, Samples, Table, align};
 use super::rows;
 use super::stats::Spread;
@@ -117,6 +118,7 @@ fn goals(samples: &Samples, floor: Spread) -> Vec<Goal> {
     ];
     goals.extend(direct_goals(samples));
     goals.extend(graphql_goals(samples));
+    goals.extend(replication_goals(samples));
     goals
 }
 
@@ -147,6 +149,39 @@ fn direct_goals(samples: &Samples) -> Vec<Goal> {
         ]
     });
     rows.collect()
+}
+
+/// Those of the replication to ClickHouse; the original's lists are about a second behind.
+fn replication_goals(samples: &Samples) -> Vec<Goal> {
+    let at_most = |value: f64, bound: f64| value <= bound;
+    let rates = [100, 1000].into_iter().flat_map(|rate| {
+        let row = replication::freshness(rate);
+        let value = |metric| samples.value(Table::Freshness, &row, OURS, metric);
+        let goal = |what: &str, most: f64, metric| {
+            Goal::new(
+                format!("{row}: {what}"),
+                Some((format!("<= {most} ms"), most)),
+                value(metric),
+                "ms",
+                at_most,
+            )
+        };
+        vec![
+            goal("listed, p50", 150.0, Metric::P50),
+            goal("listed, p99", 500.0, Metric::P99),
+            goal("listed, p50, stretch", 50.0, Metric::P50),
+            goal("listed, p99, stretch", 200.0, Metric::P99),
+        ]
+    });
+    let drained = samples.value(Table::Drain, replication::DRAIN, OURS, Metric::PerSecond);
+    let drain = Goal::new(
+        "backlog drain, sessions a second",
+        Some((">= 40000".to_owned(), 40_000.0)),
+        drained,
+        "",
+        |value, bound| value >= bound,
+    );
+    rates.chain([drain]).collect()
 }
 
 /// Those of the GraphQL door, most of them by what the other door costs in the same run.

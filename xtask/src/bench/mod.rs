@@ -17,6 +17,7 @@ mod memory;
 mod ours;
 mod record;
 mod redis;
+mod replication;
 mod report;
 mod resp;
 mod rows;
@@ -57,7 +58,7 @@ type Targets = Vec<Box<dyn Target>>;
 /// Flags of `bench`.
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
-    /// What to measure [default: all but lists]
+    /// What to measure [default: all but lists, freshness, drain and scale]
     #[arg(value_enum)]
     rows: Vec<Row>,
     /// Measure Redis, durable-streams and s2-lite in the same run, installing what is missing
@@ -78,6 +79,9 @@ pub(crate) struct BenchArgs {
     /// Another build of the server than this checkout's release build
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
+    /// Millions of sessions of the scale row
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=20))]
+    sessions: u64,
     /// Write docs/benchmarks.md too
     #[arg(long)]
     write: bool,
@@ -134,7 +138,7 @@ fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Resu
     head.iter().for_each(|line| println!("{line}"));
     println!("data: {}", home.display());
     let mut floors = vec![sync_floor(home)?];
-    let wanted = |row| if args.rows.is_empty() { row != Row::Lists } else { args.rows.contains(&row) };
+    let wanted = |row: Row| if args.rows.is_empty() { !row.is_extra() } else { args.rows.contains(&row) };
     if wanted(Row::Ack) {
         bench.ack(&targets, &extra, &mut floors)?;
     }
@@ -166,6 +170,16 @@ fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Resu
         if wanted(Row::Lists) {
             bench.lists(ours.as_ref())?;
         }
+    }
+    let binary = binary(args, workspace);
+    if wanted(Row::Freshness) {
+        bench.freshness(workspace, &binary)?;
+    }
+    if wanted(Row::Drain) {
+        bench.drain(workspace, &binary)?;
+    }
+    if wanted(Row::Scale) {
+        bench.scale(workspace, &binary, args.sessions * 1_000_000)?;
     }
     floors.push(sync_floor(home)?);
     let text = report(&head, &floors, &bench.samples)?;

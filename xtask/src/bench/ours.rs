@@ -118,7 +118,7 @@ pub(crate) fn ask(line: &str, server: &Server, headers: &[(&str, &str)]) -> Vec<
     http::request(line, server.address, &all)
 }
 
-fn base_url(printed: &str) -> Option<SocketAddr> {
+pub(crate) fn base_url(printed: &str) -> Option<SocketAddr> {
     let line = printed.lines().find_map(|line| line.trim().strip_prefix("base URL"))?;
     line.trim().strip_prefix("http://")?.trim_end_matches('/').parse().ok()
 }

@@ -75,11 +75,24 @@ pub(crate) enum Table {
     Memory,
     Page,
     Lists,
+    Freshness,
+    Drain,
+    Scale,
 }
 
 impl Table {
-    const ALL: [Self; 7] =
-        [Self::Ack, Self::Delivery, Self::CatchUp, Self::Direct, Self::Memory, Self::Page, Self::Lists];
+    const ALL: [Self; 10] = [
+        Self::Ack,
+        Self::Delivery,
+        Self::CatchUp,
+        Self::Direct,
+        Self::Memory,
+        Self::Page,
+        Self::Lists,
+        Self::Freshness,
+        Self::Drain,
+        Self::Scale,
+    ];
 
     fn title(self) -> &'static str {
         match self {
@@ -90,6 +103,11 @@ impl Table {
             Self::Memory => "Resident memory of idle followers",
             Self::Page => "A page of 50 of 1000 sessions, six fields of each over GraphQL; CPU per page",
             Self::Lists => "Lists over HTTP, pages of 50 of 1,000,000 sessions in SQLite",
+            Self::Freshness => "From the request of a create to the first list from ClickHouse that shows it",
+            Self::Drain => "A backlog from the slot into ClickHouse",
+            Self::Scale => {
+                "Lists from ClickHouse over HTTP, pages of 50; plain FINAL is asked of ClickHouse itself"
+            }
         }
     }
 }

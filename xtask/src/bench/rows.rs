@@ -48,6 +48,19 @@ pub(crate) enum Row {
     Graphql,
     /// List queries over 1,000,000 sessions, ours only
     Lists,
+    /// How soon a write on Postgres is in a list from ClickHouse, at 100 and 1000 writes a second
+    Freshness,
+    /// How fast a backlog goes from Postgres to ClickHouse
+    Drain,
+    /// List queries over millions of sessions in ClickHouse
+    Scale,
+}
+
+impl Row {
+    /// Left out unless it is asked for: it takes minutes, or databases of its own.
+    pub(crate) fn is_extra(self) -> bool {
+        matches!(self, Self::Lists | Self::Freshness | Self::Drain | Self::Scale)
+    }
 }
 
 /// Name of an ack row.

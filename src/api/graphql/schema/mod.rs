@@ -30,7 +30,7 @@ use futures_util::future::BoxFuture;
 use crate::api::App;
 use crate::config::GraphqlConfig;
 use crate::domain::session::SharedSession;
-use crate::domain::{Caller, Error, SessionId};
+use crate::domain::{Caller, ConsistencyToken, Error, SessionId};
 pub(super) use channel::{ChannelClosed, ChannelEvent};
 pub(super) use global_id::GlobalId;
 pub(super) use record::RecordNode;
@@ -122,6 +122,11 @@ fn app<'a>(ctx: &Context<'a>) -> &'a App {
 /// Who asks. Only introspection gets this far without a caller, and it has no resolvers.
 fn caller<'a>(ctx: &Context<'a>) -> Result<&'a Arc<Caller>, Error> {
     ctx.data_opt().ok_or(Error::Unauthenticated("Invalid or Missing API key"))
+}
+
+/// What lists must show.
+fn token(ctx: &Context<'_>) -> Option<ConsistencyToken> {
+    ctx.data_opt().copied()
 }
 
 /// The session with this id, if there is one that the caller may see.

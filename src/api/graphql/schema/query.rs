@@ -11,7 +11,7 @@ use super::record::RecordNode;
 use super::scalar::DateTime;
 use super::session::{SessionConnection, SessionNode};
 use super::waitpoint::{self, WaitpointConnection, WaitpointFilterInput, WaitpointNode};
-use super::{app, caller, load_session};
+use super::{app, caller, load_session, token};
 use crate::domain::list::Anchor;
 use crate::domain::record::ReadLimit;
 use crate::domain::{
@@ -105,7 +105,7 @@ impl Query {
             Way::Backward(cursor) => Anchor::Before(cursor),
         };
         let request = PageRequest::new(size, anchor)?;
-        let page = app(ctx).sessions.list(caller(ctx)?, filter.clone(), &request).await?;
+        let page = app(ctx).sessions.list(caller(ctx)?, filter.clone(), &request, token(ctx)).await?;
         let cursor = |session| Cursor::of(session).encode();
         let page_info = PageInfo {
             has_next_page: page.has_next,
@@ -135,7 +135,7 @@ impl Query {
             |field, value| usize::try_from(value).map_err(|_| Error::invalid(field, "must not be negative"));
         let (limit, offset) = (number("first", first)?, number("offset", offset)?);
         let query = TagQuery { prefix, contains, offset, limit };
-        Ok(app(ctx).sessions.tags(caller(ctx)?, &query).await?)
+        Ok(app(ctx).sessions.tags(caller(ctx)?, &query, token(ctx)).await?)
     }
 
     /// One waitpoint; null when there is none.

@@ -8,7 +8,7 @@ use super::page::{self, PageInfo};
 use super::record::ChannelIo;
 use super::run::{self, RunNode};
 use super::scalar::{DateTime, Json, UInt64};
-use super::{app, caller};
+use super::{app, caller, token};
 use crate::domain::session::SharedSession;
 use crate::domain::{ChannelAddress, ChannelName, Cursor, Direction, Filter, Status};
 
@@ -182,7 +182,7 @@ impl SessionConnection {
 
     /// How many sessions match on all pages, exactly. Counted only when asked for.
     async fn total_count(&self, ctx: &Context<'_>) -> Result<UInt64> {
-        Ok(UInt64(app(ctx).sessions.count(caller(ctx)?, self.filter.clone()).await?))
+        Ok(UInt64(app(ctx).sessions.count(caller(ctx)?, self.filter.clone(), token(ctx)).await?))
     }
 }
 

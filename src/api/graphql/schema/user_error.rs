@@ -51,6 +51,7 @@ fn user_errors(error: &Error) -> Option<Vec<UserError>> {
         | Error::TooLarge { .. }
         | Error::Trimmed { .. }
         | Error::RateLimited(_)
+        | Error::NotYetVisible
         | Error::Unavailable { .. }
         | Error::Internal(_) => None,
     }

@@ -20,6 +20,7 @@ use crate::api::extract::{LimitedBody, bearer};
 use crate::api::graphql::engine::{Asked, Credentials};
 use crate::api::graphql::error::{Fault, protocol};
 use crate::api::graphql::reply::Reply;
+use crate::api::rest::consistency;
 use crate::api::trace::RequestId;
 use crate::telemetry::Door;
 
@@ -38,18 +39,19 @@ pub(super) async fn answer(app: App, id: RequestId, request: Request) -> Respons
     };
     let read = async {
         let credentials = credentials(&app, request.headers()).await?;
+        let token = consistency::of(request.headers())?;
         let operations =
             if may_change { from_body(&app, request).await? } else { from_query(request.uri().query())? };
-        Ok::<_, Failure>((credentials, operations))
+        Ok::<_, Failure>((credentials, token, operations))
     };
     match read.await {
         Err(failure) => refuse(failure, accept, &id),
-        Ok((credentials, BatchRequest::Single(operation))) => {
-            let asked = Asked { credentials, id, may_change, door };
+        Ok((credentials, token, BatchRequest::Single(operation))) => {
+            let asked = Asked { credentials, id, may_change, door, token };
             one(&app, operation, asked, accept).await
         }
-        Ok((credentials, BatchRequest::Batch(operations))) => {
-            let asked = Asked { credentials, id, may_change, door };
+        Ok((credentials, token, BatchRequest::Batch(operations))) => {
+            let asked = Asked { credentials, id, may_change, door, token };
             batch(&app, operations, &asked, accept).await
         }
     }

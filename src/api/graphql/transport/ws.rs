@@ -258,6 +258,7 @@ impl Connection {
             id: self.id.clone(),
             may_change: true,
             door: Door::Websocket,
+            token: None,
         };
         match self.app.graphql.prepare(&self.app, payload.into_request(), asked) {
             Err(fault) => self.refuse(id, fault).await,

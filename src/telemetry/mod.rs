@@ -1,5 +1,7 @@
 //! Logs and metrics. Every metric name and label stands here; labels come from enums and route templates only.
 
+mod replication;
+
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -17,6 +19,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::{LogFormat, TelemetryConfig};
 use crate::domain::{Direction, Error, Result};
+pub use replication::{Event, ReplicationMetrics};
 
 /// 50 us to about 26 s, doubling.
 fn latency_histogram() -> Histogram {
@@ -113,13 +116,16 @@ pub struct Metrics {
     commit_records: Histogram,
     commit_bytes: Counter,
     log_healthy: Gauge<f64, AtomicU64>,
+    replication: ReplicationMetrics,
 }
 
 impl Metrics {
     /// All metrics at zero.
     pub fn new() -> Arc<Self> {
+        let mut registry = Registry::with_prefix("sessiond");
         let mut metrics = Self {
-            registry: Registry::with_prefix("sessiond"),
+            replication: ReplicationMetrics::register(&mut registry),
+            registry,
             requests: Family::new_with_constructor(latency_histogram),
             appends: Family::new_with_constructor(latency_histogram),
             followers: Family::default(),
@@ -233,6 +239,11 @@ impl Metrics {
     /// The log takes no appends any more.
     pub fn log_poisoned(&self) {
         self.log_healthy.set(0.0);
+    }
+
+    /// The replicator's.
+    pub fn replication(&self) -> &ReplicationMetrics {
+        &self.replication
     }
 
     /// The exposition text.

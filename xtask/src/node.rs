@@ -36,7 +36,8 @@ struct Counts {
 impl Counts {
     fn see(&mut self, line: &str) {
         let line = line.trim_start();
-        if let Some((_, name)) = line.strip_prefix("ok ").and_then(|rest| rest.split_once(" - ")) {
+        let verdict = line.strip_prefix("not ").unwrap_or(line);
+        if let Some((_, name)) = verdict.strip_prefix("ok ").and_then(|rest| rest.split_once(" - ")) {
             name.clone_into(&mut self.current);
         } else if let Some(millis) =
             line.strip_prefix("duration_ms: ").and_then(|text| text.parse::<f64>().ok())
@@ -115,7 +116,7 @@ mod tests {
     #[test]
     fn the_times_of_tests_are_taken() {
         let mut counts = Counts::default();
-        for line in ["# Subtest: one", "ok 7 - one - two", "  ---", "  duration_ms: 1500.25", "  ..."] {
+        for line in ["# Subtest: one", "not ok 7 - one - two", "  ---", "  duration_ms: 1500.25", "  ..."] {
             counts.see(line);
         }
         let mut slowest = Slowest::default();

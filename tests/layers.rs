@@ -12,7 +12,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("cli", &["api", "auth", "config", "domain", "server", "shutdown", "store", "telemetry"]),
     ("server", &["api", "auth", "config", "domain", "listener", "shutdown", "store", "telemetry"]),
     ("api", &["auth", "config", "domain", "shutdown", "telemetry"]),
-    ("listener", &["config", "shutdown", "telemetry"]),
+    ("listener", &["config", "domain", "shutdown", "telemetry"]),
     ("auth", &["config", "domain", "telemetry"]),
     ("store", &["domain"]),
     ("telemetry", &["config", "domain"]),

@@ -1,7 +1,6 @@
 //! A follower with everything that can end it: the session's close or expiry, the caller's credentials.
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::FutureExt;
@@ -12,7 +11,8 @@ use super::clock::Timestamp;
 use super::error::{Error, Result};
 use super::lifeline::{Bounds, Lifeline};
 use super::port::Followed;
-use super::record::{Position, RecordBatch, SeqNum};
+use super::record::{Position, SeqNum};
+use super::send_budget::Delivery;
 use super::session::{Closure, SharedSession};
 
 /// How long a read of stored records may keep a follower from looking around.
@@ -30,7 +30,7 @@ pub(super) enum Item {
 #[derive(Debug)]
 pub enum FollowEvent {
     /// Records, in order and without gaps.
-    Batch(Arc<RecordBatch>),
+    Batch(Delivery),
     /// Every stored record has been given out.
     CaughtUp(Position),
     /// The session is closed and every record has been given out. The last event.

@@ -15,6 +15,7 @@ pub mod list;
 pub mod port;
 pub mod record;
 pub mod run;
+pub mod send_budget;
 pub mod session;
 mod sessions;
 pub mod tenant;
@@ -35,6 +36,7 @@ pub use list::{Cursor, Filter, Page, PageRequest, StatusSet, TagQuery};
 pub use port::{ChannelStore, ListIndex, MetadataStore, Waitpoints};
 pub use record::{AppendAck, AppendInput, NewRecord, Position, ReadStart, Record, RecordBatch, SeqNum};
 pub use run::{RunReason, SessionRun};
+pub use send_budget::{ConnectionBudget, Delivery, SendBudget};
 pub use session::{Closure, NewSession, Session, SessionPatch, Status};
 pub use sessions::{
     Appended, Appender, Awaited, Backends, CreateSession, Created, DirectBatch, EndAndContinue,

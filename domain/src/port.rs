@@ -13,6 +13,7 @@ use super::id::{EnvironmentId, KeyId, RunId, SessionId, SessionRef, WaitpointId}
 use super::list::{Filter, Page, PageRequest, TagQuery};
 use super::record::{AppendAck, AppendInput, Bounds, Position, ReadLimit, ReadStart, RecordBatch};
 use super::run::SessionRun;
+use super::send_budget::{ConnectionBudget, Delivery};
 use super::session::{Closure, Session, SessionPatch};
 use super::tenant::{Environment, StoredKey};
 use super::waitpoint::{
@@ -253,11 +254,13 @@ pub trait ChannelStore: Send + Sync {
     async fn read(&self, key: &ChannelKey, start: ReadStart, limit: ReadLimit) -> Result<Arc<RecordBatch>>;
 
     /// Stored records from `start`, then live ones, without a gap or a repeat, until the session is sealed or
-    /// the stream is dropped. After an `Err` it ends. Memory stays bounded however slowly it is polled.
+    /// the stream is dropped. After an `Err` it ends. What it yields takes room in `budget`, without which nothing is
+    /// read, so memory stays bounded however slowly it is polled.
     async fn follow(
         &self,
         key: &ChannelKey,
         start: ReadStart,
+        budget: &ConnectionBudget,
     ) -> Result<BoxStream<'static, Result<Followed>>>;
 
     /// Seals every channel of a session, those not yet written included, and returns the closure that holds:
@@ -279,7 +282,7 @@ pub trait ChannelStore: Send + Sync {
 #[derive(Clone, Debug)]
 pub enum Followed {
     /// Records, in order.
-    Batch(Arc<RecordBatch>),
+    Batch(Delivery),
     /// Every stored record has been given out; from here on it is live. Comes once, again after each lag.
     CaughtUp(Position),
     /// The follower has fallen behind what is live: there are stored records again, and they come next.

@@ -2,6 +2,7 @@
 //!
 //! Knows [`Sessions`] and [`Auth`]; never a store.
 
+mod answers;
 pub mod blobs;
 pub mod cors;
 pub mod error;
@@ -24,16 +25,18 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Json, Router, middleware};
+use axum::{Extension, Json, Router, middleware};
 use http::StatusCode;
 use http::header::{CONTENT_TYPE, HeaderValue};
 use serde_json::json;
 
 use crate::auth::Auth;
 use crate::config::{DirectConfig, GraphqlConfig};
+use crate::domain::send_budget::Reserved;
 use crate::domain::{Clock, Sessions};
 use crate::shutdown::Shutdown;
 use crate::telemetry::Metrics;
+use answers::Answers;
 use error::Failure;
 use rate_limit::{RateLimiter, RateLimits};
 
@@ -101,6 +104,7 @@ impl std::ops::Deref for App {
 pub struct Shared {
     state: ApiState,
     rate_limiter: RateLimiter,
+    answers: Answers,
     graphql: Arc<graphql::Engine>,
     document: bytes::Bytes,
 }
@@ -161,8 +165,9 @@ pub fn router(state: ApiState) -> Router {
     let (routes, document) = openapi::routes().split_for_parts();
     let document = openapi::finished(document);
     let rate_limiter = RateLimiter::new(state.config.rate_limits);
-    let graphql = Arc::new(graphql::Engine::new(state.config.graphql.clone()));
-    let app = App(Arc::new(Shared { state, rate_limiter, graphql, document }));
+    let answers = Answers::new();
+    let graphql = Arc::new(graphql::Engine::new(state.config.graphql.clone(), answers.clone()));
+    let app = App(Arc::new(Shared { state, rate_limiter, answers, graphql, document }));
     routes
         .merge(graphql::routes())
         .merge(playground::routes())
@@ -217,5 +222,7 @@ async fn metrics(State(app): State<App>) -> Response {
 }
 
 async fn document_json(State(app): State<App>) -> Response {
-    ([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], app.document.clone()).into_response()
+    // One copy for all.
+    let headers = [(CONTENT_TYPE, HeaderValue::from_static("application/json"))];
+    (headers, Extension(Reserved), app.document.clone()).into_response()
 }

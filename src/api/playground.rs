@@ -2,6 +2,7 @@
 
 use std::io::Read;
 
+use axum::Extension;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Path;
@@ -17,6 +18,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use super::App;
 use super::error::Failure;
+use crate::domain::send_budget::Reserved;
 
 /// A file of the bundle, kept compressed.
 struct Asset {
@@ -89,7 +91,8 @@ impl Asset {
             return (StatusCode::NOT_MODIFIED, fixed).into_response();
         }
         if lists(request, &ACCEPT_ENCODING, takes_gzip) {
-            return (fixed, [(CONTENT_ENCODING, "gzip")], Bytes::from_static(self.gzip)).into_response();
+            let gzip = [(CONTENT_ENCODING, "gzip")];
+            return (fixed, gzip, Extension(Reserved), Bytes::from_static(self.gzip)).into_response();
         }
         (fixed, [(CONTENT_LENGTH, HeaderValue::from(self.inflated_len()))], self.inflated()).into_response()
     }

@@ -9,6 +9,7 @@ use url::Url;
 
 use super::fault;
 use crate::domain::Violation;
+use crate::domain::send_budget::{BUDGET_MAX as SEND_BUFFER_MAX, CONNECTION_BYTES};
 
 /// The listener and what it allows.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -33,6 +34,8 @@ pub struct HttpConfig {
     /// Longest time that what we send may stay unread.
     #[serde(with = "humantime_serde")]
     pub write_timeout: Duration,
+    /// Bytes that may wait for all clients together to read them; at least 4 MiB, at most 4 GiB.
+    pub send_buffer: usize,
     /// Longest time that a stop may take.
     #[serde(with = "humantime_serde")]
     pub shutdown_deadline: Duration,
@@ -73,6 +76,10 @@ impl HttpConfig {
     pub(super) fn validate(&self, faults: &mut Vec<Violation>) {
         if self.max_connections == 0 {
             faults.push(fault("http.max_connections", "must be at least 1"));
+        }
+        if !(CONNECTION_BYTES..=SEND_BUFFER_MAX).contains(&self.send_buffer) {
+            let message = format!("must be {CONNECTION_BYTES} to {SEND_BUFFER_MAX} bytes");
+            faults.push(fault("http.send_buffer", &message));
         }
         for (field, value) in [
             ("http.header_timeout", self.header_timeout),

@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of routes: it serves whatever router it is given.
 
+mod outgoing;
 mod stall;
 mod tls;
 
@@ -16,13 +17,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
-use axum::response::Response;
-use http::Request;
 use http::header::UPGRADE;
+use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::{Service, service_fn};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -32,8 +33,10 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
 use crate::config::HttpConfig;
+use crate::domain::{ConnectionBudget, SendBudget};
 use crate::shutdown::Shutdown;
 use crate::telemetry::Metrics;
+use outgoing::{Outgoing, Streams};
 use stall::StallGuard;
 
 /// What a client that speaks HTTP/2 without asking sends first (RFC 9113, section 3.4).
@@ -48,6 +51,8 @@ const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 2 << 20;
 /// Longest pause between two looks at a socket that has sent part of the preface.
 const PREFACE_PAUSE_MAX: Duration = Duration::from_millis(250);
+/// Bytes that the kernel keeps of a connection beyond what the peer has room for.
+const UNSENT_MAX: u32 = 128 * 1024;
 /// How long to wait before accepting again when the process is out of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -56,6 +61,7 @@ pub struct Listener {
     socket: TcpListener,
     tls: Option<TlsAcceptor>,
     permits: Arc<Semaphore>,
+    budget: Arc<SendBudget>,
     config: HttpConfig,
     metrics: Arc<Metrics>,
 }
@@ -71,7 +77,8 @@ impl Listener {
             .await
             .map_err(|error| anyhow::anyhow!("cannot listen on {}: {error}", config.listen))?;
         let permits = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
-        Ok(Self { socket, tls, permits, config, metrics })
+        let budget = SendBudget::new(config.send_buffer);
+        Ok(Self { socket, tls, permits, budget, config, metrics })
     }
 
     /// The address in use.
@@ -106,6 +113,7 @@ impl Listener {
                 write_timeout: self.config.write_timeout,
                 // A token of its own: a shared one would be a lock that every poll of every connection takes.
                 draining: stop.child_token(),
+                budget: self.budget.connection(),
                 held: Arc::new((permit, self.metrics.connection())),
                 heard: Arc::default(),
             };
@@ -117,6 +125,9 @@ impl Listener {
         let permit = self.permits.clone().acquire_owned().await.map_err(io::Error::other)?;
         let (socket, _) = self.socket.accept().await?;
         socket.set_nodelay(true)?;
+        // What the peer's window has no room for waits here, where it is counted, and not in the kernel. A kernel that
+        // does not know the option keeps more.
+        let _ = SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT_MAX);
         Ok((socket, permit))
     }
 }
@@ -127,6 +138,7 @@ struct Connection {
     header_timeout: Duration,
     write_timeout: Duration,
     draining: CancellationToken,
+    budget: ConnectionBudget,
     /// Counted for as long as it lives, and as whoever takes it over lives: an upgrade gets this as an extension.
     held: Arc<dyn Any + Send + Sync>,
     /// Set by the first request.
@@ -140,8 +152,8 @@ impl Connection {
             None => {
                 let deadline = Instant::now() + self.header_timeout;
                 match timeout_at(deadline, speaks_http2(&socket)).await {
-                    Ok(Ok(true)) => drive(self.http2(socket), &self.draining).await,
-                    Ok(Ok(false)) => drive(self.http1(socket), &self.draining).await,
+                    Ok(Ok(true)) => drive(self.http2(socket), &self.draining, &self.budget).await,
+                    Ok(Ok(false)) => drive(self.http1(socket), &self.draining, &self.budget).await,
                     Ok(Err(_)) | Err(_) => {}
                 }
             }
@@ -160,22 +172,26 @@ impl Connection {
                 }
             };
             tokio::select! {
-                () = drive(self.http2(socket), &self.draining) => {}
+                () = drive(self.http2(socket), &self.draining, &self.budget) => {}
                 () = unheard => {}
             }
         } else {
-            drive(self.http1(socket), &self.draining).await;
+            drive(self.http1(socket), &self.draining, &self.budget).await;
         }
     }
 
-    fn service(&self) -> impl Handler {
+    fn service(&self, multiplexed: bool) -> impl Handler {
         let (router, held, heard) = (self.router.clone(), self.held.clone(), self.heard.clone());
+        let budget = self.budget.clone();
         service_fn(move |mut request: Request<Incoming>| {
             heard.store(true, Ordering::Relaxed);
             if request.headers().contains_key(UPGRADE) {
                 request.extensions_mut().insert(held.clone());
             }
-            router.clone().oneshot(request)
+            let budget = if multiplexed { budget.stream() } else { budget.clone() };
+            request.extensions_mut().insert(budget.clone());
+            let answer = router.clone().oneshot(request);
+            async move { Ok(outgoing::within(budget, answer.await?)) }
         })
     }
 
@@ -184,12 +200,12 @@ impl Connection {
         &self,
         socket: S,
     ) -> Pin<Box<impl Graceful>> {
-        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout));
+        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, Some(self.budget.clone())));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.header_timeout)
             .max_buf_size(READ_BUFFER_MAX)
-            .serve_connection(io, self.service())
+            .serve_connection(io, self.service(false))
             .with_upgrades();
         Box::pin(connection)
     }
@@ -198,27 +214,30 @@ impl Connection {
         &self,
         socket: S,
     ) -> Pin<Box<impl Graceful>> {
-        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout));
-        let connection = http2::Builder::new(TokioExecutor::new())
+        // Frames that carry no answer, such as those that answer pings, are no progress: the streams count.
+        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, None));
+        let connection = http2::Builder::new(Streams { write_timeout: self.write_timeout })
             .timer(TokioTimer::new())
             .keep_alive_interval(self.header_timeout)
             .keep_alive_timeout(self.header_timeout)
             .max_concurrent_streams(STREAMS_MAX)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .serve_connection(io, self.service());
+            .serve_connection(io, self.service(true));
         Box::pin(connection)
     }
 }
 
 /// What answers requests.
 trait Handler:
-    Service<Request<Incoming>, Response = Response, Error = Infallible, Future: Send> + Send + 'static
+    Service<Request<Incoming>, Response = Response<Outgoing>, Error = Infallible, Future: Send> + Send + 'static
 {
 }
 
 impl<S> Handler for S where
-    S: Service<Request<Incoming>, Response = Response, Error = Infallible, Future: Send> + Send + 'static
+    S: Service<Request<Incoming>, Response = Response<Outgoing>, Error = Infallible, Future: Send>
+        + Send
+        + 'static
 {
 }
 
@@ -239,7 +258,7 @@ where
     }
 }
 
-impl<I, S> Graceful for http2::Connection<I, S, TokioExecutor>
+impl<I, S> Graceful for http2::Connection<I, S, Streams>
 where
     I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
     S: Handler,
@@ -249,15 +268,27 @@ where
     }
 }
 
-/// Serves a connection to its end; once the server stops, to the end of what is under way.
-async fn drive<C: Graceful>(mut connection: Pin<Box<C>>, draining: &CancellationToken) {
+/// Serves a connection to its end; once the server stops, to the end of what is under way. It is dropped when others need
+/// the room of what it does not take.
+async fn drive<C: Graceful>(
+    mut connection: Pin<Box<C>>,
+    draining: &CancellationToken,
+    budget: &ConnectionBudget,
+) {
+    let serving = async {
+        tokio::select! {
+            biased;
+            ended = connection.as_mut() => ended,
+            () = draining.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.as_mut().await
+            }
+        }
+    };
     let ended = tokio::select! {
         biased;
-        ended = connection.as_mut() => ended,
-        () = draining.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
+        ended = serving => ended,
+        () = budget.cut() => return,
     };
     if let Err(error) = ended {
         tracing::debug!(error = &error as &dyn std::error::Error, "connection ended early");

@@ -9,16 +9,31 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
-/// Fails a write that makes no progress for `limit`. Costs a timer only while a write is stuck.
+use crate::domain::ConnectionBudget;
+
+/// Fails a write that makes no progress for `limit`, and tells a budget what was written. Costs a timer only while a write is
+/// stuck.
 pub(super) struct StallGuard<S> {
     socket: S,
     limit: Duration,
+    budget: Option<ConnectionBudget>,
     stuck: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> StallGuard<S> {
-    pub(super) fn new(socket: S, limit: Duration) -> Self {
-        Self { socket, limit, stuck: None }
+    pub(super) fn new(socket: S, limit: Duration, budget: Option<ConnectionBudget>) -> Self {
+        Self { socket, limit, budget, stuck: None }
+    }
+
+    fn written(
+        &mut self,
+        cx: &mut Context<'_>,
+        progress: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        if let (Poll::Ready(Ok(bytes)), Some(budget)) = (&progress, &self.budget) {
+            budget.took(*bytes);
+        }
+        self.guard(cx, progress)
     }
 
     fn guard<T>(&mut self, cx: &mut Context<'_>, progress: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -46,7 +61,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for StallGuard<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for StallGuard<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let progress = Pin::new(&mut self.socket).poll_write(cx, buf);
-        self.guard(cx, progress)
+        self.written(cx, progress)
     }
 
     fn poll_write_vectored(
@@ -55,7 +70,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StallGuard<S> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let progress = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
-        self.guard(cx, progress)
+        self.written(cx, progress)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -78,12 +93,14 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     use super::*;
+    use crate::domain::SendBudget;
 
     #[tokio::test]
     async fn a_peer_that_does_not_read_is_given_up_and_one_that_reads_slowly_is_not() {
         let limit = Duration::from_millis(200);
         let (ours, mut theirs) = duplex(8);
-        let mut guarded = StallGuard::new(ours, limit);
+        let budget = SendBudget::new(0).connection();
+        let mut guarded = StallGuard::new(ours, limit, Some(budget));
         let reader = async {
             let mut byte = [0; 1];
             for _ in 0..8 {

@@ -25,6 +25,7 @@ use sessiond::store::metadata::SqlMetadata;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
+use crate::harness::ample_budget;
 use crate::harness::server::START;
 
 struct Core {
@@ -107,8 +108,11 @@ impl Core {
     async fn is_settled(&self) -> bool {
         let options =
             FollowOptions { start: ReadStart::SeqNum(0), peek_settled: true, require_complete: false };
-        let mut follow =
-            self.sessions.follow(&self.root, &self.address, &self.out, options).await.expect("a follower");
+        let mut follow = self
+            .sessions
+            .follow(&self.root, &self.address, &self.out, options, &ample_budget())
+            .await
+            .expect("a follower");
         let settled = follow.is_settled();
         if settled {
             let soon = START.plus(Duration::from_secs(5));
@@ -139,8 +143,11 @@ async fn a_deadline_does_not_cut_a_slow_reader_off_from_what_is_stored() {
         core.append(&core.root, &core.out, NewRecord::data(vec![b'x'; 700_000])).await.expect("appended");
     }
     let options = FollowOptions { start: ReadStart::SeqNum(0), peek_settled: false, require_complete: false };
-    let mut follow =
-        core.sessions.follow(&core.root, &core.address, &core.out, options).await.expect("a follower");
+    let mut follow = core
+        .sessions
+        .follow(&core.root, &core.address, &core.out, options, &ample_budget())
+        .await
+        .expect("a follower");
     let (seen, end) = drained(&mut follow).await;
     assert_eq!(seen, [0, 1, 2, 3]);
     assert!(matches!(end, FollowEvent::Reached), "{end:?}");
@@ -159,8 +166,11 @@ async fn an_expiry_waits_until_a_follower_that_fell_behind_has_everything() {
     let created = core.sessions.create(&core.root, CreateSession { session, request_key: None }).await;
     let address = created.expect("a session").session.canonical_ref();
     let options = FollowOptions { start: ReadStart::SeqNum(0), peek_settled: false, require_complete: false };
-    let mut follow =
-        core.sessions.follow(&core.root, &address, &core.out, options).await.expect("a follower");
+    let mut follow = core
+        .sessions
+        .follow(&core.root, &address, &core.out, options, &ample_budget())
+        .await
+        .expect("a follower");
     let soon = START.plus(Duration::from_secs(5));
     assert!(matches!(follow.next(soon).await.expect("an event"), FollowEvent::CaughtUp(_)));
     // More than the live window holds, so that the follower must go back to the store.
@@ -207,8 +217,11 @@ async fn a_trim_hides_what_is_below_it_from_every_reader_at_once() {
     let bounds = core.sessions.bounds(&core.root, &core.address, &core.out).await.expect("bounds");
     assert_eq!((bounds.earliest, bounds.tail.seq_num), (2, 4));
     let options = FollowOptions { start: ReadStart::SeqNum(0), peek_settled: false, require_complete: false };
-    let mut follow =
-        core.sessions.follow(&core.root, &core.address, &core.out, options).await.expect("a follower");
+    let mut follow = core
+        .sessions
+        .follow(&core.root, &core.address, &core.out, options, &ample_budget())
+        .await
+        .expect("a follower");
     match follow.next(START.plus(Duration::from_secs(5))).await.expect("an event") {
         FollowEvent::Batch(batch) => assert_eq!(batch.records[0].position.seq_num, 2),
         other => panic!("{other:?}"),

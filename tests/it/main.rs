@@ -18,4 +18,5 @@ mod runs;
 mod s2;
 mod s2_engine;
 mod schema;
+mod slow_readers;
 mod waitpoints;

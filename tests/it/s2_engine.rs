@@ -17,6 +17,7 @@ use sessiond::domain::{
 };
 use sessiond::store::channel::s2::S2Channels;
 
+use crate::harness::ample_budget;
 use crate::harness::s2_lite::{endpoint, fresh_basin, open};
 
 /// Two replicas on a fresh basin.
@@ -83,7 +84,7 @@ struct Follower(BoxStream<'static, Result<Followed>>);
 
 impl Follower {
     async fn of(channels: &S2Channels, key: &ChannelKey) -> Self {
-        Self(channels.follow(key, ReadStart::SeqNum(0)).await.expect("follows"))
+        Self(channels.follow(key, ReadStart::SeqNum(0), &ample_budget()).await.expect("follows"))
     }
 
     async fn next(&mut self) -> Followed {

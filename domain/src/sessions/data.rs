@@ -18,6 +18,7 @@ use crate::record::{
     AppendAck, AppendInput, Bounds, Command, ReadLimit, ReadStart, Record, RecordAnchor, RecordBatch,
     RecordPage, RecordPageRequest, SeqNum, metered_size,
 };
+use crate::send_budget::{ConnectionBudget, Delivery};
 use crate::session::{Closure, SharedSession};
 
 /// Most metered bytes of a page of records, unless one record alone is larger.
@@ -178,7 +179,8 @@ impl Sessions {
         }
     }
 
-    /// Every record from `start` to the tail as it is now, in batches that are read as they are asked for.
+    /// Every record from `start` to the tail as it is now, in batches that are read as they are asked for and as there is
+    /// room for them.
     ///
     /// # Errors
     /// As [`Sessions::bounds`].
@@ -189,20 +191,22 @@ impl Sessions {
         address: &SessionRef,
         channel: &ChannelAddress,
         start: SeqNum,
-    ) -> Result<BoxStream<'static, Result<Arc<RecordBatch>>>> {
+        budget: &ConnectionBudget,
+    ) -> Result<BoxStream<'static, Result<Delivery>>> {
         let Some(session) = self.row_optional(caller, address).await? else {
             return Ok(stream::empty().boxed());
         };
         let key = ChannelKey { session: session.id.clone(), address: channel.clone() };
         let end = self.channels.bounds(&key).await?.tail.seq_num;
-        let drain = (self.clone(), caller.clone(), key, start);
-        let batches = stream::try_unfold(drain, move |(this, caller, key, next)| async move {
+        let drain = (self.clone(), caller.clone(), key, start, budget.clone());
+        let batches = stream::try_unfold(drain, move |(this, caller, key, next, budget)| async move {
             if next >= end {
                 return Ok(None);
             }
+            let read = |limit| this.channels.read(&key, ReadStart::SeqNum(next), limit);
+            let batch = budget.read(read).await?;
             caller.require_current(this.clock.now())?;
-            let batch = this.channels.read(&key, ReadStart::SeqNum(next), ReadLimit::BATCH).await?;
-            Ok(batch.next_seq_num().map(|next| (batch, (this, caller, key, next))))
+            Ok(batch.next_seq_num().map(|next| (batch, (this, caller, key, next, budget))))
         });
         Ok(batches.boxed())
     }
@@ -238,6 +242,7 @@ impl Sessions {
         address: &SessionRef,
         channel: &ChannelAddress,
         options: FollowOptions,
+        budget: &ConnectionBudget,
     ) -> Result<Follow> {
         let session = self.row_optional(caller, address).await?;
         let settled = match &session {
@@ -252,7 +257,7 @@ impl Sessions {
             _ => None,
         };
         let demands = Demands { settled, complete: options.require_complete, next };
-        let stream = self.attach(caller, session, address, channel, options.start).await?;
+        let stream = self.attach(caller, session, address, channel, options.start, budget).await?;
         Ok(Follow::new(stream, caller, demands, self.bounds.clone()))
     }
 
@@ -352,19 +357,21 @@ impl Sessions {
         address: &SessionRef,
         channel: &ChannelAddress,
         start: ReadStart,
+        budget: &ConnectionBudget,
     ) -> Result<BoxStream<'static, Result<Item>>> {
         if let Some(session) = session {
-            return self.attached(session, channel.clone(), start).await;
+            return self.attached(session, channel.clone(), start, budget).await;
         }
         let SessionRef::External(external) = address.clone() else {
             return Err(Error::NotFound("session"));
         };
         let (this, environment, channel) = (self.clone(), caller.environment.clone(), channel.clone());
+        let budget = budget.clone();
         // Whatever is written to a session that did not exist yet comes after "now".
         let start = if start == ReadStart::TailOffset(0) { ReadStart::SeqNum(0) } else { start };
         let waiting = async move {
             let session = this.rows.wait_for(&environment, &external).await?;
-            this.attached(session, channel, start).await
+            this.attached(session, channel, start, &budget).await
         };
         Ok(stream::once(waiting).try_flatten().boxed())
     }
@@ -374,9 +381,10 @@ impl Sessions {
         session: SharedSession,
         channel: ChannelAddress,
         start: ReadStart,
+        budget: &ConnectionBudget,
     ) -> Result<BoxStream<'static, Result<Item>>> {
         let key = ChannelKey { session: session.id.clone(), address: channel };
-        let followed = self.channels.follow(&key, start).await?;
+        let followed = self.channels.follow(&key, start, budget).await?;
         let attached = stream::once(async move { Ok(Item::Attached(session)) });
         Ok(attached.chain(followed.map_ok(Item::Followed)).boxed())
     }

@@ -19,19 +19,26 @@ use super::events::{ChannelFeed, Handover};
 use super::guard::{self, Limits, Measure};
 use super::inputs::Inputs;
 use super::persisted::{Lookup, PersistedQueries};
-use super::reply::Reply;
+use super::reply::{Reply, Text};
 use super::schema::{self, Schema};
 use crate::api::App;
+use crate::api::answers::Answers;
 use crate::api::error::Failure;
 use crate::api::trace::RequestId;
 use crate::config::GraphqlConfig;
-use crate::domain::{Caller, Error};
+use crate::domain::send_budget::Reservation;
+use crate::domain::{Caller, ConnectionBudget, Error};
 use crate::telemetry::Door;
 
 /// Root fields that ask for the schema.
 const SCHEMA: [&str; 2] = ["__schema", "__type"];
 /// Root fields that only append, and have no rate limit, like the append route.
 const UNLIMITED: [&str; 1] = ["appendRecords"];
+
+/// Largest answer in bytes. A record has 1 MiB, a page of them 4 MiB, and JSON may make six bytes of one.
+pub(super) const ANSWER_MAX: usize = 32 << 20;
+/// What a query or a mutation takes of the connection's budget before it is known how long its answer is.
+const EXECUTION_BYTES: usize = 1 << 10;
 
 type Fragments = HashMap<Name, Positioned<FragmentDefinition>>;
 
@@ -53,6 +60,8 @@ pub(super) struct Asked {
     pub may_change: bool,
     /// For the count of followers.
     pub door: Door,
+    /// Of the connection that gets the answer.
+    pub budget: ConnectionBudget,
 }
 
 /// A request that may be executed.
@@ -74,7 +83,7 @@ impl Prepared {
 #[derive(Debug)]
 pub(super) enum Answer {
     /// An execution result.
-    Next(String),
+    Next(Text),
     /// Nothing comes after it.
     Failed(Vec<Fault>),
     /// The server stops; the client should come back. Nothing comes after it.
@@ -88,15 +97,16 @@ pub struct Engine {
     config: GraphqlConfig,
     limits: Limits,
     inputs: Inputs,
+    turns: Answers,
 }
 
 impl Engine {
     /// An executor over the whole schema.
-    pub fn new(config: GraphqlConfig) -> Self {
+    pub fn new(config: GraphqlConfig, turns: Answers) -> Self {
         let persisted = PersistedQueries::new();
         let schema = schema::build(&config);
         let inputs = Inputs::of(&schema.sdl());
-        Self { schema, persisted, config, limits: Limits::default(), inputs }
+        Self { schema, persisted, config, limits: Limits::default(), inputs, turns }
     }
 
     pub(super) fn config(&self) -> &GraphqlConfig {
@@ -130,27 +140,40 @@ impl Engine {
         unwrap_root_fields(&mut document);
         let cost = Arc::<Cost>::default();
         request.set_parsed_query(document);
-        let mut request = request.data(app.clone()).data(cost.clone()).data(asked.door);
+        let mut request =
+            request.data(app.clone()).data(cost.clone()).data(asked.door).data(asked.budget.clone());
         if let Some(Credentials { caller, .. }) = &asked.credentials {
             request = request.data(schema::session_loader(app, caller)).data(caller.clone());
         }
         Ok(Prepared { request, kind, cost, asked })
     }
 
-    /// Executes a query or a mutation.
-    pub(super) async fn execute(&self, prepared: Prepared) -> Reply {
-        let Prepared { request, cost, asked, .. } = prepared;
+    /// Room for an answer, as far as its size is known before.
+    pub(super) async fn room(&self, budget: &ConnectionBudget) -> Reservation {
+        budget.reserve(EXECUTION_BYTES).await
+    }
+
+    /// Executes a query or a mutation, whose answer gets room behind the first `taken` bytes of `room`.
+    pub(super) async fn execute(&self, prepared: Prepared, room: &mut Reservation, taken: usize) -> Reply {
+        let Prepared { request, kind, cost, asked } = prepared;
         let limit = self.config.request_timeout;
-        match tokio::time::timeout(limit, self.schema.execute(request)).await {
+        let _turn = match kind {
+            OperationType::Query => self.turns.turn().await,
+            OperationType::Mutation | OperationType::Subscription => None,
+        };
+        let reply = match tokio::time::timeout(limit, self.schema.execute(request)).await {
             Ok(response) => Reply::new(response, &asked.id, cost.points()),
             Err(_) => {
                 let message = format!("the operation did not finish within {} seconds", limit.as_secs());
-                Reply::refusal(
-                    protocol(StatusCode::SERVICE_UNAVAILABLE, "request_timeout", message),
-                    &asked.id,
-                )
+                let refusal = protocol(StatusCode::SERVICE_UNAVAILABLE, "request_timeout", message);
+                return Reply::refusal(refusal, &asked.id);
             }
+        };
+        if taken + reply.json.len() > ANSWER_MAX {
+            return Reply::refusal(answer_too_large(), &asked.id);
         }
+        room.grow(taken + reply.json.len()).await;
+        reply
     }
 
     /// Executes any operation as a stream of answers. Nothing happens before it is polled.
@@ -159,7 +182,12 @@ impl Engine {
         if prepared.is_subscription() {
             stream::once(async move { this.subscribe(prepared).await }).flatten().boxed()
         } else {
-            stream::once(async move { Answer::of(this.execute(prepared).await) }).boxed()
+            let execution = async move {
+                let mut room = this.room(&prepared.asked.budget).await;
+                let reply = this.execute(prepared, &mut room, 0).await;
+                Answer::of(reply, Some(Arc::new(room)))
+            };
+            stream::once(execution).boxed()
         }
     }
 
@@ -182,10 +210,10 @@ impl Engine {
 
 impl Answer {
     /// The answer of an operation that has only one.
-    fn of(reply: Reply) -> Self {
+    fn of(reply: Reply, room: Option<Arc<Reservation>>) -> Self {
         match reply.refused {
             Some(faults) => Self::Failed(faults),
-            None => Self::Next(reply.json),
+            None => Self::Next(Text { json: reply.json, room }),
         }
     }
 }
@@ -200,13 +228,15 @@ fn answer(response: Response, id: &RequestId, cost: usize) -> Answer {
         super::reply::log(&faults, id);
         return Answer::Failed(faults);
     }
-    Answer::of(Reply::new(response, id, cost))
+    // What the records of a channel take, the channel's events keep until the next one is asked for.
+    Answer::of(Reply::new(response, id, cost), None)
 }
 
 fn answers_of(feed: ChannelFeed, id: RequestId) -> BoxStream<'static, Answer> {
     let answers = stream::unfold((feed, id), |(mut feed, id)| async move {
         let answer = match feed.next().await? {
-            Ok(Some(json)) => Answer::Next(json),
+            Ok(Some(text)) if text.json.len() > ANSWER_MAX => Answer::Failed(vec![answer_too_large().into()]),
+            Ok(Some(text)) => Answer::Next(text),
             Ok(None) => Answer::Stopping,
             Err(error) => {
                 let faults = vec![Fault::from(error)];
@@ -289,6 +319,11 @@ fn spell_out(operation: &OperationDefinition, given: &mut Variables) {
             given.insert(name.node.clone(), Value::Null);
         }
     }
+}
+
+fn answer_too_large() -> Failure {
+    let message = format!("the answer has more than {ANSWER_MAX} bytes: ask for fewer records or fields");
+    protocol(StatusCode::BAD_REQUEST, "query_too_complex", message)
 }
 
 fn too_large(refusal: &guard::Refusal) -> Fault {

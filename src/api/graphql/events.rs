@@ -4,11 +4,14 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::reply::Text;
 use super::schema::{ChannelClosed, ChannelEvent, Cursor, DateTime, RecordNode, SessionStatus};
 use super::selection::Selection;
 use crate::domain::record::metered_size;
+use crate::domain::send_budget::Reservation;
 use crate::domain::{
-    ChannelAddress, ChannelKey, Follow, FollowEvent, Position, Record, RecordBatch, Result, SeqNum, Timestamp,
+    ChannelAddress, ChannelKey, Delivery, Follow, FollowEvent, Position, Record, RecordBatch, Result, SeqNum,
+    Timestamp,
 };
 use crate::telemetry::GaugeGuard;
 
@@ -29,7 +32,7 @@ pub(super) struct Event {
 #[derive(Debug)]
 pub(super) enum Content {
     /// A part of a batch; it goes up to the end of the stored records if `caught_up`.
-    Records { batch: Arc<RecordBatch>, part: Range<usize>, caught_up: bool },
+    Records { batch: Delivery, part: Range<usize>, caught_up: bool },
     /// The end of the stored records.
     CaughtUp,
     /// The end of the channel.
@@ -49,6 +52,14 @@ impl Event {
     /// Whether everything stored has been given out.
     pub fn is_caught_up(&self) -> bool {
         !matches!(self.content, Content::Records { caught_up: false, .. })
+    }
+
+    /// The room of its records.
+    pub fn room(&self) -> Option<Arc<Reservation>> {
+        match &self.content {
+            Content::Records { batch, .. } => Some(batch.room()),
+            Content::CaughtUp | Content::Closed { .. } => None,
+        }
     }
 
     /// The event as the schema's object.
@@ -80,7 +91,9 @@ pub(super) struct ChannelEvents {
     channel: Option<Arc<ChannelKey>>,
     size: usize,
     /// What is left of a batch.
-    pending: Option<(Arc<RecordBatch>, usize)>,
+    pending: Option<(Delivery, usize)>,
+    /// The room of what was given out last. Whoever asks for the next event has handed it on, so it is kept until then.
+    held: Option<Arc<Reservation>>,
     last: Option<SeqNum>,
     tail: Position,
     caught_up: bool,
@@ -104,6 +117,7 @@ impl ChannelEvents {
             channel: None,
             size,
             pending: None,
+            held: None,
             last,
             tail: Position::default(),
             caught_up: false,
@@ -114,6 +128,7 @@ impl ChannelEvents {
 
     /// The next event; `Ok(None)` when the server stops, `None` at the end. Cancel safe.
     pub async fn next(&mut self) -> Option<Result<Option<Event>>> {
+        self.held = None;
         while !self.ended {
             if let Some((batch, from)) = self.pending.take() {
                 if let Some(event) = self.cut(batch, from) {
@@ -152,7 +167,7 @@ impl ChannelEvents {
     }
 
     /// The next event out of a batch; `None` if what is left of it are commands only.
-    fn cut(&mut self, batch: Arc<RecordBatch>, from: usize) -> Option<Event> {
+    fn cut(&mut self, batch: Delivery, from: usize) -> Option<Event> {
         let rest = &batch.records[from..];
         let (mut count, mut bytes) = (0, 0);
         let mut taken = 0;
@@ -176,6 +191,7 @@ impl ChannelEvents {
             return None;
         }
         self.caught_up = ends && batch.tail.is_some();
+        self.held = Some(batch.room());
         let content = Content::Records { batch, part, caught_up: self.caught_up };
         Some(self.event(content))
     }
@@ -220,10 +236,11 @@ impl ChannelFeed {
         Self { events, selection }
     }
 
-    /// The next execution result; `Ok(None)` when the server stops, `None` at the end. Cancel safe.
-    pub async fn next(&mut self) -> Option<Result<Option<String>>> {
+    /// The next execution result and its room; `Ok(None)` when the server stops, `None` at the end. Cancel safe.
+    pub async fn next(&mut self) -> Option<Result<Option<Text>>> {
         let event = self.events.next().await?;
-        Some(event.map(|event| event.map(|event| self.selection.result(&event))))
+        let text = |event: Event| Text { room: event.room(), json: self.selection.result(&event) };
+        Some(event.map(|event| event.map(text)))
     }
 }
 

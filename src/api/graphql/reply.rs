@@ -1,15 +1,38 @@
 //! Answers as JSON text, the same for every transport.
 
+use std::sync::Arc;
+
 use async_graphql::{Response, Value};
+use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use serde_json::json;
 
 use super::cost::COST_MAX;
 use super::error::Fault;
 use crate::api::trace::{Chain, RequestId};
+use crate::domain::send_budget::{Reservation, holding_room};
 
 /// Most errors in one result: a short document can be wrong in ten thousand places.
 const ERRORS_MAX: usize = 20;
+
+/// A text for a client, and the room that it takes until the client has it.
+#[derive(Debug)]
+pub(super) struct Text {
+    /// JSON.
+    pub json: String,
+    /// None for what is too small to count.
+    pub room: Option<Arc<Reservation>>,
+}
+
+impl Text {
+    /// Bytes made of the text, which hold its room.
+    pub fn holding(room: Option<Arc<Reservation>>, bytes: Bytes) -> Bytes {
+        match room {
+            Some(room) => holding_room(bytes, room),
+            None => bytes,
+        }
+    }
+}
 
 /// One execution result.
 #[derive(Debug)]

@@ -211,7 +211,7 @@ impl Selection {
         let mut out = String::new();
         match &event.content {
             Content::Records { batch, part, .. } if part.len() == batch.records.len() => {
-                let shared = batch.selected(&self.key, |_| {
+                let shared = batch.batch().selected(&self.key, |_| {
                     let mut text = String::new();
                     self.write(&mut text, event);
                     Bytes::from(text)
@@ -361,7 +361,7 @@ mod tests {
 
     use super::*;
     use crate::api::graphql::schema::{ChannelEvent, Node};
-    use crate::domain::{Direction, RecordBatch, SessionId};
+    use crate::domain::{Delivery, Direction, RecordBatch, SendBudget, SessionId};
 
     /// Answers `channelRecords` through the executor and notes what the selection writes.
     struct Both {
@@ -411,13 +411,18 @@ mod tests {
         RecordBatch::new(records.collect(), Some(tail))
     }
 
+    fn delivery() -> Delivery {
+        let budget = SendBudget::new(0).connection();
+        Delivery::new(Arc::new(batch()), budget.try_reserve(1).expect("room"))
+    }
+
     fn whole() -> Event {
-        let content = Content::Records { batch: Arc::new(batch()), part: 0..7, caught_up: true };
+        let content = Content::Records { batch: delivery(), part: 0..7, caught_up: true };
         Event { channel: key(), content, last: Some(9), tail: batch().tail.unwrap_or_default() }
     }
 
     fn part() -> Event {
-        let content = Content::Records { batch: Arc::new(batch()), part: 1..3, caught_up: false };
+        let content = Content::Records { batch: delivery(), part: 1..3, caught_up: false };
         Event { content, last: Some(5), ..whole() }
     }
 

@@ -17,7 +17,8 @@ use crate::api::error::{Failure, Route};
 use crate::api::extract::{Asker, ChannelPath};
 use crate::api::trace::{Chain, RequestId};
 use crate::domain::record::{BATCH_RECORDS_MAX, ReadLimit};
-use crate::domain::{ReadStart, Record, Result, SeqNum, Violation, envelope};
+use crate::domain::send_budget::{Reserved, cost_of_read};
+use crate::domain::{ConnectionBudget, ReadStart, Record, Result, SeqNum, Violation, envelope};
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
@@ -61,17 +62,17 @@ pub async fn records(
     State(app): State<App>,
     Asker(caller): Asker,
     Extension(id): Extension<RequestId>,
+    Extension(budget): Extension<ConnectionBudget>,
     path: ChannelPath,
     RawQuery(query): RawQuery,
 ) -> std::result::Result<Response, Failure> {
     let in_load = |error| Failure::from(error).on(Route::Load);
     let (start, limit) = parse(query.as_deref().unwrap_or_default())?;
     let Some(limit) = limit else {
-        let batches =
-            app.sessions.drain(&caller, &path.session, &path.channel, start).await.map_err(in_load)?;
+        let batches = app.sessions.drain(&caller, &path.session, &path.channel, start, &budget).await;
         let mut first = true;
-        let chunks = batches.map(move |batch| match batch {
-            Ok(batch) => Ok(chunk(&batch.records, &mut first)),
+        let chunks = batches.map_err(in_load)?.map(move |batch| match batch {
+            Ok(batch) => Ok(batch.holding(chunk(&batch.records, &mut first))),
             Err(error) => {
                 tracing::error!(request.id = id.as_str(), error = %Chain(&error), "cannot go on reading records");
                 Err(error)
@@ -80,9 +81,10 @@ pub async fn records(
         let open = stream::iter([Ok(Bytes::from_static(b"{\"records\":["))]);
         let body = open.chain(chunks).chain(stream::iter([Result::Ok(Bytes::from_static(b"]}"))]));
         // After an error nothing follows: the body ends uncleanly.
-        return Ok(([(CONTENT_TYPE, JSON)], Body::from_stream(body)).into_response());
+        return Ok(([(CONTENT_TYPE, JSON)], Extension(Reserved), Body::from_stream(body)).into_response());
     };
     let limit = ReadLimit::count(limit);
+    let room = budget.reserve(cost_of_read(limit)).await;
     let read =
         app.sessions.read(&caller, &path.session, &path.channel, ReadStart::SeqNum(start), limit).await;
     let batch = read.map_err(in_load)?;
@@ -93,7 +95,8 @@ pub async fn records(
         let _ = write!(out, ",\"next\":\"{}\"", last.position.seq_num);
     }
     out.push(b'}');
-    Ok(([(CONTENT_TYPE, JSON)], out).into_response())
+    let body = room.around(out.into());
+    Ok(([(CONTENT_TYPE, JSON)], Extension(Reserved), body).into_response())
 }
 
 /// As for the main channel.
@@ -107,10 +110,11 @@ pub async fn records_named(
     app: State<App>,
     asker: Asker,
     id: Extension<RequestId>,
+    budget: Extension<ConnectionBudget>,
     path: ChannelPath,
     query: RawQuery,
 ) -> std::result::Result<Response, Failure> {
-    records(app, asker, id, path, query).await
+    records(app, asker, id, budget, path, query).await
 }
 
 fn parse(query: &str) -> std::result::Result<(SeqNum, Option<usize>), Failure> {

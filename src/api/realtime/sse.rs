@@ -24,9 +24,11 @@ use crate::api::App;
 use crate::api::error::{Failure, Route};
 use crate::api::extract::{Asker, ChannelPath};
 use crate::api::trace::{Chain, RequestId};
-use crate::domain::record::{BATCH_RECORDS_MAX, METERED_MAX, RecordBatch, Rendering, metered_size};
+use crate::domain::record::{BATCH_RECORDS_MAX, METERED_MAX, Rendering, metered_size};
+use crate::domain::send_budget::Reserved;
 use crate::domain::{
-    Clock, Error, Follow, FollowEvent, FollowOptions, Position, ReadStart, Record, SeqNum, Timestamp,
+    Clock, ConnectionBudget, Delivery, Error, Follow, FollowEvent, FollowOptions, Position, ReadStart,
+    Record, SeqNum, Timestamp,
 };
 use crate::telemetry::{Door, GaugeGuard};
 
@@ -51,6 +53,7 @@ pub async fn follow(
     State(app): State<App>,
     Asker(caller): Asker,
     Extension(id): Extension<RequestId>,
+    Extension(budget): Extension<ConnectionBudget>,
     headers: HeaderMap,
     path: ChannelPath,
 ) -> Result<Response, Failure> {
@@ -60,11 +63,12 @@ pub async fn follow(
         require_complete: false,
     };
     let gap = gap(&headers)?;
-    let follow = app.sessions.follow(&caller, &path.session, &path.channel, options).await;
+    let follow = app.sessions.follow(&caller, &path.session, &path.channel, options, &budget).await;
     let follow = follow.map_err(|error| Failure::from(error).on(Route::Load))?;
     let settled = follow.is_settled();
     let stream = EventStream::new(&app, follow, gap, id);
     let mut response = Response::new(Body::new(stream));
+    response.extensions_mut().insert(Reserved);
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
@@ -89,10 +93,11 @@ pub async fn follow_named(
     app: State<App>,
     asker: Asker,
     id: Extension<RequestId>,
+    budget: Extension<ConnectionBudget>,
     headers: HeaderMap,
     path: ChannelPath,
 ) -> Result<Response, Failure> {
-    follow(app, asker, id, headers, path).await
+    follow(app, asker, id, budget, headers, path).await
 }
 
 fn flag(headers: &HeaderMap, name: &str, word: &str) -> bool {
@@ -159,7 +164,7 @@ struct EventStream {
     ping_at: Timestamp,
     tail: Position,
     /// The next record to hand out of a batch that does not fit one event.
-    pending: Option<(Arc<RecordBatch>, usize)>,
+    pending: Option<(Delivery, usize)>,
     next: SeqNum,
     phase: Phase,
     id: RequestId,
@@ -213,7 +218,7 @@ impl EventStream {
     }
 
     /// The next event out of a batch; `None` when everything of it has been handed out before.
-    fn batch(&mut self, batch: Arc<RecordBatch>, from: usize) -> Option<Bytes> {
+    fn batch(&mut self, batch: Delivery, from: usize) -> Option<Bytes> {
         let records = &batch.records[from..];
         let skipped = records.partition_point(|record| record.position.seq_num < self.next);
         let records = &records[skipped..];
@@ -227,10 +232,11 @@ impl EventStream {
         let whole = count == batch.records.len();
         let ends = count == records.len();
         let bytes = if whole {
-            batch.rendered(Rendering::Sse, |batch| event::batch(&batch.records, batch.tail))
+            batch.batch().rendered(Rendering::Sse, |batch| event::batch(&batch.records, batch.tail))
         } else {
             event::batch(&records[..count], batch.tail.filter(|_| ends))
         };
+        let bytes = batch.holding(bytes);
         if !ends {
             self.pending = Some((batch, from + skipped + count));
         }

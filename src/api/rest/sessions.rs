@@ -1,7 +1,8 @@
 //! Sessions over REST: create, list, get, change, close, hand over.
 
-use axum::Json;
 use axum::extract::{RawQuery, State};
+use axum::response::Response;
+use axum::{Extension, Json};
 use http::{HeaderMap, StatusCode};
 
 use super::list;
@@ -12,7 +13,7 @@ use super::model::{
 use crate::api::App;
 use crate::api::error::{Failure, Route};
 use crate::api::extract::{ApiAsker, JsonObject, SessionPath};
-use crate::domain::Cursor;
+use crate::domain::{ConnectionBudget, Cursor};
 
 /// Largest body of a create or a change.
 const BODY_MAX: usize = 32_768;
@@ -71,19 +72,23 @@ pub async fn create(
 pub async fn list(
     State(app): State<App>,
     ApiAsker(caller): ApiAsker,
+    Extension(budget): Extension<ConnectionBudget>,
     headers: HeaderMap,
     RawQuery(query): RawQuery,
-) -> Result<Json<ListResponse>, Failure> {
+) -> Result<Response, Failure> {
     let from_sdk = headers.contains_key("trigger-version");
     let now = app.clock.now();
     let query = list::parse(query.as_deref().unwrap_or_default(), now, from_sdk)?;
-    let page = app.sessions.list(&caller, query.filter, &query.page).await?;
-    let step = query.step.saturating_add(1);
-    let text = |cursor: Option<Cursor>| cursor.map(|cursor| list::encode(step, &cursor.encode()));
-    Ok(Json(ListResponse {
-        pagination: Pagination { next: text(page.next()), previous: text(page.previous()) },
-        data: page.sessions.iter().map(|session| SessionItem::new(session, now)).collect(),
-    }))
+    let listed = async {
+        let page = app.sessions.list(&caller, query.filter, &query.page).await?;
+        let step = query.step.saturating_add(1);
+        let text = |cursor: Option<Cursor>| cursor.map(|cursor| list::encode(step, &cursor.encode()));
+        Ok(ListResponse {
+            pagination: Pagination { next: text(page.next()), previous: text(page.previous()) },
+            data: page.sessions.iter().map(|session| SessionItem::new(session, now)).collect(),
+        })
+    };
+    app.answers.json(&budget, listed).await
 }
 
 /// One session.

@@ -1,7 +1,8 @@
 //! Waiting for input over REST: what the SDK calls, and a long-poll of our own.
 
-use axum::Json;
 use axum::extract::{RawQuery, State};
+use axum::response::Response;
+use axum::{Extension, Json};
 use http::HeaderMap;
 
 use super::list;
@@ -13,9 +14,9 @@ use super::waitpoint_model::{
 use crate::api::App;
 use crate::api::error::{Failure, Route};
 use crate::api::extract::{ApiAsker, Asker, JsonObject, KeyAsker, RunPath, WaitpointPath};
-use crate::domain::Error;
 use crate::domain::record::METERED_MAX;
 use crate::domain::waitpoint::WaitpointCursor;
+use crate::domain::{ConnectionBudget, Error};
 
 /// Largest body of a wait.
 const WAIT_MAX: usize = 10_240;
@@ -75,18 +76,24 @@ pub async fn block(
 pub async fn list(
     State(app): State<App>,
     ApiAsker(caller): ApiAsker,
+    Extension(budget): Extension<ConnectionBudget>,
     headers: HeaderMap,
     RawQuery(query): RawQuery,
-) -> Result<Json<WaitpointListResponse>, Failure> {
+) -> Result<Response, Failure> {
     let from_sdk = headers.contains_key("trigger-version");
     let query = model::query(query.as_deref().unwrap_or_default(), app.clock.now(), from_sdk)?;
-    let page = app.sessions.waitpoints(&caller, query.session.as_ref(), query.filter, &query.page).await?;
-    let step = query.step.saturating_add(1);
-    let text = |cursor: Option<WaitpointCursor>| cursor.map(|cursor| list::encode(step, &cursor.encode()));
-    Ok(Json(WaitpointListResponse {
-        pagination: Pagination { next: text(page.next()), previous: text(page.previous()) },
-        data: page.waitpoints.iter().map(WaitpointItem::new).collect(),
-    }))
+    let listed = async {
+        let page =
+            app.sessions.waitpoints(&caller, query.session.as_ref(), query.filter, &query.page).await?;
+        let step = query.step.saturating_add(1);
+        let text =
+            |cursor: Option<WaitpointCursor>| cursor.map(|cursor| list::encode(step, &cursor.encode()));
+        Ok(WaitpointListResponse {
+            pagination: Pagination { next: text(page.next()), previous: text(page.previous()) },
+            data: page.waitpoints.iter().map(WaitpointItem::new).collect(),
+        })
+    };
+    app.answers.json(&budget, listed).await
 }
 
 /// One waitpoint with what has come of it. With `wait` the answer comes once it is complete, or after so many seconds,

@@ -24,8 +24,9 @@ use crate::api::App;
 use crate::api::error::Failure;
 use crate::api::realtime::event;
 use crate::api::trace::{Chain, RequestId};
-use crate::domain::record::metered_size;
-use crate::domain::{Error, ReadStart, Timestamp};
+use crate::domain::record::{ReadLimit, metered_size};
+use crate::domain::send_budget::{Reservation, Reserved, cost_of_read};
+use crate::domain::{ConnectionBudget, Error, ReadStart, Timestamp};
 
 /// Where the next record will stand: the S2 records API.
 #[utoipa::path(get, path = "/v1/streams/{stream}/records/tail", tag = "s2", operation_id = "s2CheckTail",
@@ -51,6 +52,7 @@ pub async fn check_tail(State(app): State<App>, target: Target) -> Result<Respon
 pub async fn read(
     State(app): State<App>,
     Extension(id): Extension<RequestId>,
+    Extension(budget): Extension<ConnectionBudget>,
     target: Target,
     headers: HeaderMap,
     start: Result<Query<wire::ReadStart>, axum::extract::rejection::QueryRejection>,
@@ -60,8 +62,9 @@ pub async fn read(
         .and_then(|start| Ok((start, end?)))
         .map_err(|fault| error::bad("bad_query", fault.body_text()))?;
     let (start, clamp) = (reader::start(&query, &end)?, query.clamp.unwrap_or(false));
-    let stream =
-        |start, end: &wire::ReadEnd| Reader::open(&app, &target, start, clamp, Bounds::streaming(end));
+    let stream = |start, end: &wire::ReadEnd| {
+        Reader::open(&app, &target, start, clamp, Bounds::streaming(end), &budget)
+    };
     if mime::content_type(&headers).as_ref().is_some_and(mime::is_s2s_proto) {
         let compression = CompressionAlgorithm::from_accept_encoding(&headers);
         let reader = stream(start, &end).await?;
@@ -75,28 +78,38 @@ pub async fn read(
         let reader = stream(start, &end).await?;
         return Ok(streamed("text/event-stream", Streamed { reader, form, id, over: false }));
     }
-    let mut reader = Reader::open(&app, &target, start, clamp, Bounds::unary(&end)).await?;
-    let read = once(&mut reader).await?;
-    Ok(match accept.as_ref().and_then(JsonOrProto::from_mime) {
-        Some(JsonOrProto::Proto) => {
-            let body = Body::from(proto_batch(&read).encode_to_vec());
-            ([(CONTENT_TYPE, HeaderValue::from_static(PROTOBUF))], body).into_response()
-        }
+    let bounds = Bounds::unary(&end);
+    let mut reader = Reader::open(&app, &target, start, clamp, bounds, &budget.prepaid()).await?;
+    // Whoever waits for records may wait long, and then gets what followers share.
+    let stored = !reader.is_at_tail();
+    let most = cost_of_read(ReadLimit { count: bounds.count, bytes: bounds.bytes });
+    let mut room = if stored { Some(budget.reserve(most).await) } else { None };
+    let read = once(&mut reader, &mut room).await?;
+    let room = match room {
+        Some(room) => room,
+        None => budget.reserve(read.iter().map(Slice::cost).sum()).await,
+    };
+    let (media_type, body) = match accept.as_ref().and_then(JsonOrProto::from_mime) {
+        Some(JsonOrProto::Proto) => (PROTOBUF, proto_batch(&read).encode_to_vec()),
         _ => {
             let batches = read.iter().flat_map(Slice::records).cloned().collect::<Vec<_>>();
             let body = format::batch(format, &batches, read.last().and_then(|slice| slice.tail));
-            ([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response()
+            ("application/json", body)
         }
-    })
+    };
+    let body = Body::from(room.around(body.into()));
+    Ok(([(CONTENT_TYPE, HeaderValue::from_static(media_type))], Extension(Reserved), body).into_response())
 }
 
-/// What one read answers: everything stored within its bounds, or the first that comes while it waits.
-async fn once(reader: &mut Reader) -> Result<Vec<Slice>, Failure> {
+/// What one read answers: everything stored within its bounds, or the first that comes while it waits, which it does without
+/// room.
+async fn once(reader: &mut Reader, room: &mut Option<Reservation>) -> Result<Vec<Slice>, Failure> {
     let (mut read, mut waited) = (Vec::new(), false);
     while let Some(output) = reader.next().await {
         match output? {
             Output::Batch(slice) => read.push(slice),
             Output::Heartbeat(_) if read.is_empty() => {
+                *room = None;
                 waited = true;
                 continue;
             }
@@ -148,6 +161,7 @@ fn streamed(media_type: &'static str, state: Streamed) -> Response {
         Some((Ok::<_, Infallible>(part), state))
     });
     let mut response = Response::new(Body::from_stream(parts));
+    response.extensions_mut().insert(Reserved);
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
@@ -188,7 +202,7 @@ impl Form {
         match self {
             Self::Events { format, delivered } => Ok(match output {
                 Output::Heartbeat(tail) => event::ping(now.millis(), *tail),
-                Output::Batch(slice) => write_event(slice, *format, delivered),
+                Output::Batch(slice) => slice.holding(write_event(slice, *format, delivered)),
             }),
             Self::Frames(compression) => {
                 let batch = match output {
@@ -198,7 +212,11 @@ impl Form {
                     Output::Batch(slice) => proto_batch(std::slice::from_ref(slice)),
                 };
                 let frame = SessionMessage::regular(*compression, &batch);
-                frame.map(|frame| frame.encode()).map_err(|fault| error::refusal(Error::internal(fault)))
+                let frame = frame.map_err(|fault| error::refusal(Error::internal(fault)))?.encode();
+                Ok(match output {
+                    Output::Heartbeat(_) => frame,
+                    Output::Batch(slice) => slice.holding(frame),
+                })
             }
         }
     }

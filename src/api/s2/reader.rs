@@ -5,15 +5,18 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use s2_api::v1::stream as wire;
 
 use super::error;
 use super::target::Target;
 use crate::api::App;
 use crate::api::error::Failure;
-use crate::domain::record::{BATCH_RECORDS_MAX, METERED_MAX, RecordBatch, metered_size};
+use crate::domain::record::{BATCH_RECORDS_MAX, METERED_MAX, metered_size};
+use crate::domain::send_budget::cost;
 use crate::domain::{
-    Clock, Error, Follow, FollowEvent, FollowOptions, Position, ReadStart, Record, Timestamp,
+    Clock, ConnectionBudget, Delivery, Error, Follow, FollowEvent, FollowOptions, Position, ReadStart,
+    Record, Timestamp,
 };
 use crate::telemetry::{Door, GaugeGuard};
 
@@ -46,7 +49,7 @@ pub(super) enum Output {
 
 /// Some records of a batch that followers share.
 pub(super) struct Slice {
-    batch: Arc<RecordBatch>,
+    batch: Delivery,
     range: Range<usize>,
     /// The channel's tail, if these are known to end at it.
     pub tail: Option<Position>,
@@ -55,6 +58,16 @@ pub(super) struct Slice {
 impl Slice {
     pub(super) fn records(&self) -> &[Record] {
         &self.batch.records[self.range.clone()]
+    }
+
+    /// The room that they take until the reader has them.
+    pub(super) fn cost(&self) -> usize {
+        cost(self.records())
+    }
+
+    /// Bytes made of these records, which keep their room until they are sent.
+    pub(super) fn holding(&self, bytes: Bytes) -> Bytes {
+        self.batch.holding(bytes)
     }
 }
 
@@ -121,12 +134,13 @@ pub(super) struct Reader {
     follow: Follow,
     clock: Arc<dyn Clock>,
     left: Bounds,
-    pending: Option<(Arc<RecordBatch>, usize)>,
+    pending: Option<(Delivery, usize)>,
     tail: Position,
     deadline: Option<Timestamp>,
     heartbeat_every: Duration,
     heartbeat_at: Timestamp,
     over: bool,
+    is_at_tail: bool,
     _guard: GaugeGuard,
 }
 
@@ -142,6 +156,7 @@ impl Reader {
         start: ReadStart,
         clamp: bool,
         bounds: Bounds,
+        budget: &ConnectionBudget,
     ) -> Result<Self, Failure> {
         let Target { caller, session, channel } = target;
         let over = bounds.count == 0 || bounds.bytes == 0;
@@ -155,7 +170,8 @@ impl Reader {
             return Err(error::unwritten(tail));
         }
         let options = FollowOptions { start, peek_settled: false, require_complete: false };
-        let follow = app.sessions.follow(caller, session, channel, options).await.map_err(error::refusal)?;
+        let follow = app.sessions.follow(caller, session, channel, options, budget).await;
+        let follow = follow.map_err(error::refusal)?;
         let now = app.clock.now();
         let spread = RandomState::new().hash_one(now) % (HEARTBEAT_MAX - HEARTBEAT_MIN);
         let heartbeat_every = Duration::from_millis(HEARTBEAT_MIN + spread);
@@ -164,6 +180,7 @@ impl Reader {
             clock: app.clock.clone(),
             deadline: bounds.wait.map(|wait| now.plus(wait)),
             over,
+            is_at_tail: at || past,
             left: bounds,
             pending: None,
             tail,
@@ -171,6 +188,11 @@ impl Reader {
             heartbeat_at: now.plus(heartbeat_every),
             _guard: app.metrics.follower(Door::S2),
         })
+    }
+
+    /// Whether nothing was stored where the reader began.
+    pub(super) fn is_at_tail(&self) -> bool {
+        self.is_at_tail
     }
 
     pub(super) fn now(&self) -> Timestamp {
@@ -214,7 +236,7 @@ impl Reader {
     }
 
     /// The next records of a batch.
-    fn take(&mut self, batch: Arc<RecordBatch>, from: usize) -> Option<Output> {
+    fn take(&mut self, batch: Delivery, from: usize) -> Option<Output> {
         let (mut bytes, mut to) = (0, from);
         for record in batch.records[from..].iter().take(BATCH_RECORDS_MAX) {
             bytes += metered_size(&record.headers, &record.body);

@@ -111,7 +111,7 @@ impl Channels {
     }
 
     async fn follow(&self, key: &ChannelKey, start: ReadStart) -> Follower {
-        Follower(self.store.follow(key, start).await.expect("follows"))
+        Follower(self.store.follow(key, start, &harness::ample_budget()).await.expect("follows"))
     }
 }
 
@@ -126,7 +126,7 @@ impl Follower {
 
     async fn batch(&mut self) -> Arc<RecordBatch> {
         match self.next().await {
-            Some(Followed::Batch(batch)) => batch,
+            Some(Followed::Batch(batch)) => batch.batch().clone(),
             other => panic!("expected a batch, got {other:?}"),
         }
     }
@@ -159,7 +159,7 @@ impl Follower {
     }
 }
 
-suite!("channels": [log = open_log, s2 = open_s2], [
+suite!("ChannelStore": [log = open_log, s2 = open_s2], [
     a_channel_exists_as_soon_as_it_is_named,
     sequence_numbers_start_at_zero_and_an_ack_names_every_place,
     concurrent_appends_get_gapless_numbers,

@@ -497,7 +497,7 @@ async fn a_schema_from_a_newer_binary_is_refused(sql: Sql) {
 mod empty {
     use super::*;
 
-    suite!("an empty database": [sqlite = sqlite, postgres = TestDatabase::postgres], [
+    suite!("MetadataStore": [sqlite = sqlite, postgres = TestDatabase::postgres], [
         concurrent_starts_on_an_empty_database_all_succeed,
         migrating_reports_what_it_did,
     ]);

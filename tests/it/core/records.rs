@@ -38,7 +38,10 @@ impl Core {
 
     async fn follow(&self, start: ReadStart) -> Follow {
         let options = FollowOptions { start, peek_settled: false, require_complete: true };
-        self.sessions.follow(&self.root, &self.address, &self.out, options).await.expect("a follower")
+        self.sessions
+            .follow(&self.root, &self.address, &self.out, options, &ample_budget())
+            .await
+            .expect("a follower")
     }
 }
 
@@ -49,7 +52,7 @@ async fn event(follow: &mut Follow) -> Result<FollowEvent, Error> {
 
 async fn batch(follow: &mut Follow) -> Arc<RecordBatch> {
     match event(follow).await {
-        Ok(FollowEvent::Batch(batch)) => batch,
+        Ok(FollowEvent::Batch(batch)) => batch.batch().clone(),
         other => panic!("expected a batch, got {other:?}"),
     }
 }

@@ -19,3 +19,8 @@ pub use process::Process;
 pub use server::{Answer, TestServer};
 pub use sse::SseReader;
 pub use websocket::Socket;
+
+/// A budget that nothing in a test uses up.
+pub fn ample_budget() -> sessiond::domain::ConnectionBudget {
+    sessiond::domain::SendBudget::new(usize::MAX).connection()
+}

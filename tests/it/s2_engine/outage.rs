@@ -169,7 +169,7 @@ async fn everything_goes_on_after_s2_was_away_for_long() {
     unavailable(replica.append(&keys[0], part("part", "after")).await.err());
     unavailable(replica.bounds(&keys[0]).await.err());
     unavailable(replica.read(&keys[0], ReadStart::SeqNum(0), ReadLimit::BATCH).await.err());
-    unavailable(replica.follow(&main_out("new"), ReadStart::SeqNum(0)).await.err());
+    unavailable(replica.follow(&main_out("new"), ReadStart::SeqNum(0), &ample_budget()).await.err());
     unavailable(replica.seal(&session("away"), closure("early")).await.err());
     unavailable(replica.ping().await.err());
     away.await;

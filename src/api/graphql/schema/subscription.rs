@@ -58,7 +58,10 @@ impl Subscription {
         let app = app(ctx);
         // Only who names a place can be told that it is gone; whoever wants the start takes what is left.
         let options = FollowOptions { start, peek_settled: false, require_complete: after.is_some() };
-        let follow = app.sessions.follow(caller(ctx)?, &by.address()?, &address, options).await?;
+        let follow = app
+            .sessions
+            .follow(caller(ctx)?, &by.address()?, &address, options, ctx.data_unchecked())
+            .await?;
         let follower = app.metrics.follower(*ctx.data_unchecked::<Door>());
         let events = ChannelEvents::new(follow, address, size, after, follower);
         if let (Some(handover), Some(selection)) =

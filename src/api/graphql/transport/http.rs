@@ -5,9 +5,11 @@
 
 use async_graphql::{BatchRequest, Extensions, ParseRequestError, Request as Operation, Variables};
 use async_graphql_axum::GraphQLBatchRequest;
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::{FromRequest, Request};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
 use http::{HeaderMap, Method, StatusCode};
 use serde::de::DeserializeOwned;
@@ -21,6 +23,8 @@ use crate::api::graphql::engine::{Asked, Credentials};
 use crate::api::graphql::error::{Fault, protocol};
 use crate::api::graphql::reply::Reply;
 use crate::api::trace::RequestId;
+use crate::domain::send_budget::{Reservation, Reserved};
+use crate::domain::{ConnectionBudget, Error};
 use crate::telemetry::Door;
 
 /// Largest body, and largest query string in decoded bytes.
@@ -36,20 +40,22 @@ pub(super) async fn answer(app: App, id: RequestId, request: Request) -> Respons
         Some(Media::Multipart) => Door::Multipart,
         _ => Door::GraphqlSse,
     };
+    let budget = request.extensions().get::<ConnectionBudget>().cloned();
     let read = async {
+        let budget = budget.ok_or_else(|| Error::internal("a request without a budget"))?;
         let credentials = credentials(&app, request.headers()).await?;
         let operations =
             if may_change { from_body(&app, request).await? } else { from_query(request.uri().query())? };
-        Ok::<_, Failure>((credentials, operations))
+        Ok::<_, Failure>((credentials, budget, operations))
     };
     match read.await {
         Err(failure) => refuse(failure, accept, &id),
-        Ok((credentials, BatchRequest::Single(operation))) => {
-            let asked = Asked { credentials, id, may_change, door };
+        Ok((credentials, budget, BatchRequest::Single(operation))) => {
+            let asked = Asked { credentials, id, may_change, door, budget };
             one(&app, operation, asked, accept).await
         }
-        Ok((credentials, BatchRequest::Batch(operations))) => {
-            let asked = Asked { credentials, id, may_change, door };
+        Ok((credentials, budget, BatchRequest::Batch(operations))) => {
+            let asked = Asked { credentials, id, may_change, door, budget };
             batch(&app, operations, &asked, accept).await
         }
     }
@@ -66,7 +72,7 @@ pub(super) async fn credentials(app: &App, headers: &HeaderMap) -> Result<Option
 }
 
 async fn one(app: &App, operation: Operation, asked: Asked, accept: Accept) -> Response {
-    let id = asked.id.clone();
+    let (id, budget) = (asked.id.clone(), asked.budget.clone());
     let prepared = match app.graphql.prepare(app, operation, asked) {
         Ok(prepared) => prepared,
         Err(fault) if accept.single() == Some(Media::EventStream) && is_in_document(&fault) => {
@@ -79,7 +85,9 @@ async fn one(app: &App, operation: Operation, asked: Asked, accept: Accept) -> R
         Some(Media::EventStream) => sse::response(app.graphql.answers(prepared), id),
         Some(Media::Multipart) => multipart::response(app.graphql.answers(prepared), id),
         Some(media @ (Media::Json | Media::GraphqlResponse)) => {
-            respond(app.graphql.execute(prepared).await, media)
+            let mut room = app.graphql.room(&budget).await;
+            let reply = app.graphql.execute(prepared, &mut room, 0).await;
+            respond(reply, media, Some(room))
         }
         None => {
             let message = if prepared.is_subscription() {
@@ -99,32 +107,44 @@ async fn batch(app: &App, operations: Vec<Operation>, asked: &Asked, accept: Acc
         let message = format!("a batch must hold 1 to {BATCH_MAX} operations");
         return refuse(Failure::bad_request(message), accept, &asked.id);
     }
-    let mut replies = Vec::with_capacity(operations.len());
+    let mut room = app.graphql.room(&asked.budget).await;
+    let (mut replies, mut taken) = (Vec::with_capacity(operations.len()), 0);
     for operation in operations {
         let reply = match app.graphql.prepare(app, operation, asked.clone()) {
             Ok(prepared) if prepared.is_subscription() => {
                 Reply::refusal(Failure::bad_request("a batch must not hold subscriptions"), &asked.id)
             }
-            Ok(prepared) => app.graphql.execute(prepared).await,
+            Ok(prepared) => app.graphql.execute(prepared, &mut room, taken).await,
             Err(fault) => Reply::refusal(fault, &asked.id),
         };
+        taken += reply.json.len();
         replies.push(reply.json);
     }
-    let mut response = Response::new(Body::from(format!("[{}]", replies.join(","))));
-    response.headers_mut().insert(CONTENT_TYPE, content_type(accept.refusal()));
-    response
+    let (reserved, body) = body(format!("[{}]", replies.join(",")), Some(room));
+    ([(CONTENT_TYPE, content_type(accept.refusal()))], reserved, body).into_response()
+}
+
+/// A body that keeps its room until the client has it.
+fn body(json: String, room: Option<Reservation>) -> (Extension<Reserved>, Body) {
+    let bytes = Bytes::from(json);
+    let bytes = match room {
+        Some(room) => room.around(bytes),
+        None => bytes,
+    };
+    (Extension(Reserved), Body::from(bytes))
 }
 
 fn refuse(fault: impl Into<Fault>, accept: Accept, id: &RequestId) -> Response {
-    respond(Reply::refusal(fault, id), accept.refusal())
+    respond(Reply::refusal(fault, id), accept.refusal(), None)
 }
 
 /// `application/json` keeps the old rule that every well-formed request gets a 200; only what is refused before
 /// the document counts has a status of its own.
-fn respond(reply: Reply, media: Media) -> Response {
+fn respond(reply: Reply, media: Media, room: Option<Reservation>) -> Response {
     let in_document = reply.refused.iter().flatten().all(is_in_document);
     let status = if media == Media::Json && in_document { StatusCode::OK } else { reply.status };
-    let mut response = (status, reply.json).into_response();
+    let (reserved, body) = body(reply.json, room);
+    let mut response = (status, reserved, body).into_response();
     *response.headers_mut() = reply.headers;
     response.headers_mut().insert(CONTENT_TYPE, content_type(media));
     response

@@ -11,8 +11,9 @@ use http::header::{CONTENT_TYPE, HeaderValue};
 
 use super::sse::{cut, framed, streaming};
 use crate::api::graphql::engine::Answer;
-use crate::api::graphql::reply;
+use crate::api::graphql::reply::{self, Text};
 use crate::api::trace::RequestId;
+use crate::domain::send_budget::Reserved;
 
 /// The protocol asks for a heartbeat in every silence of five seconds.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -21,7 +22,10 @@ const END: Bytes = Bytes::from_static(b"\r\n--graphql--\r\n");
 /// The answers as parts.
 pub(super) fn response(answers: BoxStream<'static, Answer>, id: RequestId) -> Response {
     let frame = move |answer| match answer {
-        Some(Answer::Next(json)) => Ok((part(&format!("{{\"payload\":{json}}}")), false)),
+        Some(Answer::Next(Text { json, room })) => {
+            let part = part(&format!("{{\"payload\":{json}}}"));
+            Ok((Text::holding(room, part), false))
+        }
         Some(Answer::Failed(faults)) => {
             let errors = reply::errors(&faults, &id).unwrap_or_default();
             let mut last = part(&format!("{{\"payload\":{{\"errors\":{errors}}}}}")).to_vec();
@@ -32,6 +36,7 @@ pub(super) fn response(answers: BoxStream<'static, Answer>, id: RequestId) -> Re
         None => Ok((END, true)),
     };
     let mut response = Response::new(Body::from_stream(framed(answers, HEARTBEAT, part("{}"), frame)));
+    response.extensions_mut().insert(Reserved);
     let headers = response.headers_mut();
     let kind = "multipart/mixed;boundary=\"graphql\";subscriptionSpec=\"1.0\"";
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));

@@ -13,8 +13,9 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use crate::api::graphql::engine::Answer;
 use crate::api::graphql::error::Fault;
-use crate::api::graphql::reply;
+use crate::api::graphql::reply::{self, Text};
 use crate::api::trace::RequestId;
+use crate::domain::send_budget::Reserved;
 
 /// Silence after which a comment shows that the connection lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(12);
@@ -24,7 +25,7 @@ const COMPLETE: Bytes = Bytes::from_static(b"event: complete\ndata:\n\n");
 /// The answers as events.
 pub(super) fn response(answers: BoxStream<'static, Answer>, id: RequestId) -> Response {
     let frame = move |answer| match answer {
-        Some(Answer::Next(json)) => Ok((next(&json), false)),
+        Some(Answer::Next(Text { json, room })) => Ok((Text::holding(room, next(&json)), false)),
         Some(Answer::Failed(faults)) => Ok((failed(&faults, &id), true)),
         Some(Answer::Stopping) => Err(cut()),
         None => Ok((COMPLETE, true)),
@@ -32,6 +33,7 @@ pub(super) fn response(answers: BoxStream<'static, Answer>, id: RequestId) -> Re
     let mut response = Response::new(Body::from_stream(
         stream::iter([Ok(COMMENT)]).chain(framed(answers, KEEP_ALIVE, COMMENT, frame)),
     ));
+    response.extensions_mut().insert(Reserved);
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     streaming(headers);

@@ -26,11 +26,11 @@ use super::messages::{ACK, ClientMessage, Close, PROTOCOL, Subscribe, complete, 
 use crate::api::App;
 use crate::api::cors;
 use crate::api::error::Failure;
-use crate::api::graphql::engine::{Answer, Asked, Credentials};
+use crate::api::graphql::engine::{ANSWER_MAX, Answer, Asked, Credentials};
 use crate::api::graphql::error::{Fault, protocol};
-use crate::api::graphql::reply;
+use crate::api::graphql::reply::{self, Text};
 use crate::api::trace::RequestId;
-use crate::domain::Cut;
+use crate::domain::{ConnectionBudget, Cut, Error};
 use crate::telemetry::Door;
 
 /// Largest message of a client.
@@ -45,6 +45,10 @@ const BURST: usize = 64;
 const FAREWELL: Duration = Duration::from_secs(2);
 /// Longest id of an operation.
 const ID_MAX: usize = 256;
+/// Bytes that one byte of an id takes in JSON.
+const ESCAPED_MAX: usize = 6;
+/// Room for what a message says besides its id and its payload, and for the frame around it.
+const FRAME: usize = 256;
 
 /// Takes a connection over.
 pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Response {
@@ -58,6 +62,9 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
         Ok(credentials) => credentials,
         Err(failure) => return failure.into_response(),
     };
+    let Some(budget) = parts.extensions.get::<ConnectionBudget>().cloned() else {
+        return Failure::from(Error::internal("a request without a budget")).into_response();
+    };
     // What the connection holds until it ends: its place under the cap, its count in the metrics.
     let held = parts.extensions.remove::<Arc<dyn Any + Send + Sync>>();
     let offered =
@@ -69,6 +76,8 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
     let mut upgrade = upgrade
         .read_buffer_size(READ_BUFFER)
         .write_buffer_size(WRITE_BUFFER)
+        // Room for the largest message behind a buffer that is about to be written: less would cut healthy clients.
+        .max_write_buffer_size(WRITE_BUFFER + ANSWER_MAX + ID_MAX * ESCAPED_MAX + FRAME)
         // Up to twice the limit is read, so that the refusal has a code; beyond it the connection just ends.
         .max_message_size(2 * MESSAGE_MAX)
         .max_frame_size(2 * MESSAGE_MAX)
@@ -83,9 +92,19 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
         tasks.spawn(async move {
             let _held = held;
             let _open = app.metrics.websocket();
-            let mut connection = Connection::new(app, id, socket, credentials);
-            let close = if spoken { connection.serve().await } else { Some(Close::wrong_protocol()) };
-            connection.end(close).await;
+            let mut connection = Connection::new(app, id, socket, credentials, budget.clone());
+            let serving = async {
+                match connection.serve(spoken).await {
+                    Ended::Unwritable => {}
+                    Ended::ByClient => connection.end(None).await,
+                    Ended::ByUs(close) => connection.end(Some(close)).await,
+                }
+            };
+            tokio::select! {
+                () = serving => {}
+                // Others need the room of what this client does not read.
+                () = budget.cut() => {}
+            }
         });
     })
 }
@@ -93,11 +112,28 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
 /// An answer of one of the operations, or the end of it.
 type Tagged = (Arc<str>, Option<Answer>);
 
+/// Why a connection is over.
+enum Ended {
+    /// The client has closed it, or is gone.
+    ByClient,
+    /// The client is told why.
+    ByUs(Close),
+    /// Nothing can be written to it any more.
+    Unwritable,
+}
+
+impl From<Close> for Ended {
+    fn from(close: Close) -> Self {
+        Self::ByUs(close)
+    }
+}
+
 struct Connection {
     app: App,
     id: RequestId,
     socket: WebSocket,
     credentials: Option<Credentials>,
+    budget: ConnectionBudget,
     acknowledged: bool,
     answers: SelectAll<Abortable<BoxStream<'static, Tagged>>>,
     running: HashMap<Arc<str>, AbortHandle>,
@@ -109,7 +145,13 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(app: App, id: RequestId, socket: WebSocket, credentials: Option<Credentials>) -> Self {
+    fn new(
+        app: App,
+        id: RequestId,
+        socket: WebSocket,
+        credentials: Option<Credentials>,
+        budget: ConnectionBudget,
+    ) -> Self {
         let cut = app.sessions.until_cut(credentials.as_ref().map(|shown| shown.caller.as_ref()));
         let beat = Box::pin(sleep(app.graphql.config().init_timeout));
         Self {
@@ -117,6 +159,7 @@ impl Connection {
             id,
             socket,
             credentials,
+            budget,
             acknowledged: false,
             answers: SelectAll::new(),
             running: HashMap::new(),
@@ -126,22 +169,25 @@ impl Connection {
         }
     }
 
-    /// Serves until the client goes, which gives `None`, or has to go.
-    async fn serve(&mut self) -> Option<Close> {
+    /// Serves until the client goes or has to go.
+    async fn serve(&mut self, is_spoken: bool) -> Ended {
+        if !is_spoken {
+            return Close::wrong_protocol().into();
+        }
         loop {
             // Not biased: a channel that never pauses must not keep the client from being heard.
             let step = tokio::select! {
-                cut = &mut self.cut => Err(closed_by(cut)),
+                cut = &mut self.cut => Err(closed_by(cut).into()),
                 Some(answer) = self.answers.next(), if !self.answers.is_empty() => self.deliver(answer).await,
                 message = self.socket.recv() => match message {
-                    Some(Ok(Message::Close(_))) | None => return None,
-                    Some(Err(_)) => Err(Close::broken()),
+                    Some(Ok(Message::Close(_))) | None => Err(Ended::ByClient),
+                    Some(Err(_)) => Err(Close::broken().into()),
                     Some(Ok(message)) => self.take(message).await,
                 },
                 () = &mut self.beat => self.look_for_life().await,
             };
-            if let Err(close) = step {
-                return Some(close);
+            if let Err(ended) = step {
+                return ended;
             }
         }
     }
@@ -159,30 +205,38 @@ impl Connection {
     }
 
     /// Hands an answer and those that are ready behind it to the socket.
-    async fn deliver(&mut self, first: Tagged) -> Result<(), Close> {
+    async fn deliver(&mut self, first: Tagged) -> Result<(), Ended> {
         let mut next = Some(first);
+        // Kept until the socket has them.
+        let mut rooms = Vec::new();
         for left in (0..BURST).rev() {
             let Some((id, answer)) = next.take() else { break };
             let text = match answer {
-                Some(Answer::Next(json)) => message("next", &id, &json),
+                Some(Answer::Next(Text { json, room })) => {
+                    rooms.extend(room);
+                    message("next", &id, &json)
+                }
                 Some(Answer::Failed(faults)) => {
                     self.forget(&id);
                     self.failed(&id, &faults)?
                 }
-                Some(Answer::Stopping) => return Err(Close::going_away()),
+                Some(Answer::Stopping) => return Err(Close::going_away().into()),
                 None => {
                     self.forget(&id);
                     complete(&id)
                 }
             };
-            self.feed(text).await;
+            let is_large = text.len() > WRITE_BUFFER;
+            self.socket.feed(Message::Text(text.into())).await.map_err(unwritable)?;
+            // Behind a large one nothing more is collected.
+            if is_large {
+                break;
+            }
             if left > 0 {
                 next = self.answers.next().now_or_never().flatten();
             }
         }
-        // A dead socket shows at the next read.
-        let _ = self.socket.flush().await;
-        Ok(())
+        self.socket.flush().await.map_err(unwritable)
     }
 
     /// The refusal of an operation. Credentials that ended under it end the connection.
@@ -194,28 +248,25 @@ impl Connection {
         Ok(message("error", id, &reply::errors(faults, &self.id).unwrap_or_default()))
     }
 
-    async fn feed(&mut self, text: String) {
-        let _ = self.socket.feed(Message::Text(text.into())).await;
+    async fn send(&mut self, text: String) -> Result<(), Ended> {
+        self.socket.send(Message::Text(text.into())).await.map_err(unwritable)
     }
 
-    async fn send(&mut self, text: String) -> Result<(), Close> {
-        let _ = self.socket.send(Message::Text(text.into())).await;
-        Ok(())
-    }
-
-    async fn take(&mut self, message: Message) -> Result<(), Close> {
+    async fn take(&mut self, message: Message) -> Result<(), Ended> {
         self.pinged = false;
         let text = match message {
-            Message::Text(text) if text.len() > MESSAGE_MAX => return Err(Close::too_large(MESSAGE_MAX)),
+            Message::Text(text) if text.len() > MESSAGE_MAX => {
+                return Err(Close::too_large(MESSAGE_MAX).into());
+            }
             Message::Text(text) => text,
-            Message::Binary(_) => return Err(Close::invalid("messages are text")),
+            Message::Binary(_) => return Err(Close::invalid("messages are text").into()),
             Message::Ping(_) | Message::Pong(_) | Message::Close(_) => return Ok(()),
         };
         match ClientMessage::parse(&text)? {
             ClientMessage::ConnectionInit { payload } => self.init(payload.unwrap_or_default()).await,
             ClientMessage::Ping { payload } => self.send(pong(payload)).await,
             ClientMessage::Pong { .. } => Ok(()),
-            ClientMessage::Subscribe { .. } if !self.acknowledged => Err(Close::unauthorized()),
+            ClientMessage::Subscribe { .. } if !self.acknowledged => Err(Close::unauthorized().into()),
             ClientMessage::Subscribe { id, payload } => self.subscribe(&id, payload).await,
             ClientMessage::Complete { id } => {
                 self.forget(&id);
@@ -225,9 +276,9 @@ impl Connection {
     }
 
     /// Accepts the connection. A token in the payload wins over the one of the handshake.
-    async fn init(&mut self, payload: Map<String, Value>) -> Result<(), Close> {
+    async fn init(&mut self, payload: Map<String, Value>) -> Result<(), Ended> {
         if self.acknowledged {
-            return Err(Close::too_many_inits());
+            return Err(Close::too_many_inits().into());
         }
         if let Some(bearer) = bearer(&payload)? {
             let caller = self.app.auth.authenticate(bearer).await;
@@ -240,12 +291,12 @@ impl Connection {
         self.send(ACK.to_owned()).await
     }
 
-    async fn subscribe(&mut self, id: &str, payload: Subscribe) -> Result<(), Close> {
+    async fn subscribe(&mut self, id: &str, payload: Subscribe) -> Result<(), Ended> {
         if self.running.contains_key(id) {
-            return Err(Close::duplicate(id));
+            return Err(Close::duplicate(id).into());
         }
         if id.len() > ID_MAX {
-            return Err(Close::invalid(&format!("the id must be at most {ID_MAX} bytes")));
+            return Err(Close::invalid(&format!("the id must be at most {ID_MAX} bytes")).into());
         }
         let most = self.app.graphql.config().max_subscriptions;
         if self.running.len() >= most {
@@ -258,6 +309,7 @@ impl Connection {
             id: self.id.clone(),
             may_change: true,
             door: Door::Websocket,
+            budget: self.budget.clone(),
         };
         match self.app.graphql.prepare(&self.app, payload.into_request(), asked) {
             Err(fault) => self.refuse(id, fault).await,
@@ -272,7 +324,7 @@ impl Connection {
         }
     }
 
-    async fn refuse(&mut self, id: &str, fault: Fault) -> Result<(), Close> {
+    async fn refuse(&mut self, id: &str, fault: Fault) -> Result<(), Ended> {
         let faults = [fault];
         reply::log(&faults, &self.id);
         let text = self.failed(id, &faults)?;
@@ -286,17 +338,16 @@ impl Connection {
     }
 
     /// The protocol's own pings are the client's to send; the transport's are answered by every browser.
-    async fn look_for_life(&mut self) -> Result<(), Close> {
+    async fn look_for_life(&mut self) -> Result<(), Ended> {
         if !self.acknowledged {
-            return Err(Close::init_timeout());
+            return Err(Close::init_timeout().into());
         }
         if self.pinged {
-            return Err(Close::dead());
+            return Err(Close::dead().into());
         }
         self.pinged = true;
         self.rest();
-        let _ = self.socket.send(Message::Ping(Default::default())).await;
-        Ok(())
+        self.socket.send(Message::Ping(Default::default())).await.map_err(unwritable)
     }
 
     fn rest(&mut self) {
@@ -315,6 +366,12 @@ fn tagged(id: Arc<str>, answers: BoxStream<'static, Answer>) -> BoxStream<'stati
         Some(((id.clone(), answer), (answers, id, ended)))
     })
     .boxed()
+}
+
+/// The end of a connection at the first write that fails: the library would go on to collect what it cannot write.
+fn unwritable(error: axum::Error) -> Ended {
+    tracing::debug!(error = &error as &dyn std::error::Error, "a WebSocket cannot be written to");
+    Ended::Unwritable
 }
 
 fn closed_by(cut: Cut) -> Close {

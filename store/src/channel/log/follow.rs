@@ -9,13 +9,14 @@ use crate::channel::follow::{Source, followed};
 use crate::channel::live::Subscription;
 use sessiond_domain::port::Followed;
 use sessiond_domain::record::ReadLimit;
-use sessiond_domain::{ChannelKey, ReadStart, RecordBatch, Result, SeqNum};
+use sessiond_domain::{ChannelKey, ConnectionBudget, ReadStart, RecordBatch, Result, SeqNum};
 
 /// See [`ChannelStore::follow`](sessiond_domain::ChannelStore::follow).
 pub(super) async fn follow(
     shared: Arc<Shared>,
     key: ChannelKey,
     start: ReadStart,
+    budget: ConnectionBudget,
 ) -> Result<BoxStream<'static, Result<Followed>>> {
     // The window comes first: what is committed after the look at the store below is in it.
     let subscription = shared.live.subscribe(&key);
@@ -32,7 +33,7 @@ pub(super) async fn follow(
     if let Some(closure) = closure {
         source.subscription.window().seal(&closure);
     }
-    Ok(followed(source, next))
+    Ok(followed(source, next, budget))
 }
 
 struct LogSource {
@@ -46,8 +47,8 @@ impl Source for LogSource {
         &self.subscription
     }
 
-    async fn read(&self, from: SeqNum) -> Result<Arc<RecordBatch>> {
-        self.shared.read_stored(&self.key, ReadStart::SeqNum(from), ReadLimit::BATCH).await.map(Arc::new)
+    async fn read(&self, from: SeqNum, limit: ReadLimit) -> Result<Arc<RecordBatch>> {
+        self.shared.read_stored(&self.key, ReadStart::SeqNum(from), limit).await.map(Arc::new)
     }
 }
 

@@ -36,8 +36,8 @@ use super::observer::{CommitStats, LogObserver};
 use sessiond_domain::port::Followed;
 use sessiond_domain::record::{Bounds, ReadLimit};
 use sessiond_domain::{
-    AppendAck, AppendInput, ChannelKey, ChannelStore, Clock, Closure, Error, ReadStart, RecordBatch, Result,
-    SessionId,
+    AppendAck, AppendInput, ChannelKey, ChannelStore, Clock, Closure, ConnectionBudget, Error, ReadStart,
+    RecordBatch, Result, SessionId,
 };
 
 /// Reads that may wait for the disk at one time.
@@ -271,8 +271,9 @@ impl ChannelStore for LogChannels {
         &self,
         key: &ChannelKey,
         start: ReadStart,
+        budget: &ConnectionBudget,
     ) -> Result<BoxStream<'static, Result<Followed>>> {
-        follow::follow(self.shared.clone(), key.clone(), start).await
+        follow::follow(self.shared.clone(), key.clone(), start, budget.clone()).await
     }
 
     async fn seal(&self, session: &SessionId, closure: Closure) -> Result<Closure> {

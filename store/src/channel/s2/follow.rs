@@ -19,7 +19,7 @@ use crate::channel::follow::{Source, followed};
 use crate::channel::live::{Subscription, Window};
 use sessiond_domain::port::Followed;
 use sessiond_domain::record::ReadLimit;
-use sessiond_domain::{ChannelKey, Closure, Error, ReadStart, RecordBatch, Result, SeqNum};
+use sessiond_domain::{ChannelKey, Closure, ConnectionBudget, Error, ReadStart, RecordBatch, Result, SeqNum};
 
 /// The followed channels of this replica.
 #[derive(Default)]
@@ -72,6 +72,7 @@ pub(super) async fn follow(
     shared: Arc<Shared>,
     key: ChannelKey,
     start: ReadStart,
+    budget: ConnectionBudget,
 ) -> Result<BoxStream<'static, Result<Followed>>> {
     let (next, known) = shared.resolve(&key, start).await?;
     let known = known.unwrap_or_default();
@@ -85,7 +86,7 @@ pub(super) async fn follow(
         feed.subscription.window().seal(closure);
     }
     shared.observer.followers(1);
-    Ok(followed(S2Source { feed }, next))
+    Ok(followed(S2Source { feed }, next, budget))
 }
 
 struct S2Source {
@@ -98,11 +99,11 @@ impl Source for S2Source {
     }
 
     /// Waits for S2 to come back.
-    async fn read(&self, from: SeqNum) -> Result<Arc<RecordBatch>> {
+    async fn read(&self, from: SeqNum, limit: ReadLimit) -> Result<Arc<RecordBatch>> {
         let Feed { shared, key, .. } = &*self.feed;
         let mut backoff = Backoff::new(shared.longest_pause);
         loop {
-            match shared.read(key, ReadStart::SeqNum(from), ReadLimit::BATCH).await {
+            match shared.read(key, ReadStart::SeqNum(from), limit).await {
                 Err(Error::Unavailable { .. }) => backoff.pause().await,
                 read => return read.map(Arc::new),
             }

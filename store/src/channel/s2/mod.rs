@@ -40,8 +40,8 @@ use super::observer::LogObserver;
 use sessiond_domain::port::Followed;
 use sessiond_domain::record::{Bounds, ReadLimit};
 use sessiond_domain::{
-    AppendAck, AppendInput, ChannelKey, ChannelStore, Clock, Closure, Error, ReadStart, RecordBatch, Result,
-    SessionId,
+    AppendAck, AppendInput, ChannelKey, ChannelStore, Clock, Closure, ConnectionBudget, Error, ReadStart,
+    RecordBatch, Result, SessionId,
 };
 
 /// Longest an answer to "are you there" may take.
@@ -195,8 +195,9 @@ impl ChannelStore for S2Channels {
         &self,
         key: &ChannelKey,
         start: ReadStart,
+        budget: &ConnectionBudget,
     ) -> Result<BoxStream<'static, Result<Followed>>> {
-        follow::follow(self.shared.clone(), key.clone(), start).await
+        follow::follow(self.shared.clone(), key.clone(), start, budget.clone()).await
     }
 
     async fn seal(&self, session: &SessionId, closure: Closure) -> Result<Closure> {

@@ -133,16 +133,18 @@ impl Shared {
 
     async fn read_from(&self, key: &ChannelKey, mut next: SeqNum, limit: ReadLimit) -> Result<RecordBatch> {
         let (slot, stream) = (self.memory.slot(key), codec::channel_stream(key));
-        // Every record takes eight bytes at least. S2 is not given the limit in bytes: it would bring none at all where the
-        // first is larger.
-        let count = limit.count.min(limit.bytes / 8).max(1);
+        let mut limits = ReadLimits::new().with_count(limit.count).with_bytes(limit.bytes);
         loop {
-            let limits = ReadLimits::new().with_count(count);
-            let read = self.remote.read(&stream, ReadFrom::SeqNum(next), limits);
+            let read = self.remote.read(&stream, ReadFrom::SeqNum(next), limits.clone());
             let (stored, tail) = futures_util::try_join!(read, self.remote.tail(&stream))?;
             let (Some(stored), Some(tail)) = (stored, tail) else {
                 return Ok(RecordBatch::new(Vec::new(), Some(Position::default())));
             };
+            if stored.records.is_empty() && next < tail.seq_num && limits.bytes.is_some() {
+                // S2 brings none at all where the first is larger.
+                limits = ReadLimits::new().with_count(1);
+                continue;
+            }
             slot.update(|known| known.see(&stored.records));
             let mut known = slot.get().unwrap_or_default();
             let (mut records, mut sealed) = up_to_seal(stored.records);

@@ -1,0 +1,618 @@
+//! What waits for clients to read it: bounded in bytes, for each connection and over all.
+//!
+//! Whoever reads records, or anything else of size, for a client reserves their room first and keeps it until the client
+//! has them, so a client that does not read costs what it was lent and no more. When everything is lent the connection
+//! that has taken nothing for the longest time is cut, so that those that read go on.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::Deref;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, sleep};
+
+use crate::error::Result;
+use crate::record::{BATCH_RECORDS_MAX, METERED_MAX, ReadLimit, Record, RecordBatch, metered_size};
+
+/// Most bytes that may wait for one connection.
+pub const CONNECTION_BYTES: usize = 4 << 20;
+/// Bytes that may wait for a connection that has taken nothing yet; as many more as it takes are added.
+const FIRST_BYTES: usize = 64 << 10;
+/// Largest budget.
+pub const BUDGET_MAX: usize = u32::MAX as usize;
+/// What is lent to a connection that has taken everything when there is no room.
+const CREDIT_BYTES: usize = 8 << 10;
+/// Metered bytes of the first piece that is read for a connection.
+const FIRST_PIECE: usize = 16 << 10;
+/// A piece is this part of what the connection has taken so far.
+const PIECE_PART: u64 = 4;
+/// Copies of a record that exist while it waits: as it was read, and as the client gets it.
+const COPIES: usize = 2;
+/// No moment.
+const NEVER: u64 = u64::MAX;
+/// What a record takes besides its bytes.
+const RECORD_BYTES: usize = 192;
+/// A piece holds at most one record for so many of its bytes.
+const BYTES_PER_RECORD: usize = 256;
+/// How long a connection that has taken nothing is left alone when others wait for room.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How often whoever waits for room looks for a connection to cut.
+const RELIEF_EVERY: Duration = Duration::from_millis(100);
+/// Shortest pause between two lines in the log about it.
+const TELL_EVERY: Duration = Duration::from_secs(10);
+/// Room is made for this part of the whole at a time.
+const RELIEF_PART: usize = 16;
+
+/// The bytes that may wait for all clients together.
+pub struct SendBudget {
+    bytes: Arc<Semaphore>,
+    limit: usize,
+    began: Instant,
+    connections: Mutex<HashMap<u64, Weak<Connection>>>,
+    next: AtomicU64,
+    relieved_at: Mutex<Option<Instant>>,
+    /// Connections that were cut and not told yet, and when the last were.
+    told: Mutex<(usize, Option<Instant>)>,
+}
+
+/// One connection's part of a [`SendBudget`].
+#[derive(Clone)]
+pub struct ConnectionBudget {
+    connection: Arc<Connection>,
+    /// Room was reserved for whatever is read.
+    is_prepaid: bool,
+    /// Since when one of the streams of the connection waits for room of the connection's own, in milliseconds since the
+    /// budget began; [`NEVER`] while it does not. None where the connection is one stream.
+    waits: Option<Arc<AtomicU64>>,
+}
+
+struct Connection {
+    process: Arc<SendBudget>,
+    number: u64,
+    bytes: Arc<Semaphore>,
+    /// Bytes that were put into `bytes`.
+    granted: AtomicUsize,
+    held: AtomicUsize,
+    /// Bytes that the client has taken.
+    taken: AtomicU64,
+    /// When something was last taken, or first lent, in milliseconds since the budget began.
+    moved_at: AtomicU64,
+    is_cut: AtomicBool,
+    cut: Notify,
+}
+
+/// Room for bytes that wait for one connection; given back when dropped.
+pub struct Reservation {
+    connection: Arc<Connection>,
+    bytes: usize,
+    own: Option<OwnedSemaphorePermit>,
+    shared: Option<OwnedSemaphorePermit>,
+}
+
+impl SendBudget {
+    /// A budget of so many bytes, at least [`CONNECTION_BYTES`] and at most [`BUDGET_MAX`].
+    pub fn new(limit: usize) -> Arc<Self> {
+        let limit = limit.clamp(CONNECTION_BYTES, BUDGET_MAX);
+        Arc::new(Self {
+            bytes: Arc::new(Semaphore::new(limit)),
+            limit,
+            began: Instant::now(),
+            connections: Mutex::default(),
+            next: AtomicU64::new(0),
+            relieved_at: Mutex::new(None),
+            told: Mutex::default(),
+        })
+    }
+
+    /// A connection's part.
+    pub fn connection(self: &Arc<Self>) -> ConnectionBudget {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let connection = Arc::new(Connection {
+            process: self.clone(),
+            number,
+            bytes: Arc::new(Semaphore::new(FIRST_BYTES)),
+            granted: AtomicUsize::new(FIRST_BYTES),
+            held: AtomicUsize::new(0),
+            taken: AtomicU64::new(0),
+            moved_at: AtomicU64::new(0),
+            is_cut: AtomicBool::new(false),
+            cut: Notify::new(),
+        });
+        lock(&self.connections).insert(number, Arc::downgrade(&connection));
+        ConnectionBudget { connection, is_prepaid: false, waits: None }
+    }
+
+    /// Bytes that are lent at this moment.
+    pub fn lent(&self) -> usize {
+        self.limit.saturating_sub(self.bytes.available_permits())
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Waits for so many bytes, and makes room while it does.
+    async fn acquire(&self, count: u32) -> Option<OwnedSemaphorePermit> {
+        if let Ok(permit) = self.bytes.clone().try_acquire_many_owned(count) {
+            return Some(permit);
+        }
+        let mut acquired = pin!(self.bytes.clone().acquire_many_owned(count));
+        loop {
+            tokio::select! {
+                biased;
+                // Never closed, so there is always a permit.
+                permit = &mut acquired => return permit.ok(),
+                () = sleep(RELIEF_EVERY) => self.relieve(),
+            }
+        }
+    }
+
+    /// Cuts the connections that have taken nothing for the longest time, until enough of the whole is free.
+    fn relieve(&self) {
+        let mut relieved_at = lock(&self.relieved_at);
+        if relieved_at.is_some_and(|at| at.elapsed() < RELIEF_EVERY) {
+            return;
+        }
+        *relieved_at = Some(Instant::now());
+        let now = self.now();
+        let patience = u64::try_from(PATIENCE.as_millis()).unwrap_or(u64::MAX);
+        let connections: Vec<_> = lock(&self.connections).values().filter_map(Weak::upgrade).collect();
+        let stuck = |connection: &Arc<Connection>| {
+            let held = connection.held.load(Ordering::Relaxed);
+            let still = now.saturating_sub(connection.moved_at.load(Ordering::Relaxed));
+            (held > 0 && still >= patience).then(|| (still, held, connection.clone()))
+        };
+        let mut stuck: Vec<_> = connections.iter().filter_map(stuck).collect();
+        stuck.sort_unstable_by_key(|(still, ..)| std::cmp::Reverse(*still));
+        let (mut freed, mut cut) = (0, 0);
+        for (_, held, connection) in stuck {
+            if freed >= self.limit / RELIEF_PART {
+                break;
+            }
+            // Cut before and not gone yet: what it holds comes back without another's end.
+            freed += held;
+            if !connection.is_cut.swap(true, Ordering::Relaxed) {
+                connection.cut.notify_one();
+                cut += 1;
+            }
+        }
+        self.tell(cut);
+    }
+
+    /// Says what was cut, but not for every client of a flood.
+    fn tell(&self, cut: usize) {
+        let mut told = lock(&self.told);
+        told.0 += cut;
+        if told.0 > 0 && told.1.is_none_or(|at| at.elapsed() >= TELL_EVERY) {
+            let message = "cut connections that do not read, to make room for those that do";
+            tracing::warn!(connections = told.0, bytes = self.limit, "{message}");
+            *told = (0, Some(Instant::now()));
+        }
+    }
+}
+
+impl ConnectionBudget {
+    /// For a reader that has reserved the room of all that it will read.
+    pub fn prepaid(&self) -> Self {
+        Self { is_prepaid: true, ..self.clone() }
+    }
+
+    /// For one of the streams of the connection, with [`ConnectionBudget::waits_still_since`] of its own.
+    pub fn stream(&self) -> Self {
+        Self { waits: Some(Arc::new(AtomicU64::new(NEVER))), ..self.clone() }
+    }
+
+    /// Since when this stream has waited for room of the connection's while the connection took nothing.
+    pub fn waits_still_since(&self) -> Option<Instant> {
+        let since = self.waits.as_ref()?.load(Ordering::Relaxed);
+        let still = since.max(self.connection.moved_at.load(Ordering::Relaxed));
+        (since != NEVER).then(|| self.connection.process.began + Duration::from_millis(still))
+    }
+
+    /// Metered bytes that are to be read at once for this connection: few at first, more as it takes them.
+    pub fn piece(&self) -> usize {
+        if self.is_prepaid {
+            return METERED_MAX;
+        }
+        let part = self.connection.taken.load(Ordering::Relaxed) / PIECE_PART;
+        usize::try_from(part).unwrap_or(METERED_MAX).clamp(FIRST_PIECE, METERED_MAX)
+    }
+
+    /// Waits for room. More than the connection may have is lent once it has nothing else. Cancel safe. Whoever holds room
+    /// must not wait for more of the same connection.
+    pub async fn reserve(&self, bytes: usize) -> Reservation {
+        let connection = &self.connection;
+        let Some((own, shared)) = self.permits(bytes) else { return self.lent(0, None, None) };
+        let own = match connection.bytes.clone().try_acquire_many_owned(own) {
+            Ok(own) => Some(own),
+            Err(_) => {
+                let _waiting =
+                    self.waits.as_deref().map(|waits| Waiting::begin(waits, connection.process.now()));
+                // Never closed, so there are always permits.
+                connection.bytes.clone().acquire_many_owned(own).await.ok()
+            }
+        };
+        let permit = connection.process.acquire(shared).await;
+        self.lent(shared as usize, own, permit)
+    }
+
+    /// Room, if there is enough at this moment. A little is always lent to a connection that has taken everything, so that
+    /// others which take nothing do not hold up what is live.
+    pub fn try_reserve(&self, bytes: usize) -> Option<Reservation> {
+        let free = self.try_acquire(bytes);
+        let credit = || bytes <= CREDIT_BYTES && self.connection.held.load(Ordering::Relaxed) == 0;
+        free.or_else(|| credit().then(|| self.lent(bytes, None, None)))
+    }
+
+    fn try_acquire(&self, bytes: usize) -> Option<Reservation> {
+        let Some((own, shared)) = self.permits(bytes) else { return Some(self.lent(0, None, None)) };
+        let own = self.connection.bytes.clone().try_acquire_many_owned(own).ok()?;
+        let permit = self.connection.process.bytes.clone().try_acquire_many_owned(shared).ok()?;
+        Some(self.lent(shared as usize, Some(own), Some(permit)))
+    }
+
+    fn lent(
+        &self,
+        bytes: usize,
+        own: Option<OwnedSemaphorePermit>,
+        shared: Option<OwnedSemaphorePermit>,
+    ) -> Reservation {
+        if bytes > 0 {
+            // First, or whoever looks for a connection to cut would see what is held and an old moment.
+            if self.connection.held.load(Ordering::Relaxed) == 0 {
+                self.connection.moved();
+            }
+            self.connection.held.fetch_add(bytes, Ordering::Relaxed);
+        }
+        Reservation { connection: self.connection.clone(), bytes, own, shared }
+    }
+
+    /// Permits of the connection and of the process for so many bytes; none if they are paid.
+    fn permits(&self, bytes: usize) -> Option<(u32, u32)> {
+        let shared = u32::try_from(bytes.min(CONNECTION_BYTES)).unwrap_or(u32::MAX);
+        let granted = u32::try_from(self.connection.granted.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+        (!self.is_prepaid).then_some((shared.min(granted), shared))
+    }
+
+    /// Reads the next piece in room that is waited for. `read` gets the limit of a read, and is asked a second time when
+    /// the first record alone is larger than the piece: nothing is kept while more room is waited for. Cancel safe.
+    ///
+    /// # Errors
+    /// Those of `read`.
+    pub async fn read<F>(&self, read: impl Fn(ReadLimit) -> F) -> Result<Delivery>
+    where
+        F: Future<Output = Result<Arc<RecordBatch>>>,
+    {
+        let piece = self.piece();
+        let limit = ReadLimit { count: (piece / BYTES_PER_RECORD).clamp(1, BATCH_RECORDS_MAX), bytes: piece };
+        let mut room = self.reserve(cost_of_read(limit)).await;
+        let mut batch = read(limit).await?;
+        let needed = cost(&batch.records);
+        if needed > room.bytes() && !self.is_prepaid {
+            drop((batch, room));
+            room = self.reserve(needed).await;
+            batch = read(ReadLimit::count(1)).await?;
+        }
+        room.shrink(cost(&batch.records));
+        Ok(Delivery::new(batch, room))
+    }
+
+    /// So many bytes have gone to the client: as many more may wait for it.
+    pub fn took(&self, bytes: usize) {
+        self.connection.took(bytes);
+    }
+
+    /// Completes when the connection must end because others need its room. One task at a time may wait.
+    pub async fn cut(&self) {
+        self.connection.cut.notified().await;
+    }
+}
+
+/// A stream waits for as long as this lives.
+struct Waiting<'a>(&'a AtomicU64);
+
+impl<'a> Waiting<'a> {
+    fn begin(waits: &'a AtomicU64, now: u64) -> Self {
+        waits.store(now, Ordering::Relaxed);
+        Self(waits)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.store(NEVER, Ordering::Relaxed);
+    }
+}
+
+impl Connection {
+    fn moved(&self) {
+        self.moved_at.store(self.process.now(), Ordering::Relaxed);
+    }
+
+    fn took(&self, bytes: usize) {
+        self.taken.fetch_add(bytes as u64, Ordering::Relaxed);
+        if self.held.load(Ordering::Relaxed) > 0 {
+            self.moved();
+        }
+        let grow =
+            |granted: usize| (granted < CONNECTION_BYTES).then(|| CONNECTION_BYTES.min(granted + bytes));
+        if let Ok(before) = self.granted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, grow) {
+            self.bytes.add_permits(CONNECTION_BYTES.min(before + bytes) - before);
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        lock(&self.process.connections).remove(&self.number);
+    }
+}
+
+impl Reservation {
+    /// Bytes of it.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Gives back what is over `bytes`.
+    pub fn shrink(&mut self, bytes: usize) {
+        let bytes = bytes.min(self.bytes);
+        self.connection.held.fetch_sub(self.bytes - bytes, Ordering::Relaxed);
+        self.bytes = bytes;
+        for permit in [&mut self.own, &mut self.shared].into_iter().flatten() {
+            drop(permit.split(permit.num_permits().saturating_sub(bytes)));
+        }
+    }
+
+    /// Waits until it is room for so many bytes, with what others have of the same connection left alone.
+    pub async fn grow(&mut self, bytes: usize) {
+        let more = bytes.min(self.connection.process.limit / RELIEF_PART).saturating_sub(self.bytes);
+        if more > 0 && self.own.is_some() {
+            let more = u32::try_from(more).unwrap_or(u32::MAX);
+            let permit = self.connection.process.acquire(more).await;
+            self.add(permit);
+        }
+    }
+
+    /// Room for as many bytes more, as far as there is any: what is written may be longer than what was read.
+    fn overdraw(&self, bytes: usize) -> Option<Self> {
+        let more = u32::try_from(bytes.saturating_sub(self.bytes)).unwrap_or(u32::MAX);
+        let permit = (more > 0 && self.own.is_some())
+            .then(|| self.connection.process.bytes.clone().try_acquire_many_owned(more).ok())??;
+        let mut extra = Self { connection: self.connection.clone(), bytes: 0, own: None, shared: None };
+        extra.add(Some(permit));
+        Some(extra)
+    }
+
+    fn add(&mut self, permit: Option<OwnedSemaphorePermit>) {
+        let Some(permit) = permit else { return };
+        self.bytes += permit.num_permits();
+        self.connection.held.fetch_add(permit.num_permits(), Ordering::Relaxed);
+        match &mut self.shared {
+            Some(shared) => shared.merge(permit),
+            None => self.shared = Some(permit),
+        }
+    }
+
+    /// Bytes that keep what they need of this room until they are dropped.
+    pub fn around(mut self, bytes: Bytes) -> Bytes {
+        self.shrink(bytes.len());
+        let extra = self.overdraw(bytes.len());
+        holding(bytes, (self, extra))
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.connection.held.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// Records on their way to one client, and the room that they take until it has them.
+#[derive(Clone, Debug)]
+pub struct Delivery {
+    batch: Arc<RecordBatch>,
+    room: Arc<Reservation>,
+}
+
+impl Delivery {
+    /// A batch in the room that was reserved for it.
+    pub fn new(batch: Arc<RecordBatch>, room: Reservation) -> Self {
+        Self { batch, room: Arc::new(room) }
+    }
+
+    /// The batch, which others may share.
+    pub fn batch(&self) -> &Arc<RecordBatch> {
+        &self.batch
+    }
+
+    /// The room.
+    pub fn room(&self) -> Arc<Reservation> {
+        self.room.clone()
+    }
+
+    /// Bytes made of these records, which keep the room until they are dropped.
+    pub fn holding(&self, bytes: Bytes) -> Bytes {
+        holding_room(bytes, self.room.clone())
+    }
+}
+
+impl Deref for Delivery {
+    type Target = RecordBatch;
+
+    fn deref(&self) -> &RecordBatch {
+        &self.batch
+    }
+}
+
+/// Bytes that keep room which others may keep too.
+pub fn holding_room(bytes: Bytes, room: Arc<Reservation>) -> Bytes {
+    let extra = room.overdraw(bytes.len());
+    holding(bytes, (room, extra))
+}
+
+/// Bytes that keep something until the last of them is dropped.
+pub fn holding<T: Send + 'static>(bytes: Bytes, kept: T) -> Bytes {
+    struct Holding<T>(Bytes, #[allow(dead_code, reason = "kept until it is dropped")] T);
+    impl<T> AsRef<[u8]> for Holding<T> {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+    Bytes::from_owner(Holding(bytes, kept))
+}
+
+/// The room that records take until their client has them.
+pub fn cost(records: &[Record]) -> usize {
+    let sizes = records.iter().map(|record| metered_size(&record.headers, &record.body));
+    sizes.map(|size| COPIES * size + RECORD_BYTES).sum()
+}
+
+/// The room that a read takes at most, unless one record alone is larger.
+pub fn cost_of_read(limit: ReadLimit) -> usize {
+    COPIES * limit.bytes + RECORD_BYTES * limit.count
+}
+
+/// Marks an answer whose bytes hold the room that they take, so that nobody reserves it again.
+#[derive(Clone, Copy, Debug)]
+pub struct Reserved;
+
+/// No guarded section leaves its value half changed, so a panic elsewhere does not spoil it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl fmt::Debug for SendBudget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { limit, .. } = self;
+        f.debug_struct("SendBudget").field("limit", limit).field("lent", &self.lent()).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for ConnectionBudget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConnectionBudget").field("held", &self.connection.held).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Reservation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Reservation").field(&self.bytes()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::future::FutureExt;
+
+    #[test]
+    fn a_connection_has_little_and_gets_more_as_it_takes() {
+        let budget = SendBudget::new(64 << 20);
+        let connection = budget.connection();
+        assert_eq!(connection.piece(), FIRST_PIECE);
+        let first = connection.try_reserve(FIRST_BYTES).expect("room");
+        assert!(connection.try_reserve(CREDIT_BYTES + 1).is_none(), "more than it may have");
+        assert!(connection.reserve(1).now_or_never().is_none(), "more than it may have");
+        drop(first);
+        connection.took(1 << 20);
+        assert_eq!(connection.piece(), 256 << 10);
+        let both = [connection.try_reserve(1 << 20), connection.try_reserve(FIRST_BYTES)];
+        assert!(both.iter().all(Option::is_some), "as much as it has taken");
+        assert_eq!(budget.lent(), (1 << 20) + FIRST_BYTES);
+        drop(both);
+        connection.took(1 << 30);
+        assert_eq!(connection.piece(), METERED_MAX);
+        assert_eq!(connection.try_reserve(usize::MAX).expect("room").bytes(), CONNECTION_BYTES);
+        assert_eq!(budget.lent(), 0);
+    }
+
+    #[test]
+    fn one_large_piece_is_lent_to_a_connection_that_has_nothing_else() {
+        let budget = SendBudget::new(64 << 20);
+        let connection = budget.connection();
+        let large = connection.try_reserve(2 << 20).expect("room");
+        assert_eq!((large.bytes(), budget.lent()), (2 << 20, 2 << 20));
+        assert!(connection.try_reserve(1).is_none(), "it has something");
+        let rest = large.around(Bytes::from_static(b"x"));
+        assert_eq!(budget.lent(), 1);
+        let piece = rest.slice(..1);
+        drop(rest);
+        assert_eq!(budget.lent(), 1, "a part of it lives");
+        drop(piece);
+        assert_eq!(budget.lent(), 0);
+    }
+
+    #[test]
+    fn what_is_written_longer_than_it_was_read_counts_too() {
+        let budget = SendBudget::new(64 << 20);
+        let room = Arc::new(budget.connection().try_reserve(10).expect("room"));
+        let bytes = holding_room(Bytes::from(vec![0; 1000]), room);
+        assert_eq!(budget.lent(), 1000);
+        drop(bytes);
+        assert_eq!(budget.lent(), 0);
+    }
+
+    #[tokio::test]
+    async fn when_all_is_lent_the_one_that_has_taken_nothing_for_longest_is_cut() {
+        let budget = SendBudget::new(CONNECTION_BYTES);
+        let (oldest, old, reads) = (budget.connection(), budget.connection(), budget.connection());
+        let part = CONNECTION_BYTES / 4;
+        let held = oldest.try_reserve(part).expect("room");
+        sleep(Duration::from_millis(5)).await;
+        let _older = old.try_reserve(part).expect("room");
+        let _read = reads.try_reserve(2 * part).expect("room");
+        let live = budget.connection();
+        assert!(live.try_reserve(CREDIT_BYTES).is_some(), "a little is lent to one that takes everything");
+        let reading = async {
+            // The last one goes on reading, however slowly.
+            loop {
+                sleep(RELIEF_EVERY).await;
+                reads.took(1);
+            }
+        };
+        let waiting = async {
+            tokio::select! {
+                () = oldest.cut() => drop(held),
+                () = old.cut() => panic!("the younger one was cut first"),
+                () = reads.cut() => panic!("one that reads was cut"),
+            }
+        };
+        let next = live.reserve(part);
+        tokio::select! {
+            (room, ()) = futures_util::future::join(next, waiting) => assert_eq!(room.bytes(), part),
+            () = reading => unreachable!("for ever"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_record_larger_than_the_piece_is_read_again_in_its_own_room() {
+        let budget = SendBudget::new(64 << 20);
+        let connection = budget.connection();
+        let batch = |size: usize| {
+            let record = Record {
+                position: crate::Position::default(),
+                headers: Vec::new(),
+                body: vec![b'x'; size].into(),
+                metered_end: 0,
+            };
+            Arc::new(RecordBatch::new(vec![record], None))
+        };
+        let asked = Mutex::new(Vec::new());
+        let read = |limit: ReadLimit| {
+            lock(&asked).push((limit.count, budget.lent()));
+            std::future::ready(Ok(batch(500_000)))
+        };
+        let delivery = connection.read(read).await.expect("reads");
+        let needed = cost(&delivery.records);
+        assert!(needed > 1_000_000);
+        assert_eq!(*lock(&asked), [(64, 2 * FIRST_PIECE + 64 * RECORD_BYTES), (1, needed)]);
+        drop(delivery);
+        assert_eq!(budget.lent(), 0);
+    }
+}

@@ -24,6 +24,7 @@ async fn poll(
     });
     // Whoever connects after it is served after it has begun, or the test proves less than it could.
     server.get("/api/v1/waitpoints/tokens").await.expect(200);
+    assert!(!polling.is_finished(), "it was answered at once");
     polling
 }
 
@@ -35,7 +36,10 @@ async fn its_time_ends_it() {
     let polling = poll(&server, KEY, &id, "?wait=20").await;
     let mut request = server.request_as(KEY, Method::GET, &path(&id));
     request = request.header("prefer", "wait=20");
-    let preferring = tokio::spawn(async move { request.send().await.expect("an answer").status().as_u16() });
+    let preferring = tokio::spawn(async move {
+        let answer = request.send().await.expect("an answer");
+        (answer.status().as_u16(), answer.json::<Value>().await.expect("JSON"))
+    });
     for _ in 0..60 {
         server.clock.advance(Duration::from_secs(1));
         tokio::task::yield_now().await;
@@ -48,8 +52,10 @@ async fn its_time_ends_it() {
     server.clock.advance(Duration::from_secs(30));
     let (status, body) = polling.await.expect("polled");
     assert_eq!((status, &body["status"]), (200, &json!("WAITING")));
-    assert_eq!(preferring.await.expect("polled"), 200);
-    server.get(&format!("{}?wait=301", path(&id))).await.expect(400);
+    let (status, body) = preferring.await.expect("polled");
+    assert_eq!((status, &body["status"]), (200, &json!("WAITING")));
+    let refused = server.get(&format!("{}?wait=301", path(&id))).await.expect(400);
+    assert_eq!(refused["details"][0]["field"], "wait", "{refused}");
 }
 
 #[tokio::test]
@@ -60,7 +66,8 @@ async fn the_end_of_its_token_ends_it() {
     let token = server.token(&["read:sessions:s"], Duration::from_secs(60)).await;
     let polling = poll(&server, &token, &id, "?wait=300").await;
     server.clock.advance(Duration::from_secs(61));
-    assert_eq!(polling.await.expect("polled").0, 401);
+    let (status, body) = polling.await.expect("polled");
+    assert_eq!((status, &body["error"]), (401, &json!("Public Access Token is expired")));
 }
 
 #[tokio::test]
@@ -77,7 +84,8 @@ async fn the_revocation_of_its_key_ends_it() {
         .end_key(&environment.id, &made.key.id, sessiond::domain::Clock::now(&server.clock))
         .await;
     assert!(ended.expect("ends").is_some());
-    assert_eq!(polling.await.expect("polled").0, 401);
+    let (status, body) = polling.await.expect("polled");
+    assert_eq!((status, &body["error"]), (401, &json!("the key has been revoked")));
 }
 
 #[tokio::test]

@@ -4,6 +4,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+/// Measured against the C library's (`cargo xtask bench ack memory`, docs/performance.md).
+#[cfg(not(target_env = "msvc"))]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     match sessiond::cli::run(sessiond::cli::Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,

@@ -19,4 +19,5 @@ mod s2;
 mod s2_engine;
 mod schema;
 mod slow_readers;
+mod transcripts;
 mod waitpoints;

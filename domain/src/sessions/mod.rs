@@ -35,6 +35,7 @@ pub use direct::DirectBatch;
 use room::Room;
 use rows::Rows;
 pub use runs::EndAndContinue;
+use snapshot::Parses;
 use waiting::Waiting;
 pub use waitpoints::Awaited;
 
@@ -130,6 +131,7 @@ pub struct Sessions {
     bounds: Bounds,
     rows: Rows,
     room: Room,
+    parses: Parses,
     waiting: Arc<Waiting>,
 }
 
@@ -151,6 +153,7 @@ impl Sessions {
             bounds,
             rows,
             room: Room::default(),
+            parses: Parses::default(),
             waiting,
         })
     }

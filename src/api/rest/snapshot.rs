@@ -1,9 +1,13 @@
 //! Snapshots over REST: URLs to put and get one, and the transcript inside.
 
 use axum::Json;
+use axum::body::Body;
 use axum::extract::{RawQuery, State};
+use axum::response::Response;
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use serde::Serialize;
-use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
 use crate::api::App;
@@ -12,7 +16,7 @@ use crate::api::extract::{ApiAsker, KeyAsker, SessionPath};
 use crate::api::origin::Origin;
 use crate::auth::signed_url::UrlMethod;
 use crate::domain::transcript::{Transcript, TranscriptQuery};
-use crate::domain::{Action, Caller, SessionRef, Violation};
+use crate::domain::{Action, Caller, Error, SessionRef, Violation};
 
 /// Where to put or get a snapshot.
 #[derive(Debug, Serialize, ToSchema)]
@@ -38,29 +42,49 @@ pub struct TranscriptCursorsBody {
 }
 
 /// A page of a transcript, oldest message first.
-#[derive(Debug, Serialize, ToSchema)]
-#[serde(rename_all = "camelCase")]
+#[derive(Debug, ToSchema)]
+#[schema(rename_all = "camelCase")]
+#[allow(dead_code, reason = "written around messages that are not read; the type documents the answer")]
 pub struct TranscriptResponse {
-    /// As the agent wrote them.
-    #[schema(value_type = Vec<serde_json::Value>)]
-    pub messages: Vec<Box<RawValue>>,
+    /// As the agent wrote them: at most 10,000, and at most 8 MiB unless one alone is larger.
+    #[schema(max_items = 10_000)]
+    messages: Vec<serde_json::Value>,
     /// Absent if the snapshot says none.
-    #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
-    pub cursors: Option<TranscriptCursorsBody>,
+    cursors: Option<TranscriptCursorsBody>,
     /// What `before` must be for the page of older messages; absent if there are none.
-    #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
-    pub next_cursor: Option<String>,
+    next_cursor: Option<String>,
 }
 
-impl From<Transcript> for TranscriptResponse {
-    fn from(page: Transcript) -> Self {
-        let (out, input) = (page.cursors.last_out_event_id, page.cursors.last_in_event_id);
-        let any = out.is_some() || input.is_some();
-        let cursors = TranscriptCursorsBody { last_out_event_id: out, last_in_event_id: input };
-        Self { messages: page.messages, cursors: any.then_some(cursors), next_cursor: page.next_cursor }
-    }
+/// What a page says beside its messages.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Rest {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cursors: Option<TranscriptCursorsBody>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next_cursor: Option<String>,
+}
+
+/// The messages go from the store to the client, piece by piece; everything else is written around them.
+fn answer(page: Transcript) -> Response {
+    let (out, input) = (page.cursors.last_out_event_id, page.cursors.last_in_event_id);
+    let any = out.is_some() || input.is_some();
+    let cursors = TranscriptCursorsBody { last_out_event_id: out, last_in_event_id: input };
+    let rest = Rest { cursors: any.then_some(cursors), next_cursor: page.next_cursor };
+    let begin = Bytes::from_static(b"{\"messages\":[");
+    let end = match serde_json::to_string(&rest).unwrap_or_default().strip_prefix('{') {
+        None | Some("}") => Bytes::from_static(b"]}"),
+        Some(rest) => Bytes::from(format!("],{rest}")),
+    };
+    let length = begin.len() as u64 + page.messages.length + end.len() as u64;
+    let around = |bytes| stream::iter([Ok::<_, Error>(bytes)]);
+    let body = around(begin).chain(page.messages.bytes).chain(around(end));
+    let mut response = Response::new(Body::from_stream(body));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(CONTENT_LENGTH, length.into());
+    response
 }
 
 async fn signed(
@@ -110,12 +134,14 @@ pub async fn url_to_put(
     signed(&app, &caller, &session, &origin, UrlMethod::Put).await
 }
 
-/// The transcript in the session's snapshot: all of it, or the newest `limit` messages before the one with the id
-/// `before`; oldest first within the page. Empty if there is no snapshot, or no message `before`.
+/// The transcript in the session's snapshot: the newest `limit` messages before the one with the id `before`, or before
+/// the end; oldest first within the page. A page has at most 10,000 messages and 8 MiB, or one message that is larger:
+/// `nextCursor` leads to what is older. Empty if there is no snapshot, or no message `before`. A message whose id is
+/// longer than 4,096 bytes is left out, as one without an id is.
 #[utoipa::path(get, path = "/api/v1/sessions/{session}/transcript", tag = "snapshots",
     operation_id = "getTranscript",
     params(("session" = String, Path, description = "session_... or an external id"),
-        ("limit" = Option<i64>, Query, description = "Messages at most; all if it is not positive"),
+        ("limit" = Option<i64>, Query, description = "Messages at most; as many as a page has if it is not positive"),
         ("before" = Option<String>, Query, description = "Id of a message; `nextCursor` of a page")),
     responses((status = 200, description = "A page", body = TranscriptResponse)))]
 pub async fn transcript(
@@ -123,10 +149,10 @@ pub async fn transcript(
     KeyAsker(caller): KeyAsker,
     SessionPath(session): SessionPath,
     RawQuery(query): RawQuery,
-) -> Result<Json<TranscriptResponse>, Failure> {
+) -> Result<Response, Failure> {
     let query = parse(query.as_deref().unwrap_or_default())?;
     let page = app.sessions.transcript(&caller, &session, &query).await;
-    Ok(Json(page.map_err(|error| Failure::from(error).on(Route::Load))?.into()))
+    Ok(answer(page.map_err(|error| Failure::from(error).on(Route::Load))?))
 }
 
 fn parse(query: &str) -> Result<TranscriptQuery, Failure> {

@@ -148,12 +148,6 @@ async fn through(door: &str, graphql: &Graphql, socket: &mut Socket, document: &
     }
 }
 
-fn memory(server: &Process, line: &str) -> usize {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", server.id())).expect("a running process");
-    let line = status.lines().find_map(|text| text.strip_prefix(line)).expect("a line");
-    line.trim_start_matches(':').trim_end_matches("kB").trim().parse().expect("a number")
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_murderous_document_is_refused_at_once_through_every_door() {
     let data = tempfile::tempdir().expect("a folder");
@@ -163,9 +157,7 @@ async fn every_murderous_document_is_refused_at_once_through_every_door() {
     for door in DOORS {
         through(door, &graphql, &mut socket, "{ viewer { environmentId } }").await;
     }
-    // Puts the peak back to what is in use now.
-    std::fs::write(format!("/proc/{}/clear_refs", server.id()), "5").expect("the peak is forgotten");
-    let before = memory(&server, "VmRSS");
+    let before = server.forget_peak();
     let mut wrong = Vec::new();
     for (name, document, expected) in documents() {
         for door in DOORS {
@@ -183,7 +175,7 @@ async fn every_murderous_document_is_refused_at_once_through_every_door() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    let peak = memory(&server, "VmHWM");
+    let peak = server.memory("VmHWM");
     assert!(peak < before + MEMORY, "{before} KiB grew to {peak} KiB");
     drop(socket);
     let _ = server.terminate().await;

@@ -60,6 +60,20 @@ impl Process {
         self.child.id().expect("still running")
     }
 
+    /// A line of the process's status, such as `VmRSS`, in KiB.
+    pub fn memory(&self, line: &str) -> usize {
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("a running process");
+        let line = status.lines().find_map(|text| text.strip_prefix(line)).expect("a line");
+        line.trim_start_matches(':').trim_end_matches("kB").trim().parse().expect("a number")
+    }
+
+    /// Puts the peak of its memory back to what is in use now, and gives that, in KiB.
+    pub fn forget_peak(&self) -> usize {
+        std::fs::write(format!("/proc/{}/clear_refs", self.id()), "5").expect("the peak is forgotten");
+        self.memory("VmRSS")
+    }
+
     /// Makes strace change what a kind of system call does, such as `fdatasync:error=EIO`, for as long as what is returned
     /// lives. It holds the process when this returns.
     pub async fn inject(&self, fault: &str) -> Child {

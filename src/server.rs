@@ -1,16 +1,15 @@
 //! Puts the parts together: configuration to adapters, adapters to use cases, use cases to doors.
 //! The only place that picks an adapter.
 
-use std::fs::OpenOptions;
+mod master_key;
+mod private;
+
 use std::future::Future;
-use std::io::{ErrorKind, Write};
 use std::net::SocketAddr;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use secrecy::{ExposeSecret, SecretString};
 use tokio_util::sync::CancellationToken;
 
@@ -20,7 +19,7 @@ use crate::auth::Auth;
 use crate::auth::keys::{Keys, NewEnvironment, RevealedKey};
 use crate::auth::vault::Vault;
 use crate::config::{BlobPlace, Config, HttpConfig};
-use crate::domain::tenant::{Environment, EnvironmentKind};
+use crate::domain::tenant::{Environment, EnvironmentKind, StoredKey};
 use crate::domain::timer::Timers;
 use crate::domain::{Backends, Blobs, ChannelStore, Clock, MetadataStore, Sessions, SessionsConfig};
 use crate::listener::Listener;
@@ -30,8 +29,9 @@ use crate::store::channel::log::{LogChannels, LogOptions};
 use crate::store::channel::s2::{S2Channels, S2Options};
 use crate::store::channel::{CommitStats, LogObserver};
 use crate::store::index::sql::SqlIndex;
-use crate::store::metadata::{OpenOptions as MetadataOptions, SqlMetadata};
+use crate::store::metadata::{OpenError, OpenOptions, SqlMetadata};
 use crate::telemetry::Metrics;
+pub use private::keep_private;
 
 /// The environment that a first start makes.
 const DEFAULT_NAME: &str = "default";
@@ -53,21 +53,36 @@ pub struct Control {
 }
 
 impl Control {
-    /// Opens the metadata store (migrating it) and the vault.
+    /// Opens the metadata store (migrating it) and the vault; makes what is missing of both.
     ///
     /// # Errors
-    /// If the store cannot be opened or there is no usable master key.
+    /// If the store cannot be opened, or the master key is not the one that its keys are sealed with.
     pub async fn open(config: &Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
-        std::fs::create_dir_all(&config.data)
+        private::make_folder(&config.data)
             .with_context(|| format!("cannot make the data folder {}", config.data.display()))?;
-        let options =
-            MetadataOptions { connections: config.metadata.connections, ..MetadataOptions::default() };
-        let store = Arc::new(SqlMetadata::open(&config.metadata_url(), options).await?);
-        let master_key = match &config.auth.master_key {
-            Some(key) => key.clone(),
-            None => master_key_file(&config.master_key_file())?,
+        Self::open_store(config, clock, true).await
+    }
+
+    /// As [`Control::open`], but makes nothing: a mistyped folder must not become a store of its own.
+    ///
+    /// # Errors
+    /// As [`Control::open`]; if there is no store.
+    pub async fn open_existing(config: &Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
+        Self::open_store(config, clock, false).await
+    }
+
+    async fn open_store(config: &Config, clock: Arc<dyn Clock>, create: bool) -> anyhow::Result<Self> {
+        let connections = config.metadata.connections;
+        let options = OpenOptions { connections, create, ..OpenOptions::default() };
+        let store = match SqlMetadata::open(&config.metadata_url(), options).await {
+            Err(missing @ OpenError::Missing(_)) => {
+                bail!("{missing}: `sessiond serve` makes one, and --data says in which folder")
+            }
+            other => Arc::new(other?),
         };
-        Ok(Self { store, vault: Arc::new(Vault::new(&master_key)?), clock })
+        let sealed = store.sample_keys(clock.now(), master_key::TRIED).await?;
+        let vault = Arc::new(master_key::open(config, &sealed, create)?);
+        Ok(Self { store, vault, clock })
     }
 
     /// Key management.
@@ -82,7 +97,7 @@ impl Control {
     pub async fn default_environment(
         &self,
         secret: Option<SecretString>,
-    ) -> anyhow::Result<(Environment, RevealedKey)> {
+    ) -> anyhow::Result<(Environment, RootKey)> {
         let keys = self.keys();
         let Some(environment) = self.store.environments().await?.into_iter().next() else {
             let kind = secret.as_ref().map_or(EnvironmentKind::Development, kind_of);
@@ -92,17 +107,52 @@ impl Control {
                 slug: kind.as_str().to_owned(),
                 kind,
             };
-            return Ok(keys.create_environment(new, secret).await?);
+            let (environment, made) = keys.create_environment(new, secret).await?;
+            let key = if made.key.given { RootKey::Given(made.key) } else { RootKey::Made(made) };
+            return Ok((environment, key));
         };
         let key = match secret {
-            Some(secret) => keys.adopt(&environment, secret).await?,
+            Some(secret) => {
+                let (key, new) = keys.adopt(&environment, secret).await?;
+                self.name_others(&key, new).await?;
+                RootKey::Given(key)
+            }
             None => match keys.current_root(&environment.id).await? {
-                Some(key) => key,
-                None => keys.create(&environment, "made at start", None, None).await?,
+                Some(key) => RootKey::Stored(key),
+                None => RootKey::Made(keys.create(&environment, "made at start", None, None).await?),
             },
         };
         Ok((environment, key))
     }
+
+    /// Warns of root keys that still live beside the one that is given now: of all when the setting has changed, later of
+    /// those that were given before, because who changes a secret mostly means to end the old one.
+    async fn name_others(&self, given: &StoredKey, new: bool) -> anyhow::Result<()> {
+        let now = self.clock.now();
+        let keys = self.keys().list(&given.environment).await?;
+        let others = keys.iter().filter(|key| key.is_root() && key.is_live(now) && key.id != given.id);
+        let others: Vec<_> = others.filter(|key| new || key.given).map(|key| key.id.as_str()).collect();
+        if !others.is_empty() {
+            tracing::warn!(
+                key = %given.id,
+                still_live = others.join(" "),
+                changed = new,
+                "SESSIOND_SECRET_KEY (secret_key) is not the only root key: what it was before still opens the \
+                 environment until `sessiond keys revoke` ends it"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The root key of the default environment, and how a start came by it.
+pub enum RootKey {
+    /// Made by this start, the only one that shows it of its own accord.
+    Made(RevealedKey),
+    /// Stored before.
+    Stored(StoredKey),
+    /// Given by the setting `secret_key`. Its secret is the operator's and never shown.
+    Given(StoredKey),
 }
 
 /// The log in use.
@@ -165,7 +215,7 @@ pub struct Server {
     listener: Listener,
     shutdown: Shutdown,
     config: Config,
-    key: RevealedKey,
+    key: RootKey,
 }
 
 impl Server {
@@ -176,6 +226,7 @@ impl Server {
     pub async fn start(config: Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
         let metrics = Metrics::new();
         let listener = Listener::bind(config.http.clone(), metrics.clone()).await?;
+        private::repair(&config);
         let control = Control::open(&config, clock.clone()).await?;
         let engine = Engine::open(&config, clock.clone(), metrics.clone()).await?;
         claim_log(&control, engine.log_id()).await?;
@@ -222,8 +273,8 @@ impl Server {
     }
 
     /// The root key of the default environment.
-    pub fn secret_key(&self) -> &SecretString {
-        &self.key.secret
+    pub fn root_key(&self) -> &RootKey {
+        &self.key
     }
 
     /// The control plane of this server.
@@ -382,27 +433,4 @@ impl LogObserver for LogMetrics {
 fn kind_of(secret: &SecretString) -> EnvironmentKind {
     let kind = secret.expose_secret().strip_prefix("tr_").and_then(|rest| rest.split('_').next());
     kind.and_then(EnvironmentKind::parse).unwrap_or(EnvironmentKind::Development)
-}
-
-/// Reads the generated master key, or makes one that only its owner can read. The file appears whole or not at
-/// all: half a key after a crash would lock every secret away.
-fn master_key_file(path: &Path) -> anyhow::Result<SecretString> {
-    if !path.exists() {
-        let draft = path.with_extension(format!("{}.new", std::process::id()));
-        let key = Vault::generate_master_key()?;
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
-        file.write_all(key.expose_secret().as_bytes())?;
-        file.sync_all()?;
-        // Unlike a rename it fails if another process was faster, whose key then counts.
-        let linked = std::fs::hard_link(&draft, path);
-        std::fs::remove_file(&draft)?;
-        match linked {
-            Err(error) if error.kind() != ErrorKind::AlreadyExists => {
-                return Err(error).with_context(|| format!("cannot make {}", path.display()));
-            }
-            _ => {}
-        }
-    }
-    let key = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(key.into())
 }

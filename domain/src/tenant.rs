@@ -75,6 +75,8 @@ pub struct StoredKey {
     pub created_at: Timestamp,
     /// When it stops working: the end of the grace window after a rotation, or the moment of revocation.
     pub ends_at: Option<Timestamp>,
+    /// The operator gave the secret, rather than we made it: it is theirs to keep, and is never shown.
+    pub given: bool,
 }
 
 impl StoredKey {

@@ -25,6 +25,8 @@ pub struct Model {
     pub created_at: i64,
     /// When it stops working.
     pub ends_at: Option<i64>,
+    /// Whether the operator gave the secret, rather than we made it.
+    pub given: bool,
 }
 
 impl std::fmt::Debug for Model {

@@ -4,6 +4,7 @@
 
 mod m20261123_000001_initial;
 mod m20261123_000002_waitpoints;
+mod m20261127_000003_given_keys;
 
 pub use sea_orm_migration::MigratorTrait;
 use sea_orm_migration::prelude::{MigrationTrait, async_trait};
@@ -14,7 +15,11 @@ pub struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(m20261123_000001_initial::Migration), Box::new(m20261123_000002_waitpoints::Migration)]
+        vec![
+            Box::new(m20261123_000001_initial::Migration),
+            Box::new(m20261123_000002_waitpoints::Migration),
+            Box::new(m20261127_000003_given_keys::Migration),
+        ]
     }
 }
 

@@ -5,7 +5,7 @@ import { useEffect, useState } from "react";
 import { useStore } from "./store";
 import { setToken, token, type Token } from "./token";
 
-const WHERE = "sessiond prints its secret key when it starts. `sessiond keys create` makes another, `sessiond token` a public one.";
+const WHERE = "sessiond prints its secret key when it first starts, and how to show it at later starts. `sessiond keys create` makes another, `sessiond token` a public one.";
 const KEPT = "Kept in this browser tab only (sessionStorage), and sent to this server only.";
 const TYPING_PAUSE_MS = 400;
 

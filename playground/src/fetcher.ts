@@ -6,7 +6,7 @@ import { start, type Observer } from "./live";
 import { operationOf } from "./resume";
 import { tokenRefused } from "./token";
 
-export const NO_TOKEN = "No token yet: paste the secret key, which sessiond prints when it starts, at the top of the page.";
+export const NO_TOKEN = "No token yet: paste the secret key, which sessiond prints when it first starts, at the top of the page.";
 
 const SHOW_EVERY_MS = 100;
 

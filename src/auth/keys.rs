@@ -89,6 +89,7 @@ impl<'a> Keys<'a> {
         scopes: Option<Scopes>,
         secret: Option<SecretString>,
     ) -> Result<RevealedKey> {
+        let given = secret.is_some();
         let secret = match (secret, &scopes) {
             (Some(_), Some(_)) => {
                 return Err(Error::invalid("secret", "cannot be given for a key with scopes"));
@@ -111,6 +112,7 @@ impl<'a> Keys<'a> {
             scopes,
             created_at: now,
             ends_at: None,
+            given,
             id,
         };
         self.store.insert_key(key.clone()).await?;
@@ -125,30 +127,52 @@ impl<'a> Keys<'a> {
         self.store.keys(environment).await
     }
 
-    /// The newest root key without an end, with its secret.
+    /// The newest root key without an end.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn current_root(&self, environment: &EnvironmentId) -> Result<Option<StoredKey>> {
+        let keys = self.store.keys(environment).await?;
+        Ok(keys.into_iter().find(|key| key.is_root() && key.ends_at.is_none()))
+    }
+
+    /// Opens a stored key. Whoever shows the secret asks [`StoredKey::given`] first.
     ///
     /// # Errors
     /// [`Error::Internal`] if the master key is not the one it was sealed with.
-    pub async fn current_root(&self, environment: &EnvironmentId) -> Result<Option<RevealedKey>> {
-        let keys = self.store.keys(environment).await?;
-        let Some(key) = keys.into_iter().find(|key| key.is_root() && key.ends_at.is_none()) else {
-            return Ok(None);
-        };
-        let secret = self.vault.open(&key.sealed_secret, environment, &key.id)?;
-        Ok(Some(RevealedKey { key, secret }))
+    pub fn open(&self, key: StoredKey) -> Result<RevealedKey> {
+        let secret = self.vault.open(&key.sealed_secret, &key.environment, &key.id)?;
+        Ok(RevealedKey { key, secret })
     }
 
-    /// Makes sure that this verbatim secret is a live root key of the environment.
+    /// A key by its id, live or not.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub async fn find(&self, environment: &EnvironmentId, id: &KeyId) -> Result<StoredKey> {
+        let keys = self.store.keys(environment).await?;
+        keys.into_iter().find(|key| key.id == *id).ok_or(Error::NotFound("key"))
+    }
+
+    /// Whether `secret` is what the key was made of.
+    pub fn is_secret_of(&self, key: &StoredKey, secret: &SecretString) -> bool {
+        self.vault.lookup_hash(secret.expose_secret()) == key.lookup
+    }
+
+    /// Makes sure that this verbatim secret is a live root key of the environment. True if it is a new one.
     ///
     /// # Errors
     /// [`Error::Conflict`] if it was revoked, or belongs to another environment.
-    pub async fn adopt(&self, environment: &Environment, secret: SecretString) -> Result<RevealedKey> {
+    pub async fn adopt(&self, environment: &Environment, secret: SecretString) -> Result<(StoredKey, bool)> {
         check_root(&secret)?;
         let lookup = self.vault.lookup_hash(secret.expose_secret());
         match self.store.find_key(&lookup).await? {
-            None => self.create(environment, "given at start", None, Some(secret)).await,
+            None => {
+                let made = self.create(environment, "given at start", None, Some(secret)).await?;
+                Ok((made.key, true))
+            }
             Some(key) if key.environment == environment.id && key.is_live(self.clock.now()) => {
-                Ok(RevealedKey { key, secret })
+                Ok((key, false))
             }
             Some(_) => Err(Error::Conflict(
                 "the given secret key was revoked or belongs to another environment".to_owned(),
@@ -167,8 +191,7 @@ impl<'a> Keys<'a> {
         grace: Duration,
     ) -> Result<RevealedKey> {
         let now = self.clock.now();
-        let keys = self.store.keys(&environment.id).await?;
-        let old = keys.into_iter().find(|key| key.id == *id).ok_or(Error::NotFound("key"))?;
+        let old = self.find(&environment.id, id).await?;
         if !old.is_live(now) {
             return Err(Error::Conflict("the key has ended already".to_owned()));
         }

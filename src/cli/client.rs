@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Common;
+use super::control::{EnvironmentArg, root_of};
 
 /// Where the server is and how to get in.
 #[derive(Debug, Args)]
@@ -145,8 +146,9 @@ async fn local_key(common: &Common) -> anyhow::Result<String> {
         return Ok(key.expose_secret().to_owned());
     }
     let control = common.control().await?;
-    let (_, key) = control.default_environment(None).await?;
-    Ok(key.secret.expose_secret().to_owned())
+    let environment = EnvironmentArg::OLDEST.find(&control).await?;
+    let root = root_of(&control, &environment).await?;
+    Ok(root.secret.expose_secret().to_owned())
 }
 
 pub(super) async fn send(common: &Common, args: SendArgs) -> anyhow::Result<()> {

@@ -50,6 +50,15 @@ pub(super) enum KeysCommand {
         #[command(flatten)]
         output: OutputArgs,
     },
+    /// Print the secret of a stored key; one that was given as SESSIOND_SECRET_KEY is not shown
+    Show {
+        /// Id of the key, as `keys list` shows it
+        id: String,
+        #[command(flatten)]
+        environment: EnvironmentArg,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
     /// Create a root key, or with --scope one that may do only that, and print its secret
     Create {
         #[command(flatten)]
@@ -119,7 +128,10 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
 }
 
 impl EnvironmentArg {
-    async fn find(&self, control: &Control) -> anyhow::Result<Environment> {
+    /// The default of every command.
+    pub(super) const OLDEST: Self = Self { environment: None };
+
+    pub(super) async fn find(&self, control: &Control) -> anyhow::Result<Environment> {
         let environments = control.store.environments().await?;
         let Some(name) = &self.environment else {
             return environments
@@ -153,9 +165,9 @@ pub(super) fn config(common: &Common, output: OutputArgs) -> anyhow::Result<()> 
 }
 
 pub(super) async fn environments(common: &Common, command: EnvironmentsCommand) -> anyhow::Result<()> {
-    let control = common.control().await?;
     match command {
         EnvironmentsCommand::List(output) => {
+            let control = common.control().await?;
             let environments = control.store.environments().await?;
             let json = environments.iter().map(environment_json).collect();
             output.print(&Value::Array(json), || {
@@ -169,6 +181,7 @@ pub(super) async fn environments(common: &Common, command: EnvironmentsCommand) 
             });
         }
         EnvironmentsCommand::Create { slug, organization, project, kind, output } => {
+            let control = common.new_control().await?;
             let new = NewEnvironment { organization, project, slug, kind };
             let (environment, key) = control.keys().create_environment(new, None).await?;
             let mut json = environment_json(&environment);
@@ -195,6 +208,21 @@ pub(super) async fn keys(common: &Common, command: KeysCommand) -> anyhow::Resul
                 table(&["ID", "LABEL", "SECRET", "SCOPES", "CREATED", "STATE"], &rows)
             });
         }
+        KeysCommand::Show { id, environment, output } => {
+            let environment = environment.find(&control).await?;
+            let key = keys.find(&environment.id, &KeyId::from_stored(&id)).await?;
+            let given = common.load(None)?.secret_key.is_some_and(|given| keys.is_secret_of(&key, &given));
+            anyhow::ensure!(
+                !given && !key.given,
+                "{id} was given as SESSIOND_SECRET_KEY (secret_key): it is where you keep it, and is not shown here"
+            );
+            let key = keys.open(key)?;
+            eprintln!("this secret opens all that its key may do: keep it out of logs, files and chats");
+            let secret = key.secret.expose_secret();
+            let mut json = key_json(&key.key, control.clock.now());
+            json["secretKey"] = secret.into();
+            output.print(&json, || secret.to_owned());
+        }
         KeysCommand::Create { environment, label, scopes, output } => {
             let environment = environment.find(&control).await?;
             let scopes = (!scopes.is_empty()).then(|| Scopes::new(scopes));
@@ -218,8 +246,7 @@ pub(super) async fn keys(common: &Common, command: KeysCommand) -> anyhow::Resul
 pub(super) async fn token(common: &Common, args: TokenArgs) -> anyhow::Result<()> {
     let control = common.control().await?;
     let environment = args.environment.find(&control).await?;
-    let root = control.keys().current_root(&environment.id).await?;
-    let root = root.context("the environment has no root key to sign with: create one")?;
+    let root = root_of(&control, &environment).await?;
     let timers = Timers::new(control.clock.clone());
     let auth = Auth::new(control.store.clone(), control.vault.clone(), control.clock.clone(), timers);
     let caller = auth.authenticate(root.secret.expose_secret()).await?;
@@ -228,6 +255,13 @@ pub(super) async fn token(common: &Common, args: TokenArgs) -> anyhow::Result<()
     let json = json!({ "token": token, "expiresAt": expires_at.to_string() });
     args.output.print(&json, || token.clone());
     Ok(())
+}
+
+/// The root key that signs for an environment.
+pub(super) async fn root_of(control: &Control, environment: &Environment) -> anyhow::Result<RevealedKey> {
+    let keys = control.keys();
+    let root = keys.current_root(&environment.id).await?;
+    Ok(keys.open(root.context("the environment has no root key: create one")?)?)
 }
 
 fn reveal(key: &RevealedKey, output: OutputArgs, now: Timestamp) {

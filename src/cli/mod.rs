@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, Overrides};
 use crate::domain::SystemClock;
-use crate::server::Control;
+use crate::server::{Control, keep_private};
 
 /// Durable two-way sessions for agents and their users.
 ///
@@ -46,7 +46,7 @@ enum Command {
     /// List or create environments (tenants)
     #[command(subcommand)]
     Environments(control::EnvironmentsCommand),
-    /// List, create, rotate or revoke secret keys
+    /// List, show, create, rotate or revoke secret keys
     #[command(subcommand)]
     Keys(control::KeysCommand),
     /// Mint a public token for a browser
@@ -67,8 +67,36 @@ impl Common {
         Ok(Config::load(&overrides)?)
     }
 
+    /// The control plane of a store that is there.
     async fn control(&self) -> anyhow::Result<Control> {
+        Control::open_existing(&self.load(None)?, Arc::new(SystemClock)).await
+    }
+
+    /// The control plane, made where there is none.
+    async fn new_control(&self) -> anyhow::Result<Control> {
         Control::open(&self.load(None)?, Arc::new(SystemClock)).await
+    }
+
+    /// How this binary was called, up to the command, for a hint that can be pasted into the same shell.
+    fn invocation(&self) -> String {
+        let binary = std::env::args_os().next().unwrap_or_else(|| env!("CARGO_PKG_NAME").into());
+        let mut words = vec![binary.to_string_lossy().into_owned()];
+        for (flag, value) in [("--config", &self.config), ("--data", &self.data)] {
+            if let Some(value) = value {
+                words.extend([flag.to_owned(), value.display().to_string()]);
+            }
+        }
+        words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
     }
 }
 
@@ -77,6 +105,7 @@ impl Common {
 /// # Errors
 /// Whatever a person at the terminal should read.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
+    keep_private();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(dispatch(cli))
 }
@@ -96,5 +125,22 @@ async fn dispatch(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Tail(args) => client::tail(&common, args).await,
         Command::Send(args) => client::send(&common, args).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quoted;
+
+    #[test]
+    fn a_word_is_quoted_only_where_a_shell_would_read_more_into_it() {
+        for (word, text) in [
+            ("./target/debug/sessiond", "./target/debug/sessiond"),
+            ("", "''"),
+            ("my data", "'my data'"),
+            ("it's $HOME", r"'it'\''s $HOME'"),
+        ] {
+            assert_eq!(quoted(word), text);
+        }
     }
 }

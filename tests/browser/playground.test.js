@@ -29,7 +29,7 @@ afterEach(async () => {
 
 test("the examples lead from nothing to a live channel, and a reload goes on where it was", async () => {
   const playground = await Playground.open(page, server);
-  assert.match(await playground.tokenStatus.innerText(), /prints its secret key when it starts/);
+  assert.match(await playground.tokenStatus.innerText(), /prints its secret key when it first starts/);
   await playground.signIn();
   await playground.example("Create");
   await playground.response('"created": true');

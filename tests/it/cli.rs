@@ -23,6 +23,20 @@ async fn run(data: &Path, args: &[&str]) -> Result<String, String> {
     if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
 }
 
+/// What a server prints until it is ready; then it is killed.
+async fn banner(mut serve: Command) -> String {
+    let mut child = serve.stdout(Stdio::piped()).spawn().expect("the binary starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+    let mut text = String::new();
+    while !text.contains("curl -sN") {
+        let line = lines.next_line().await.expect("output").expect("more of it");
+        text.push_str(&line);
+        text.push('\n');
+    }
+    child.kill().await.expect("killed");
+    text
+}
+
 async fn json_of(data: &Path, args: &[&str]) -> Value {
     let text =
         run(data, &[args, &["--json"]].concat()).await.unwrap_or_else(|error| panic!("{args:?}: {error}"));
@@ -164,23 +178,25 @@ async fn a_first_start_generates_a_key_and_later_ones_keep_it() {
     let data = folder.path();
     assert!(run(data, &["migrate"]).await.expect("migrated").starts_with("applied"));
     assert_eq!(run(data, &["migrate"]).await.expect("migrated"), "the schema is up to date\n");
-    let mut keys = Vec::new();
-    for _ in 0..2 {
-        let mut child = command(data, &["serve", "--listen", "127.0.0.1:0"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the binary starts");
-        let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
-        while let Some(line) = lines.next_line().await.expect("output") {
-            if let Some(key) = line.trim().strip_prefix("secret key") {
-                keys.push(key.trim().to_owned());
-                break;
-            }
-        }
-        child.kill().await.expect("killed");
-    }
-    assert!(keys[0].starts_with("tr_dev_"));
-    assert_eq!(keys[0], keys[1]);
+    let made = banner(command(data, &["serve", "--listen", "127.0.0.1:0"])).await;
+    let line = made.lines().find_map(|line| line.trim().strip_prefix("secret key")).expect("a key").trim();
+    assert!(
+        line.starts_with("tr_dev_") && made.matches(line).count() == 4,
+        "shown, and used in three lines: {made}"
+    );
+    let later = banner(command(data, &["serve", "--listen", "127.0.0.1:0"])).await;
+    assert!(!later.contains("tr_dev_"), "a later start does not print it: {later}");
+
+    let id = json_of(data, &["keys", "list"]).await[0]["id"].as_str().expect("an id").to_owned();
+    let hint = format!("--data {} keys show {id}", data.display());
+    assert!(later.contains(&hint), "but says what does: {later}");
+    let shown = command(data, &["keys", "show", &id]).output().await.expect("runs");
+    assert_eq!(String::from_utf8_lossy(&shown.stdout).trim(), line, "alone on standard output");
+    let warning = String::from_utf8_lossy(&shown.stderr);
+    assert!(warning.contains("keep it out of logs") && !warning.contains(line), "{warning}");
+    assert_eq!(json_of(data, &["keys", "show", &id]).await["secretKey"], line);
+    let unknown = run(data, &["keys", "show", "key_nobody"]).await.expect_err("refused");
+    assert!(unknown.contains("key not found"), "{unknown}");
     let mode = |name: &str| {
         use std::os::unix::fs::PermissionsExt;
         std::fs::metadata(data.join(name)).expect("a file").permissions().mode() & 0o777

@@ -12,6 +12,7 @@ mod data_plane;
 mod errors;
 mod graphql;
 mod harness;
+mod local_users;
 mod log;
 mod queries;
 mod runs;

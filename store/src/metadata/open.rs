@@ -32,6 +32,8 @@ pub struct OpenOptions {
     pub acquire_timeout: Duration,
     /// How long SQLite waits for a lock that another process holds.
     pub busy_timeout: Duration,
+    /// Whether a store is made where there is none.
+    pub create: bool,
 }
 
 impl Default for OpenOptions {
@@ -40,6 +42,7 @@ impl Default for OpenOptions {
             connections: 8,
             acquire_timeout: Duration::from_secs(10),
             busy_timeout: Duration::from_secs(10),
+            create: true,
         }
     }
 }
@@ -50,14 +53,17 @@ pub enum OpenError {
     /// The URL names no database that we know.
     #[error("the database URL must be sqlite:PATH or postgres://..., and {0}")]
     Url(&'static str),
+    /// There is no store, and none was to be made.
+    #[error("there is no metadata store in {0}")]
+    Missing(String),
     /// A newer binary has migrated this database.
     #[error("the database was migrated by a newer sessiond (unknown steps: {}); start that version", .unknown.join(", "))]
     NewerSchema {
         /// The steps that this binary does not know.
         unknown: Vec<String>,
     },
-    /// The file cannot be made.
-    #[error("cannot create {}", .path.display())]
+    /// The file cannot be made or looked at.
+    #[error("cannot use {}", .path.display())]
     File {
         /// Which file.
         path: PathBuf,
@@ -88,19 +94,20 @@ pub struct Migrated {
 /// [`OpenError::NewerSchema`] if it is ahead already, in which case nothing is changed.
 pub async fn migrate(url: &str) -> Result<Migrated, OpenError> {
     let store = connect(url, OpenOptions::default()).await?;
-    let migrated = run_migrations(&store.writer).await;
+    let migrated = run_migrations(&store.writer, true).await;
     store.close().await;
     migrated
 }
 
 impl SqlMetadata {
-    /// Connects to `sqlite:PATH` (made readable by its owner only, if missing) or `postgres://...` and migrates.
+    /// Connects to `sqlite:PATH` (made readable by its owner only, if missing) or `postgres://...` and migrates. Without
+    /// [`OpenOptions::create`] only what is there already: neither a file nor a schema is made.
     ///
     /// # Errors
     /// [`OpenError`], which names what to do about it.
     pub async fn open(url: &str, options: OpenOptions) -> Result<Self, OpenError> {
         let store = connect(url, options).await?;
-        let migrated = run_migrations(&store.writer).await?;
+        let migrated = run_migrations(&store.writer, options.create).await?;
         if !migrated.applied.is_empty() {
             tracing::info!(steps = ?migrated.applied, "migrated the metadata store");
         }
@@ -134,7 +141,12 @@ async fn open_postgres(url: &str, options: OpenOptions) -> Result<SqlMetadata, O
 }
 
 async fn open_sqlite(path: &Path, options: OpenOptions) -> Result<SqlMetadata, OpenError> {
-    create_private(path).map_err(|source| OpenError::File { path: path.to_owned(), source })?;
+    let fault = |source| OpenError::File { path: path.to_owned(), source };
+    if options.create {
+        create_private(path).map_err(fault)?;
+    } else if !path.try_exists().map_err(fault)? {
+        return Err(OpenError::Missing(path.display().to_string()));
+    }
     // FULL syncs the write-ahead log at every commit; NORMAL would lose acknowledged writes with the power.
     let connect = SqliteConnectOptions::new()
         .filename(path)
@@ -191,7 +203,7 @@ fn create_private(path: &Path) -> io::Result<()> {
 }
 
 /// One transaction for everything: a start that fails or dies half way leaves the schema as it was.
-async fn run_migrations(writer: &DatabaseConnection) -> Result<Migrated, OpenError> {
+async fn run_migrations(writer: &DatabaseConnection, create: bool) -> Result<Migrated, OpenError> {
     let options = TransactionOptions {
         sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
         ..TransactionOptions::default()
@@ -201,16 +213,19 @@ async fn run_migrations(writer: &DatabaseConnection) -> Result<Migrated, OpenErr
         let lock = format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})");
         transaction.execute_unprepared(&lock).await?;
     }
-    let migrated = apply(&transaction).await?;
+    let migrated = apply(&transaction, create).await?;
     transaction.commit().await?;
     Ok(migrated)
 }
 
-async fn apply(transaction: &DatabaseTransaction) -> Result<Migrated, OpenError> {
+async fn apply(transaction: &DatabaseTransaction, create: bool) -> Result<Migrated, OpenError> {
     let known = Migrator::names();
     let before = Migrator::get_migration_models(transaction).await?;
     let before: Vec<String> = before.into_iter().map(|step| step.version).collect();
     let unknown: Vec<String> = before.iter().filter(|step| !known.contains(step)).cloned().collect();
+    if before.is_empty() && !create {
+        return Err(OpenError::Missing("the database of metadata.url".to_owned()));
+    }
     if !unknown.is_empty() {
         return Err(OpenError::NewerSchema { unknown });
     }

@@ -162,5 +162,6 @@ pub(super) fn key(result: &QueryResult) -> Result<StoredKey> {
         scopes: row.words("scopes")?.map(Scopes::new),
         created_at: Timestamp::from_millis(row.get("created_at")?),
         ends_at: row.time("ends_at")?,
+        given: row.get("given")?,
     })
 }

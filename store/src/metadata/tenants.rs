@@ -69,6 +69,31 @@ async fn advance_revision(db: &impl ConnectionTrait) -> Result<()> {
 }
 
 impl SqlMetadata {
+    /// Live keys to try a master key on, of whichever environments: at most `limit` of the oldest and as many of the newest,
+    /// because the master key may have been another one in between.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn sample_keys(&self, now: Timestamp, limit: u64) -> Result<Vec<StoredKey>> {
+        let ends_at = || Expr::col(keys::Column::EndsAt);
+        let mut found: Vec<StoredKey> = Vec::new();
+        for order in [Order::Asc, Order::Desc] {
+            let mut select = keys::Entity::find().into_query();
+            select
+                .and_where(ends_at().is_null().or(ends_at().gt(now.millis())))
+                .order_by(keys::Column::CreatedAt, order.clone())
+                .order_by(keys::Column::Id, order)
+                .limit(limit);
+            for row in self.reader.query_all(&select).await.map_err(fault)? {
+                let key = rows::key(&row)?;
+                if !found.iter().any(|known| known.id == key.id) {
+                    found.push(key);
+                }
+            }
+        }
+        Ok(found)
+    }
+
     pub(super) async fn store_key(&self, key: StoredKey) -> Result<()> {
         let row = keys::ActiveModel {
             id: Set(key.id.to_string()),
@@ -80,6 +105,7 @@ impl SqlMetadata {
             scopes: Set(key.scopes.map(|scopes| scopes.as_slice().iter().map(String::as_str).collect())),
             created_at: Set(key.created_at.millis()),
             ends_at: Set(key.ends_at.map(Timestamp::millis)),
+            given: Set(key.given),
         };
         let transaction = self.begin().await?;
         transaction.execute(&keys::Entity::insert(row).into_query()).await.map_err(fault)?;

@@ -45,6 +45,7 @@ suite!("MetadataStore": [sqlite = Sql::sqlite, postgres = Sql::postgres], [
     keys_come_newest_first_and_only_of_their_environment,
     a_key_is_found_by_its_lookup_whatever_its_environment,
     the_same_secret_twice_is_a_conflict,
+    a_sample_of_keys_holds_the_oldest_and_the_newest_that_live,
     a_key_only_ever_ends_earlier,
     every_change_of_a_key_advances_the_revision_for_every_process,
     the_first_log_to_claim_the_store_keeps_it,
@@ -73,6 +74,7 @@ fn key(id: &str, environment: &EnvironmentId, created_at: i64) -> StoredKey {
         scopes: None,
         created_at: at(created_at),
         ends_at: None,
+        given: false,
     }
 }
 
@@ -393,7 +395,7 @@ async fn environments_come_oldest_first_and_slugs_are_unique_in_a_project(sql: S
 async fn keys_come_newest_first_and_only_of_their_environment(sql: Sql) {
     let scopes = Some(Scopes::new(words(&["read:sessions", "write:sessions:a:b"])));
     let old = StoredKey { scopes, ends_at: Some(at(3)), ..key("key_a", &sql.here, 1) };
-    let new = key("key_b", &sql.here, 2);
+    let new = StoredKey { given: true, ..key("key_b", &sql.here, 2) };
     for key in [old.clone(), new.clone(), key("key_c", &sql.elsewhere, 3)] {
         sql.store.insert_key(key).await.expect("stored");
     }
@@ -415,6 +417,22 @@ async fn the_same_secret_twice_is_a_conflict(sql: Sql) {
     let clash = sql.store.insert_key(StoredKey { id: KeyId::from_stored("key_b"), ..first }).await;
     assert!(matches!(clash, Err(Error::Conflict(_))), "{clash:?}");
     assert_eq!(sql.store.key_revision().await.expect("answers"), revision);
+}
+
+async fn a_sample_of_keys_holds_the_oldest_and_the_newest_that_live(sql: Sql) {
+    assert_eq!(sql.store.sample_keys(at(5), 2).await.expect("answers"), []);
+    for (number, ends_at) in [(1, Some(at(5))), (2, Some(at(6))), (3, None), (4, None), (5, None), (6, None)]
+    {
+        let environment = if number % 2 == 0 { &sql.here } else { &sql.elsewhere };
+        let key = StoredKey { ends_at, ..key(&format!("key_{number}"), environment, number) };
+        sql.store.insert_key(key).await.expect("stored");
+    }
+    let sample = async |limit| {
+        let sample = sql.store.sample_keys(at(5), limit).await.expect("answers");
+        sample.iter().map(|key| key.id.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(sample(2).await, ["key_2", "key_3", "key_6", "key_5"]);
+    assert_eq!(sample(9).await, ["key_2", "key_3", "key_4", "key_5", "key_6"], "each once");
 }
 
 async fn a_key_only_ever_ends_earlier(sql: Sql) {

@@ -282,11 +282,15 @@ impl Server {
         &self.control
     }
 
-    /// Serves until `stop` completes, then stops gracefully.
+    /// Serves until `stop` completes, and for `http.shutdown_delay` longer unless `hurry` completes; then stops gracefully.
     ///
     /// # Errors
     /// If the log cannot be closed.
-    pub async fn run(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    pub async fn run(
+        self,
+        stop: impl Future<Output = ()>,
+        hurry: impl Future<Output = ()>,
+    ) -> anyhow::Result<()> {
         let address = self.local_addr()?;
         let draining = self.shutdown.draining().clone();
         if self.engine.is_shared() {
@@ -308,6 +312,12 @@ impl Server {
         tokio::spawn(sweep_expired(self.control.store.clone(), self.control.clock.clone(), draining));
         tracing::info!(%address, "listening");
         stop.await;
+        self.shutdown.announce();
+        let delay = self.config.http.shutdown_delay;
+        if !delay.is_zero() {
+            tracing::info!(?delay, "not ready any more; stopping after the delay, or at a second signal");
+            let _ = tokio::time::timeout(delay, hurry).await;
+        }
         tracing::info!("stopping");
         self.shutdown.begin();
         self.timers.wake_all();

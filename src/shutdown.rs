@@ -4,18 +4,25 @@ use std::future::Future;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 
 /// The state of a stop, shared by everything that runs.
 #[derive(Clone, Debug, Default)]
 pub struct Shutdown {
     tasks: TaskTracker,
+    leaving: CancellationToken,
     draining: CancellationToken,
     cut: CancellationToken,
 }
 
 impl Shutdown {
+    /// Cancelled when it is known that the server will stop: whoever asks whether to send it traffic is told no, and
+    /// everything is served as before.
+    pub fn leaving(&self) -> &CancellationToken {
+        &self.leaving
+    }
+
     /// Cancelled when the server begins to stop: end streams, answer what is under way, take nothing new.
     pub fn draining(&self) -> &CancellationToken {
         &self.draining
@@ -28,8 +35,14 @@ impl Shutdown {
         self.tasks.spawn(self.cut.clone().run_until_cancelled_owned(task).map(drop));
     }
 
+    /// Announces the stop.
+    pub fn announce(&self) {
+        self.leaving.cancel();
+    }
+
     /// Begins the stop.
     pub fn begin(&self) {
+        self.announce();
         self.draining.cancel();
         self.tasks.close();
     }
@@ -46,18 +59,31 @@ impl Shutdown {
     }
 }
 
-/// From this call on SIGTERM and SIGINT no longer end the process; what it returns completes at the first one.
+/// From this call on SIGTERM, SIGINT and SIGHUP no longer end the process. What it returns completes at the first
+/// SIGTERM or SIGINT, and at the second. SIGHUP, which asks other servers to read their settings again, is logged.
 ///
 /// # Errors
 /// If the handlers cannot be installed.
-pub fn signalled() -> std::io::Result<impl Future<Output = ()>> {
+pub fn signalled() -> std::io::Result<[WaitForCancellationFutureOwned; 2]> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+    let mut hang_up = signal(SignalKind::hangup())?;
+    let [first, second] = [CancellationToken::new(), CancellationToken::new()];
+    let completed = [first.clone().cancelled_owned(), second.clone().cancelled_owned()];
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+                _ = hang_up.recv() => {
+                    tracing::info!("SIGHUP does nothing: settings are read at the start only");
+                    continue;
+                }
+            }
+            let next = if first.is_cancelled() { &second } else { &first };
+            next.cancel();
         }
-    })
+    });
+    Ok(completed)
 }

@@ -76,7 +76,7 @@ pub struct ApiState {
     pub metrics: Arc<Metrics>,
     /// Settings.
     pub config: ApiConfig,
-    /// Drains when the server begins to stop: followers end, and the server is no longer ready. Connections that have
+    /// Says that the server will stop, from when on it is not ready, and then drains: followers end. Connections that have
     /// been taken over run in it.
     pub shutdown: Shutdown,
 }
@@ -203,7 +203,7 @@ async fn readyz(State(app): State<App>) -> Response {
         (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "unavailable", "reason": reason})))
             .into_response()
     };
-    if app.shutdown.draining().is_cancelled() {
+    if app.shutdown.leaving().is_cancelled() {
         return not_ready("the server is shutting down".to_owned());
     }
     match app.sessions.ready().await {

@@ -24,7 +24,7 @@ pub(super) async fn serve(common: &Common, args: ServeArgs) -> anyhow::Result<()
     let config = common.load(args.listen)?;
     telemetry::start_logging(&config.telemetry)?;
     prepare_process()?;
-    let stop = shutdown::signalled()?;
+    let [stop, hurry] = shutdown::signalled()?;
     let data = config.data.display().to_string();
     let server = Server::start(config, Arc::new(SystemClock)).await?;
     let key = KeyText::new(server.root_key(), &common.invocation());
@@ -33,7 +33,7 @@ pub(super) async fn serve(common: &Common, args: ServeArgs) -> anyhow::Result<()
     stdout.write_all(banner.as_bytes())?;
     stdout.flush()?;
     drop(stdout);
-    server.run(stop).await
+    server.run(stop, hurry).await
 }
 
 /// What the banner says of the root key. The secret itself is in it only if this start has made it.

@@ -36,7 +36,10 @@ pub struct HttpConfig {
     pub write_timeout: Duration,
     /// Bytes that may wait for all clients together to read them; at least 4 MiB, at most 4 GiB.
     pub send_buffer: usize,
-    /// Longest time that a stop may take.
+    /// How long everything is still served after a stop was asked for, while `/readyz` says no already.
+    #[serde(with = "humantime_serde")]
+    pub shutdown_delay: Duration,
+    /// Longest time that a stop may take after that.
     #[serde(with = "humantime_serde")]
     pub shutdown_deadline: Duration,
     /// Origins whose pages may call the API; `*` reflects any.

@@ -4,6 +4,7 @@
 
 mod outgoing;
 mod stall;
+mod streams;
 mod tls;
 
 use std::any::Any;
@@ -27,7 +28,7 @@ use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -36,8 +37,9 @@ use crate::config::HttpConfig;
 use crate::domain::{ConnectionBudget, SendBudget};
 use crate::shutdown::Shutdown;
 use crate::telemetry::Metrics;
-use outgoing::{Outgoing, Streams};
+use outgoing::Outgoing;
 use stall::StallGuard;
+use streams::Streams;
 
 /// What a client that speaks HTTP/2 without asking sends first (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -53,6 +55,11 @@ const CONNECTION_WINDOW: u32 = 2 << 20;
 const PREFACE_PAUSE_MAX: Duration = Duration::from_millis(250);
 /// Bytes that the kernel keeps of a connection beyond what the peer has room for.
 const UNSENT_MAX: u32 = 128 * 1024;
+/// How long an HTTP/2 client without a stream may be silent after it was told to go. One that lives answers in a round trip,
+/// and the connection ends of itself.
+const FAREWELL_UNHEARD: Duration = Duration::from_millis(500);
+/// As long for one that may still have to read the end of an answer.
+const FAREWELL_HEARD: Duration = Duration::from_secs(3);
 /// How long to wait before accepting again when the process is out of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -149,20 +156,17 @@ impl Connection {
     /// Every end of a connection is the peer's own business, so none is an error of ours.
     async fn serve(self, socket: TcpStream) {
         match &self.tls {
-            None => {
-                let deadline = Instant::now() + self.header_timeout;
-                match timeout_at(deadline, speaks_http2(&socket)).await {
-                    Ok(Ok(true)) => drive(self.http2(socket), &self.draining, &self.budget).await,
-                    Ok(Ok(false)) => drive(self.http1(socket), &self.draining, &self.budget).await,
-                    Ok(Err(_)) | Err(_) => {}
-                }
-            }
+            None => match self.unless_draining(speaks_http2(&socket)).await {
+                Some(Ok(true)) => self.serve_http2(socket).await,
+                Some(Ok(false)) => self.serve_http1(socket).await,
+                Some(Err(_)) | None => {}
+            },
             Some(tls) => Box::pin(self.serve_tls(tls, socket)).await,
         }
     }
 
     async fn serve_tls(&self, tls: &TlsAcceptor, socket: TcpStream) {
-        let Ok(Ok(socket)) = timeout(self.header_timeout, tls.accept(socket)).await else { return };
+        let Some(Ok(socket)) = self.unless_draining(tls.accept(socket)).await else { return };
         if socket.get_ref().1.alpn_protocol() == Some(tls::H2) {
             // hyper waits for the preface without end, and nothing can be peeked at below TLS.
             let unheard = async {
@@ -172,12 +176,40 @@ impl Connection {
                 }
             };
             tokio::select! {
-                () = drive(self.http2(socket), &self.draining, &self.budget) => {}
+                () = self.serve_http2(socket) => {}
                 () = unheard => {}
             }
         } else {
-            drive(self.http1(socket), &self.draining, &self.budget).await;
+            self.serve_http1(socket).await;
         }
+    }
+
+    /// What comes before anything is under way, so that a stop need not wait for it. `None` if it takes too long.
+    async fn unless_draining<T>(&self, greeting: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            greeted = timeout(self.header_timeout, greeting) => greeted.ok(),
+            () = self.draining.cancelled() => None,
+        }
+    }
+
+    async fn serve_http1<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(&self, socket: S) {
+        // hyper ends a connection between two requests, but goes on waiting for the first one.
+        let unheard = async {
+            if self.heard.load(Ordering::Relaxed) {
+                std::future::pending::<()>().await;
+            }
+        };
+        drive(self.http1(socket), &self.draining, unheard, &self.budget).await;
+    }
+
+    async fn serve_http2<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(&self, socket: S) {
+        let streams = Streams::new(self.write_timeout);
+        let silent = async {
+            let heard = self.heard.load(Ordering::Relaxed);
+            streams.silent(if heard { FAREWELL_HEARD } else { FAREWELL_UNHEARD }).await;
+        };
+        drive(self.http2(socket, &streams), &self.draining, silent, &self.budget).await;
     }
 
     fn service(&self, multiplexed: bool) -> impl Handler {
@@ -213,10 +245,11 @@ impl Connection {
     fn http2<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         &self,
         socket: S,
+        streams: &Streams,
     ) -> Pin<Box<impl Graceful>> {
         // Frames that carry no answer, such as those that answer pings, are no progress: the streams count.
-        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, None));
-        let connection = http2::Builder::new(Streams { write_timeout: self.write_timeout })
+        let io = TokioIo::new(StallGuard::new(streams.watch(socket), self.write_timeout, None));
+        let connection = http2::Builder::new(streams.clone())
             .timer(TokioTimer::new())
             .keep_alive_interval(self.header_timeout)
             .keep_alive_timeout(self.header_timeout)
@@ -268,27 +301,27 @@ where
     }
 }
 
-/// Serves a connection to its end; once the server stops, to the end of what is under way. It is dropped when others need
-/// the room of what it does not take.
+/// Serves a connection to its end; once the server stops, to the end of what is under way: `nothing_left`, which is asked
+/// from then on, completes when nothing is. It is dropped when others need the room of what it does not take.
 async fn drive<C: Graceful>(
     mut connection: Pin<Box<C>>,
     draining: &CancellationToken,
+    nothing_left: impl Future<Output = ()>,
     budget: &ConnectionBudget,
 ) {
-    let serving = async {
-        tokio::select! {
-            biased;
-            ended = connection.as_mut() => ended,
-            () = draining.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                connection.as_mut().await
-            }
-        }
-    };
     let ended = tokio::select! {
         biased;
-        ended = serving => ended,
+        ended = connection.as_mut() => ended,
         () = budget.cut() => return,
+        () = draining.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            tokio::select! {
+                biased;
+                ended = connection => ended,
+                () = nothing_left => return,
+                () = budget.cut() => return,
+            }
+        }
     };
     if let Err(error) = ended {
         tracing::debug!(error = &error as &dyn std::error::Error, "connection ended early");

@@ -18,7 +18,6 @@ use axum::response::Response;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use http_body::{Body as _, Frame, SizeHint};
-use hyper::rt::Executor;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::domain::ConnectionBudget;
@@ -249,23 +248,14 @@ impl fmt::Debug for Outgoing {
     }
 }
 
-/// Runs the tasks of HTTP/2 streams, and ends one whose client takes nothing of what waits for it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Streams {
-    /// How long nothing may move while something waits to be sent.
-    pub(super) write_timeout: Duration,
+/// Serves an HTTP/2 stream, and drops it once what it has given out has been still for `limit`: the library then resets it.
+/// One that has nothing on its way is left alone.
+pub(super) async fn watched(stream: impl Future<Output = ()>, limit: Duration) {
+    let flight = Flight::new();
+    FLIGHT.scope(flight.clone(), unless_still(stream, &flight, limit)).await;
 }
 
-impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
-    fn execute(&self, stream: F) {
-        let (limit, flight) = (self.write_timeout, Flight::new());
-        tokio::spawn(FLIGHT.scope(flight.clone(), async move { watched(stream, &flight, limit).await }));
-    }
-}
-
-/// The task of a stream, dropped once what it has given out has been still for `limit`: the library then resets it. One
-/// that has nothing on its way is left alone.
-async fn watched(stream: impl Future<Output = ()>, flight: &Flight, limit: Duration) {
+async fn unless_still(stream: impl Future<Output = ()>, flight: &Flight, limit: Duration) {
     let mut stream = pin!(stream);
     let mut alarm: Option<Pin<Box<Sleep>>> = None;
     poll_fn(move |cx| {

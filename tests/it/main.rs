@@ -20,5 +20,7 @@ mod s2;
 mod s2_engine;
 mod schema;
 mod slow_readers;
+mod stopping;
 mod transcripts;
+
 mod waitpoints;

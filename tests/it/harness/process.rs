@@ -102,8 +102,13 @@ impl Process {
 
     /// SIGTERM, and waits for the end.
     pub async fn terminate(mut self) -> ExitStatus {
-        terminate(self.id());
+        self.signal(libc::SIGTERM);
         self.wait().await
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: i32) {
+        send(self.id(), signal);
     }
 
     /// As [`Process::terminate`], where the process is a wrapper that ends with its only child.
@@ -111,7 +116,7 @@ impl Process {
         let id = self.id();
         let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"));
         let child = children.expect("a running wrapper").trim().parse().expect("one child");
-        terminate(child);
+        send(child, libc::SIGTERM);
         self.wait().await
     }
 
@@ -124,10 +129,10 @@ impl Process {
     }
 }
 
-/// Sends SIGTERM.
+/// Sends a signal to a child that was not waited for.
 #[expect(unsafe_code, reason = "kill(2) takes two numbers")]
-fn terminate(id: u32) {
+pub fn send(id: u32, signal: i32) {
     let id = i32::try_from(id).expect("a process id");
     // SAFETY: kill takes no pointers, and the caller has not waited for the process, so the id is still its own.
-    assert_eq!(unsafe { libc::kill(id, libc::SIGTERM) }, 0);
+    assert_eq!(unsafe { libc::kill(id, signal) }, 0);
 }

@@ -91,7 +91,7 @@ impl TestServer {
             let stop = async {
                 let _ = stopped.await;
             };
-            server.run(stop).await.expect("the server stops");
+            server.run(stop, std::future::pending()).await.expect("the server stops");
         });
         let http = reqwest::Client::new();
         Self { url, clock, http, data, stop: Some(stop), running: Some(running) }

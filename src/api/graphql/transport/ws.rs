@@ -227,7 +227,7 @@ impl Connection {
                 }
             };
             let is_large = text.len() > WRITE_BUFFER;
-            self.socket.feed(Message::Text(text.into())).await.map_err(unwritable)?;
+            self.socket.feed(Message::Text(text.into())).await.map_err(|error| unwritable(&error))?;
             // Behind a large one nothing more is collected.
             if is_large {
                 break;
@@ -236,7 +236,7 @@ impl Connection {
                 next = self.answers.next().now_or_never().flatten();
             }
         }
-        self.socket.flush().await.map_err(unwritable)
+        self.socket.flush().await.map_err(|error| unwritable(&error))
     }
 
     /// The refusal of an operation. Credentials that ended under it end the connection.
@@ -249,7 +249,7 @@ impl Connection {
     }
 
     async fn send(&mut self, text: String) -> Result<(), Ended> {
-        self.socket.send(Message::Text(text.into())).await.map_err(unwritable)
+        self.socket.send(Message::Text(text.into())).await.map_err(|error| unwritable(&error))
     }
 
     async fn take(&mut self, message: Message) -> Result<(), Ended> {
@@ -347,7 +347,7 @@ impl Connection {
         }
         self.pinged = true;
         self.rest();
-        self.socket.send(Message::Ping(Default::default())).await.map_err(unwritable)
+        self.socket.send(Message::Ping(Default::default())).await.map_err(|error| unwritable(&error))
     }
 
     fn rest(&mut self) {
@@ -369,8 +369,8 @@ fn tagged(id: Arc<str>, answers: BoxStream<'static, Answer>) -> BoxStream<'stati
 }
 
 /// The end of a connection at the first write that fails: the library would go on to collect what it cannot write.
-fn unwritable(error: axum::Error) -> Ended {
-    tracing::debug!(error = &error as &dyn std::error::Error, "a WebSocket cannot be written to");
+fn unwritable(error: &axum::Error) -> Ended {
+    tracing::debug!(error = error as &dyn std::error::Error, "a WebSocket cannot be written to");
     Ended::Unwritable
 }
 

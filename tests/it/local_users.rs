@@ -4,6 +4,7 @@ use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
@@ -11,6 +12,9 @@ use tokio::process::Command;
 
 use crate::harness::Process;
 use crate::harness::server::KEY;
+
+/// Longest wait for a command that must fail.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn command(data: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(Process::binary());
@@ -29,7 +33,8 @@ async fn json_of(data: &Path, args: &[&str]) -> Value {
 
 /// Everything that a command prints on both streams, which must fail.
 async fn refused(mut command: Command) -> String {
-    let output = command.output().await.expect("the binary runs");
+    let output = tokio::time::timeout(PATIENCE, command.output()).await.expect("ends instead of serving");
+    let output = output.expect("the binary runs");
     assert!(!output.status.success(), "{output:?}");
     [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).expect("UTF-8")).concat()
 }

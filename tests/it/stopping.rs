@@ -295,12 +295,17 @@ async fn a_hang_up_is_logged_and_ends_nothing() {
     let mut child = command.spawn().expect("the binary starts");
     let mut lines = BufReader::new(child.stderr.take().expect("a pipe")).lines();
     let mut line_with = async |text: &str| {
-        while let Some(line) = lines.next_line().await.expect("UTF-8") {
-            if line.contains(text) {
-                return;
+        let said = async {
+            while let Some(line) = lines.next_line().await.expect("UTF-8") {
+                if line.contains(text) {
+                    return;
+                }
             }
-        }
-        panic!("it ended without saying {text:?}");
+            panic!("it ended without saying {text:?}");
+        };
+        tokio::time::timeout(STOPPED_WITHIN, said)
+            .await
+            .unwrap_or_else(|_| panic!("it does not say {text:?}"));
     };
     line_with("listening").await;
     for _ in 0..2 {

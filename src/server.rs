@@ -1,6 +1,7 @@
 //! Puts the parts together: configuration to adapters, adapters to use cases, use cases to doors.
 //! The only place that picks an adapter.
 
+mod files;
 mod master_key;
 mod private;
 
@@ -31,6 +32,7 @@ use crate::store::channel::{CommitStats, LogObserver};
 use crate::store::index::sql::SqlIndex;
 use crate::store::metadata::{OpenError, OpenOptions, SqlMetadata};
 use crate::telemetry::Metrics;
+use files::Files;
 pub use private::keep_private;
 
 /// The environment that a first start makes.
@@ -169,7 +171,8 @@ impl Engine {
         let observer = Arc::new(LogMetrics(metrics));
         let retention = config.log.retention;
         let Some(basin) = config.log.basin() else {
-            let options = LogOptions { retention, observer, ..LogOptions::default() };
+            let disk_reserve = config.log.disk_reserve_mib.map(|mib| mib.saturating_mul(1 << 20));
+            let options = LogOptions { retention, disk_reserve, observer, ..LogOptions::default() };
             let log = LogChannels::open(config.log_dir(), options, clock).context("cannot open the log")?;
             return Ok(Self::Log(Arc::new(log)));
         };
@@ -225,7 +228,9 @@ impl Server {
     /// If a backend cannot be opened, the log belongs to another metadata store, or the address is taken.
     pub async fn start(config: Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
         let metrics = Metrics::new();
-        let listener = Listener::bind(config.http.clone(), metrics.clone()).await?;
+        let files = Files::share(&config)?;
+        let http = HttpConfig { max_connections: files.connections, ..config.http.clone() };
+        let listener = Listener::bind(http, metrics.clone()).await?;
         private::repair(&config);
         let control = Control::open(&config, clock.clone()).await?;
         let engine = Engine::open(&config, clock.clone(), metrics.clone()).await?;
@@ -239,7 +244,7 @@ impl Server {
             waitpoints: control.store.clone(),
             channels: engine.channels(),
             index,
-            blobs: open_blobs(&config)?,
+            blobs: open_blobs(&config, files.blobs)?,
             clock: clock.clone(),
             timers: timers.clone(),
             stopping: shutdown.draining().clone(),
@@ -351,7 +356,7 @@ pub fn prepare_process() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn open_blobs(config: &Config) -> anyhow::Result<Arc<dyn Blobs>> {
+fn open_blobs(config: &Config, at_once: usize) -> anyhow::Result<Arc<dyn Blobs>> {
     let blobs = &config.blobs;
     let opened = match blobs.place() {
         None => ObjectBlobs::folder(&config.blobs_dir()),
@@ -365,7 +370,7 @@ fn open_blobs(config: &Config) -> anyhow::Result<Arc<dyn Blobs>> {
             allow_http: blobs.allow_http,
         }),
     };
-    Ok(Arc::new(opened.context("cannot open the store of blobs")?))
+    Ok(Arc::new(opened.context("cannot open the store of blobs")?.at_once(at_once)))
 }
 
 /// A log and a metadata store belong together for ever: with another's log every session would lose its records.

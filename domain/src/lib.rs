@@ -33,7 +33,7 @@ pub use follow::{Follow, FollowEvent};
 pub use id::{EnvironmentId, ExternalId, KeyId, RunId, SessionId, SessionRef, WaitpointId};
 pub use lifeline::Cut;
 pub use list::{Cursor, Filter, Page, PageRequest, StatusSet, TagQuery};
-pub use port::{ChannelStore, ListIndex, MetadataStore, Waitpoints};
+pub use port::{ChannelStore, Condition, ListIndex, MetadataStore, Waitpoints};
 pub use record::{AppendAck, AppendInput, NewRecord, Position, ReadStart, Record, RecordBatch, SeqNum};
 pub use run::{RunReason, SessionRun};
 pub use send_budget::{ConnectionBudget, Delivery, SendBudget};

@@ -276,6 +276,22 @@ pub trait ChannelStore: Send + Sync {
 
     /// Answers if appends can be taken.
     async fn ping(&self) -> Result<()>;
+
+    /// What keeps appends from being taken, as far as it is known without asking. Never waits.
+    fn condition(&self) -> Condition {
+        Condition::Sound
+    }
+}
+
+/// What keeps a store from taking writes, by who can change it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// Nothing of its own.
+    Sound,
+    /// Its disk is full. Once there is room again it takes writes by itself.
+    Full,
+    /// A write has failed, and what the disk now holds is known only after a restart.
+    Broken,
 }
 
 /// What a follower sees.

@@ -33,7 +33,7 @@ use serde_json::json;
 use crate::auth::Auth;
 use crate::config::{DirectConfig, GraphqlConfig};
 use crate::domain::send_budget::Reserved;
-use crate::domain::{Clock, Sessions};
+use crate::domain::{Clock, Condition, Error, Sessions};
 use crate::shutdown::Shutdown;
 use crate::telemetry::Metrics;
 use answers::Answers;
@@ -194,25 +194,70 @@ async fn index() -> Response {
     .into_response()
 }
 
-async fn healthz() -> Response {
-    Json(json!({"status": "ok"})).into_response()
+/// What keeps the server from its work, and what an operator can do about it. For anyone to read: no address, no path.
+struct Trouble {
+    cause: String,
+    cure: &'static str,
 }
 
+impl Trouble {
+    fn new(cause: impl Into<String>, cure: &'static str) -> Self {
+        Self { cause: cause.into(), cure }
+    }
+
+    /// What only a restart cures.
+    fn broken() -> Self {
+        Self::new(
+            "a write to the log failed, and it takes no more appends",
+            "restart the server: it reads back what the disk has; if that was full, make room first",
+        )
+    }
+}
+
+impl IntoResponse for Trouble {
+    fn into_response(self) -> Response {
+        let body = json!({"status": "unavailable", "cause": self.cause, "cure": self.cure});
+        (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
+    }
+}
+
+/// Whether it lives: no only to what a restart cures.
+async fn healthz(State(app): State<App>) -> Response {
+    match app.sessions.condition() {
+        Condition::Broken => Trouble::broken().into_response(),
+        Condition::Sound | Condition::Full => Json(json!({"status": "ok"})).into_response(),
+    }
+}
+
+/// Whether it can take appends.
 async fn readyz(State(app): State<App>) -> Response {
-    let not_ready = |reason: String| {
-        (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "unavailable", "reason": reason})))
-            .into_response()
-    };
     if app.shutdown.leaving().is_cancelled() {
-        return not_ready("the server is shutting down".to_owned());
+        return Trouble::new("the server is shutting down", "none is needed: ask another one")
+            .into_response();
     }
-    match app.sessions.ready().await {
-        Ok(()) => Json(json!({"status": "ok"})).into_response(),
-        Err(error) => {
+    let ready = app.sessions.ready().await;
+    let trouble = match (app.sessions.condition(), ready) {
+        (Condition::Sound, Ok(())) => return Json(json!({"status": "ok"})).into_response(),
+        (Condition::Broken, _) => Trouble::broken(),
+        (Condition::Full, _) => Trouble::new(
+            "the disk of the log is full",
+            "make room on it: appends are taken again at once, without a restart",
+        ),
+        (Condition::Sound, Err(error)) => {
             tracing::warn!(error = %trace::Chain(&error), "not ready");
-            not_ready(error.to_string())
+            let cure = match &error {
+                Error::Unavailable { what: "metadata", .. } => {
+                    "see that the database that metadata.url names can be reached; no restart is needed"
+                }
+                Error::Unavailable { what: "log", .. } => {
+                    "see that what log.url names can be reached; no restart is needed"
+                }
+                _ => "see the server's log",
+            };
+            Trouble::new(error.to_string(), cure)
         }
-    }
+    };
+    trouble.into_response()
 }
 
 async fn metrics(State(app): State<App>) -> Response {

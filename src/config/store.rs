@@ -38,6 +38,9 @@ pub struct LogConfig {
     /// Forget records older than this; `None` keeps them for ever.
     #[serde(default, with = "humantime_serde", skip_serializing_if = "Option::is_none")]
     pub retention: Option<Duration>,
+    /// Mebibytes of the disk that appends leave free; `None` for a tenth of it, at most 512. Of the embedded log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_reserve_mib: Option<u64>,
 }
 
 /// Protection of keys.
@@ -66,6 +69,9 @@ impl LogConfig {
             }
             return;
         };
+        if self.disk_reserve_mib.is_some() {
+            faults.push(fault("log.disk_reserve_mib", "has no meaning with log.url"));
+        }
         let whole = url.scheme() == "s2" && matches!(url.path(), "" | "/");
         let named = self.basin().is_some_and(is_basin) && url.username().is_empty() && url.port().is_none();
         if !whole || !named || url.query().is_some() || url.fragment().is_some() {

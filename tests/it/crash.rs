@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::process::Command;
@@ -52,8 +53,23 @@ impl Client {
     }
 
     async fn ready(&self) -> u16 {
-        let response = self.http.get(format!("{}/readyz", self.url)).send().await;
-        response.expect("an answer").status().as_u16()
+        self.asked("/readyz").await.0
+    }
+
+    /// The status and the body of one of the operator's routes.
+    async fn asked(&self, path: &str) -> (u16, Value) {
+        let response = self.http.get(format!("{}{path}", self.url)).send().await.expect("an answer");
+        (response.status().as_u16(), response.json().await.expect("JSON"))
+    }
+
+    /// Checks that both routes say that only a restart helps.
+    async fn needs_a_restart(&self) {
+        for path in ["/healthz", "/readyz"] {
+            let (status, body) = self.asked(path).await;
+            let cure = body["cure"].as_str().unwrap_or_default();
+            assert!(status == 503 && cure.starts_with("restart the server"), "{path}: {status} {body}");
+            assert!(body["cause"].as_str().is_some_and(|cause| cause.contains("log")), "{path}: {body}");
+        }
     }
 }
 
@@ -250,6 +266,7 @@ async fn fails_closed(break_it: impl AsyncFnOnce(&Process) -> Option<tokio::proc
     client.create("broken").await;
     let (status, _) = client.append("broken", "before", "before").await.expect("an answer");
     assert_eq!((status, client.ready().await), (200, 200));
+    assert_eq!(client.asked("/healthz").await.0, 200);
 
     let breaker = break_it(&process).await;
     // Longer than what still fits, and not compressible.
@@ -261,7 +278,7 @@ async fn fails_closed(break_it: impl AsyncFnOnce(&Process) -> Option<tokio::proc
     }
     let (status, answer) = client.append("broken", "after", "after").await.expect("an answer");
     assert_eq!(status, 503, "a poisoned log takes nothing until a restart: {answer}");
-    assert_eq!(client.ready().await, 503);
+    client.needs_a_restart().await;
     assert_eq!(client.records("broken").await.len(), 1, "what was durable stays readable");
     process.kill().await;
 
@@ -292,6 +309,51 @@ async fn a_full_disk_fails_the_append_and_poisons_the_log() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sync_that_fails_fails_the_append_and_poisons_the_log() {
     fails_closed(async |process| Some(process.inject("fdatasync:error=EIO").await)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_fails_behind_the_appends_shows_without_another_one() {
+    let data = tempfile::tempdir().expect("a folder");
+    let process = Process::serve(data.path()).await;
+    let client = Client::new(&process);
+    client.create("broken").await;
+    // The engine's own threads need files; those who append do not.
+    let _breaker = process.inject("openat:error=EMFILE").await;
+    let big: String = (0..28_000).map(|_| uuid::Uuid::new_v4().simple().to_string()).collect();
+    for number in 0..22 {
+        let (status, answer) = client.append("broken", &number.to_string(), &big).await.expect("an answer");
+        assert!(status == 200 || number > 15, "{number}: {status} {answer}");
+    }
+    let noticed = async {
+        while client.asked("/healthz").await.0 == 200 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), noticed).await.expect("it shows without another append");
+    client.needs_a_restart().await;
+    process.kill().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_without_room_is_for_the_operator_and_needs_no_restart() {
+    let data = tempfile::tempdir().expect("a folder");
+    let mut command = Command::new(Process::binary());
+    // More than any disk has.
+    command.env("SESSIOND_LOG__DISK_RESERVE_MIB", "1000000000000");
+    let process = Process::start(&mut command, data.path()).await;
+    let client = Client::new(&process);
+    client.create("full").await;
+    let (status, answer) = client.append("full", "p", "refused").await.expect("an answer");
+    assert_eq!((status, &answer["code"]), (503, &json!("unavailable")), "{answer}");
+    assert_eq!(client.asked("/healthz").await.0, 200);
+    let (status, body) = client.asked("/readyz").await;
+    assert!(status == 503 && body["cause"].as_str().is_some_and(|cause| cause.contains("full")), "{body}");
+    assert!(body["cure"].as_str().is_some_and(|cure| cure.contains("make room")), "{body}");
+    assert!(client.records("full").await.is_empty());
+    let close = format!("{}/api/v1/sessions/full/close", client.url);
+    let closed = client.http.post(close).bearer_auth(KEY).json(&json!({})).send().await.expect("an answer");
+    assert_eq!(closed.status(), 200, "closing takes next to none");
+    assert!(process.terminate().await.success());
 }
 
 async fn start_fails(data: &Path) -> String {

@@ -10,6 +10,7 @@ mod core;
 mod crash;
 mod data_plane;
 mod errors;
+mod files;
 mod graphql;
 mod harness;
 mod local_users;

@@ -26,7 +26,7 @@ use super::clock::Clock;
 use super::error::{Error, Result};
 use super::id::SessionRef;
 use super::lifeline::Bounds;
-use super::port::{ChannelStore, ListIndex, MetadataStore, Waitpoints};
+use super::port::{ChannelStore, Condition, ListIndex, MetadataStore, Waitpoints};
 use super::record::{AppendAck, ReadStart};
 use super::session::{Closure, NewSession, Session, SharedSession};
 use super::timer::Timers;
@@ -183,6 +183,11 @@ impl Sessions {
     pub async fn ready(&self) -> Result<()> {
         self.store.ping().await?;
         self.channels.ping().await
+    }
+
+    /// What keeps the log from taking appends, as far as it is known without asking. Never waits.
+    pub fn condition(&self) -> Condition {
+        self.channels.condition()
     }
 
     /// The row at an address that the caller may act on. What of it may change may have changed in another process; what

@@ -6,6 +6,7 @@ mod sweep;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -15,6 +16,8 @@ use object_store::{
     Attribute, Attributes, GetOptions, GetRange, GetResult, ObjectMeta, ObjectStore, PutMultipartOptions,
     PutOptions,
 };
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
 
 pub use open::S3Options;
 use sessiond_domain::blob::{MEDIA_TYPE_MAX, UNKNOWN_MEDIA_TYPE};
@@ -26,6 +29,8 @@ const MAGIC: &[u8] = b"sessiond-blob 1 ";
 const HEADER: usize = 128;
 /// How often a read begins again because a put came between.
 const RETRIES: usize = 16;
+/// Longest wait for others to be done.
+const ROOM_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where a blob's media type is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +47,8 @@ pub struct ObjectBlobs {
     store: Arc<dyn ObjectStore>,
     prefix: Path,
     media_type: MediaType,
+    /// One permit for each blob that is being written or read: each has a file or a socket.
+    room: Arc<Semaphore>,
 }
 
 /// A fault of the store's.
@@ -58,8 +65,15 @@ fn present<T>(result: object_store::Result<T>) -> Result<Option<T>> {
     }
 }
 
-fn content(result: GetResult) -> ByteStream {
-    result.into_stream().map_err(away).boxed()
+/// The bytes of a blob, which is being read until they are dropped.
+fn content(result: GetResult, room: OwnedSemaphorePermit) -> ByteStream {
+    let bytes = result.into_stream().map_err(away);
+    bytes
+        .map(move |piece| {
+            let _held = &room;
+            piece
+        })
+        .boxed()
 }
 
 /// Without its quotes, which only some stores write.
@@ -83,6 +97,25 @@ fn parse_header(header: &[u8]) -> Option<String> {
 }
 
 impl ObjectBlobs {
+    /// Files or sockets that one blob takes while it is written or read: its own, and the folder's while that is synced.
+    pub const FILES_EACH: u64 = 2;
+
+    /// Writes and reads at most so many blobs at once; further ones wait for a while.
+    #[must_use]
+    pub fn at_once(mut self, limit: usize) -> Self {
+        self.room = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
+        self
+    }
+
+    async fn room(&self) -> Result<OwnedSemaphorePermit> {
+        match timeout(ROOM_PATIENCE, self.room.clone().acquire_owned()).await {
+            Ok(permit) => permit.map_err(Error::internal),
+            Err(_) => {
+                Err(Error::unavailable("the store of blobs", "too many blobs are written or read at once"))
+            }
+        }
+    }
+
     fn path(&self, key: &BlobKey) -> Path {
         self.prefix.parts().chain(Path::from(key.as_str()).parts()).collect()
     }
@@ -115,6 +148,7 @@ impl ObjectBlobs {
     }
 
     async fn find_in_file(&self, key: &BlobKey) -> Result<Option<BlobInfo>> {
+        let _room = self.room().await?;
         let range = Some(GetRange::Bounded(0..HEADER as u64));
         let options = GetOptions { range, ..GetOptions::default() };
         let Some(result) = present(self.store.get_opts(&self.path(key), options).await)? else {
@@ -131,6 +165,7 @@ impl ObjectBlobs {
 #[async_trait]
 impl Blobs for ObjectBlobs {
     async fn put(&self, key: &BlobKey, media_type: &str, bytes: ByteStream) -> Result<()> {
+        let _room = self.room().await?;
         let attributes = self.attributes(media_type);
         let bytes = match self.media_type {
             MediaType::Attribute => bytes,
@@ -143,6 +178,7 @@ impl Blobs for ObjectBlobs {
         if self.media_type == MediaType::Header {
             return self.find_in_file(key).await;
         }
+        let _room = self.room().await?;
         let options = GetOptions { head: true, ..GetOptions::default() };
         let found = present(self.store.get_opts(&self.path(key), options).await)?;
         found.map(|result| self.info(&result.meta, Self::as_kept(&result))).transpose()
@@ -150,10 +186,11 @@ impl Blobs for ObjectBlobs {
 
     async fn read(&self, key: &BlobKey) -> Result<Option<Blob>> {
         if self.media_type == MediaType::Attribute {
+            let room = self.room().await?;
             let found = present(self.store.get_opts(&self.path(key), GetOptions::default()).await)?;
             let Some(result) = found else { return Ok(None) };
             let info = self.info(&result.meta, Self::as_kept(&result))?;
-            return Ok(Some(Blob { info, bytes: content(result) }));
+            return Ok(Some(Blob { info, bytes: content(result, room) }));
         }
         for _ in 0..RETRIES {
             let Some(info) = self.find(key).await? else { return Ok(None) };
@@ -178,10 +215,11 @@ impl Blobs for ObjectBlobs {
             if_match: Some(format!("\"{}\"", info.etag)),
             ..GetOptions::default()
         };
+        let room = self.room().await?;
         let found = present(self.store.get_opts(&self.path(key), options).await)?;
         // Some stores do not know `If-Match`.
         let same = found.filter(|result| etag(&result.meta).as_ref() == Some(&info.etag));
-        Ok(same.map(content))
+        Ok(same.map(|result| content(result, room)))
     }
 }
 
@@ -195,6 +233,8 @@ fn options(attributes: Attributes) -> (PutOptions, PutMultipartOptions) {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::{FutureExt, TryFutureExt};
+
     use super::*;
 
     #[test]
@@ -207,5 +247,29 @@ mod tests {
             assert_eq!(parse_header(&header[1..]), None);
             assert_eq!(parse_header(&header[..HEADER - 1]), None);
         }
+    }
+
+    #[tokio::test]
+    async fn a_blob_over_the_limit_waits_until_another_one_is_done() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let blobs = ObjectBlobs::folder(folder.path()).expect("opens").at_once(1);
+        let key = BlobKey::snapshot(
+            &sessiond_domain::EnvironmentId::from_stored("env_a"),
+            &sessiond_domain::SessionId::from_stored("session_a"),
+        );
+        let bytes = || stream::iter([Ok(Bytes::from_static(b"{}"))]).boxed();
+        blobs.put(&key, "application/json", bytes()).await.expect("stored");
+        let reading = blobs.read(&key).await.expect("answers").expect("is there");
+        let mut waiting = [
+            blobs.find(&key).map_ok(drop).boxed(),
+            blobs.read(&key).map_ok(drop).boxed(),
+            blobs.put(&key, "application/json", bytes()).boxed(),
+        ];
+        for waiting in &mut waiting {
+            assert!(futures_util::poll!(waiting).is_pending());
+        }
+        drop(reading);
+        // Together: each holds its place until it is polled again.
+        futures_util::future::try_join_all(waiting).await.expect("their turns have come");
     }
 }

@@ -7,8 +7,9 @@ use std::time::Duration;
 use object_store::aws::AmazonS3Builder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{ClientOptions, RetryConfig};
+use object_store::{ClientOptions, ObjectStore, RetryConfig};
 use secrecy::{ExposeSecret, SecretString};
+use tokio::sync::Semaphore;
 
 use super::{MediaType, ObjectBlobs, sweep};
 use sessiond_domain::{Error, Result};
@@ -50,7 +51,7 @@ impl ObjectBlobs {
             .and_then(|()| sweep::leftovers(folder))
             .map_err(|error| Error::unavailable("the folder of blobs", error))?;
         let store = LocalFileSystem::new_with_prefix(folder).map_err(away)?.with_fsync(true);
-        Ok(Self { store: Arc::new(store), prefix: Path::default(), media_type: MediaType::Header })
+        Ok(Self::over(Arc::new(store), Path::default(), MediaType::Header))
     }
 
     /// Blobs in a bucket. Nothing is asked of it yet.
@@ -82,6 +83,10 @@ impl ObjectBlobs {
         let store = builder.build().map_err(away)?;
         let prefix =
             Path::parse(&options.prefix).map_err(|error| Error::invalid("blobs.url", error.to_string()))?;
-        Ok(Self { store: Arc::new(store), prefix, media_type: MediaType::Attribute })
+        Ok(Self::over(Arc::new(store), prefix, MediaType::Attribute))
+    }
+
+    fn over(store: Arc<dyn ObjectStore>, prefix: Path, media_type: MediaType) -> Self {
+        Self { store, prefix, media_type, room: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)) }
     }
 }

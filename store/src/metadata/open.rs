@@ -100,6 +100,13 @@ pub async fn migrate(url: &str) -> Result<Migrated, OpenError> {
 }
 
 impl SqlMetadata {
+    /// Files or sockets that a store has open at most: of SQLite the file, its write-ahead log and a temporary file by
+    /// connection, the writer's included, and the log's index once.
+    pub fn files(url: &str, options: OpenOptions) -> u64 {
+        let connections = u64::from(options.connections);
+        if url.starts_with("sqlite:") { 3 * (connections + 1) + 1 } else { connections }
+    }
+
     /// Connects to `sqlite:PATH` (made readable by its owner only, if missing) or `postgres://...` and migrates. Without
     /// [`OpenOptions::create`] only what is there already: neither a file nor a schema is made.
     ///

@@ -8,6 +8,7 @@ mod codec;
 mod follow;
 mod group;
 mod queue;
+mod space;
 mod state;
 mod store;
 mod sweep;
@@ -27,13 +28,14 @@ use quick_cache::sync::Cache;
 use tokio::sync::{Semaphore, oneshot};
 
 use self::queue::{Append, Queue, Request, gone};
+use self::space::Space;
 use self::state::Memory;
 pub use self::store::OpenError;
 use self::store::Store;
 use self::sweep::Wake;
 use super::live::Live;
 use super::observer::{CommitStats, LogObserver};
-use sessiond_domain::port::Followed;
+use sessiond_domain::port::{Condition, Followed};
 use sessiond_domain::record::{Bounds, ReadLimit};
 use sessiond_domain::{
     AppendAck, AppendInput, ChannelKey, ChannelStore, Clock, Closure, ConnectionBudget, Error, ReadStart,
@@ -52,26 +54,38 @@ pub struct LogOptions {
     pub retention: Option<Duration>,
     /// How often what may be forgotten is looked for. Trimmed records are removed at once.
     pub sweep_every: Duration,
+    /// Bytes of the disk that appends leave free; `None` for what suits its size.
+    pub disk_reserve: Option<u64>,
     /// Who is told what the log does.
     pub observer: Arc<dyn LogObserver>,
 }
 
 impl Default for LogOptions {
     fn default() -> Self {
-        Self { retention: None, sweep_every: Duration::from_secs(300), observer: Arc::new(()) }
+        Self {
+            retention: None,
+            sweep_every: Duration::from_secs(300),
+            disk_reserve: None,
+            observer: Arc::new(()),
+        }
     }
 }
 
 impl fmt::Debug for LogOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { retention, sweep_every, .. } = self;
-        f.debug_struct("LogOptions").field("retention", retention).field("sweep_every", sweep_every).finish()
+        let Self { retention, sweep_every, disk_reserve, .. } = self;
+        f.debug_struct("LogOptions")
+            .field("retention", retention)
+            .field("sweep_every", sweep_every)
+            .field("disk_reserve", disk_reserve)
+            .finish_non_exhaustive()
     }
 }
 
 /// What the writer, the sweeper, readers and followers share.
 struct Shared {
     store: Store,
+    space: Space,
     live: Arc<Live>,
     queue: Queue,
     /// Set by a failed write and never cleared: what the disk then holds is known only after a restart.
@@ -94,6 +108,25 @@ impl Shared {
 
     fn sweep_woken(&self) {
         self.sweeper_woken.store(false, Ordering::SeqCst);
+    }
+
+    /// Takes no writes any more.
+    fn poison(&self, error: &fjall::Error) {
+        if !self.poisoned.swap(true, Ordering::SeqCst) {
+            self.observer.poisoned();
+            tracing::error!(error = %error, "the log could not be written and takes no appends until a restart");
+        }
+    }
+
+    /// Looks at what appends need. The engine's own threads may have failed since the last one, and then it says so only
+    /// when it is asked.
+    fn look(&self) -> Result<()> {
+        let full = self.space.look();
+        self.store.db.persist(fjall::PersistMode::Buffer).map_err(|error| {
+            self.poison(&error);
+            store::fault(error)
+        })?;
+        if full { Err(gone()) } else { Ok(()) }
     }
 
     /// Runs a read where it may wait for the disk.
@@ -148,6 +181,9 @@ pub struct LogChannels {
 }
 
 impl LogChannels {
+    /// Files that a log has open at most.
+    pub const FILES: u64 = store::FILES;
+
     /// Opens the log in `dir`, making it if there is none.
     ///
     /// # Errors
@@ -163,6 +199,7 @@ impl LogChannels {
         let memory = Memory::new(store.next_number().map_err(corrupt)?);
         let (sweeper, wake) = mpsc::channel();
         let shared = Arc::new(Shared {
+            space: Space::new(dir, options.disk_reserve),
             store,
             live: Arc::default(),
             queue: Queue::default(),
@@ -296,10 +333,17 @@ impl ChannelStore for LogChannels {
 
     async fn ping(&self) -> Result<()> {
         self.check()?;
-        // The engine's own background work may have failed since the last append.
-        self.shared
-            .blocking(|shared| shared.store.db.persist(fjall::PersistMode::Buffer).map_err(store::fault))
-            .await
+        self.shared.blocking(Shared::look).await
+    }
+
+    fn condition(&self) -> Condition {
+        if self.check().is_err() {
+            Condition::Broken
+        } else if self.shared.space.is_full() {
+            Condition::Full
+        } else {
+            Condition::Sound
+        }
     }
 }
 
@@ -326,7 +370,32 @@ mod tests {
         ] {
             assert!(matches!(refused, Err(Error::Unavailable { what: "log", .. })), "{refused:?}");
         }
+        assert_eq!(log.condition(), Condition::Broken);
         let read = log.read(&key, ReadStart::SeqNum(0), ReadLimit::BATCH).await.expect("reads");
         assert_eq!(read.records.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_refuses_appends_and_nothing_else_until_there_is_room() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let log =
+            LogChannels::open(folder.path(), LogOptions::default(), Arc::new(SystemClock)).expect("opens");
+        let key = ChannelKey::main(SessionId::from_stored("session_a"), Direction::In);
+        let input = || AppendInput::one(NewRecord::data("a")).expect("fits");
+        assert_eq!(log.condition(), Condition::Sound);
+        log.shared.space.keep_free(u64::MAX);
+        for refused in [log.append(&key, input()).await.map(drop), log.ping().await] {
+            assert!(matches!(refused, Err(Error::Unavailable { what: "log", .. })), "{refused:?}");
+        }
+        assert_eq!(log.condition(), Condition::Full);
+        let other = SessionId::from_stored("session_b");
+        log.seal(&other, Closure { at: SystemClock.now(), reason: None }).await.expect("sealed");
+        log.settle(&other).await.expect("settled");
+        log.sweep().await.expect("swept");
+        log.shared.space.keep_free(0);
+        // Whoever asks whether it is ready finds out, though no append is tried.
+        log.ping().await.expect("answers");
+        assert_eq!(log.condition(), Condition::Sound);
+        assert_eq!(log.append(&key, input()).await.expect("appends").start.seq_num, 0);
     }
 }

@@ -25,8 +25,11 @@ const RECORDS_MEMTABLE: u64 = 16 << 20;
 const SMALL_MEMTABLE: u64 = 4 << 20;
 /// Threads that flush and compact.
 const WORKERS: usize = 2;
-/// Open files kept.
+/// Open tables kept.
 const OPEN_FILES: usize = 256;
+/// Files open at most: those, and what comes and goes, which are the journals, the tables that the workers read and write
+/// past that cache, and the folders that are synced.
+pub(super) const FILES: u64 = OPEN_FILES as u64 + 96;
 
 /// Why a log cannot be opened.
 #[derive(Debug, thiserror::Error)]

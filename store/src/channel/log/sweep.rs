@@ -16,6 +16,8 @@ use sessiond_domain::{ChannelKey, Error, Result, SeqNum, Timestamp};
 
 /// Rows deleted in one slice, so that the appends of the same commit wait little longer.
 const SLICE: SeqNum = 512;
+/// How often the disk and the engine are looked at, whether anything is written or not.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Channels looked at under one snapshot.
 const PAGE: usize = 256;
 
@@ -47,7 +49,8 @@ pub(super) fn run(shared: &Arc<Shared>, options: &LogOptions, wake: &Receiver<Wa
             due = Instant::now() + options.sweep_every;
             continue;
         }
-        result = match wake.recv_timeout(due.saturating_duration_since(Instant::now())) {
+        let pause = due.saturating_duration_since(Instant::now()).min(LOOK_EVERY);
+        result = match wake.recv_timeout(pause) {
             Ok(Wake::Trimmed) => {
                 shared.sweep_woken();
                 sweeper.remove_trimmed()
@@ -56,7 +59,11 @@ pub(super) fn run(shared: &Arc<Shared>, options: &LogOptions, wake: &Receiver<Wa
                 let _ = reply.send(sweeper.sweep());
                 Ok(())
             }
-            Err(RecvTimeoutError::Timeout) => Ok(()),
+            Err(RecvTimeoutError::Timeout) => {
+                // What it finds it logs, and keeps for whoever asks.
+                let _ = shared.look();
+                Ok(())
+            }
             Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return,
         };
     }

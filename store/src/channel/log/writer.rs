@@ -7,7 +7,9 @@ use std::sync::atomic::Ordering;
 
 use super::Shared;
 use super::group::{Group, refuse};
+use super::queue::Request;
 use super::state::Memory;
+use sessiond_domain::record::Chain;
 
 /// Metered bytes after which a group is full.
 const GROUP_BYTES: usize = 8 << 20;
@@ -33,17 +35,24 @@ pub(super) fn run(shared: &Arc<Shared>, mut memory: Memory) {
             continue;
         }
         memory.trim();
+        let full = shared.space.look();
         let mut group = Group::new(shared, &mut memory);
         while group.bytes() < GROUP_BYTES
             && group.requests() < GROUP_REQUESTS
             && let Some(request) = waiting.pop_front()
         {
-            group.add(request);
+            // What closes and what forgets takes little room, or makes some.
+            match request {
+                Request::Append { ref append, .. } if full => {
+                    // What was sent behind it must not land before it, when there is room again.
+                    append.chain.iter().for_each(Chain::break_off);
+                    refuse(request);
+                }
+                request => group.add(request),
+            }
         }
         if let Err(error) = group.commit() {
-            shared.poisoned.store(true, Ordering::SeqCst);
-            shared.observer.poisoned();
-            tracing::error!(error = %error, "the log could not be written and takes no appends until a restart");
+            shared.poison(&error);
         }
     }
 }

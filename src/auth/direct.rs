@@ -12,6 +12,7 @@ use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, deco
 use serde::{Deserialize, Serialize};
 
 use super::Auth;
+use super::cache::{BearerHash, Footprint};
 use crate::domain::{
     Action, Caller, CallerKind, ChannelAddress, ChannelName, Direction, EnvironmentId, Error, KeyId,
     Resource, Result, Scopes, SessionRef, Timestamp,
@@ -31,6 +32,13 @@ pub struct Grant {
     pub session: SessionRef,
     /// The channel.
     pub channel: ChannelAddress,
+}
+
+impl Footprint for Grant {
+    fn heap(&self) -> usize {
+        let name = self.channel.name.as_ref().map_or(0, |name| name.as_str().len());
+        self.caller.heap() + self.session.as_str().len() + name
+    }
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -102,23 +110,27 @@ impl Auth {
     /// # Errors
     /// [`Error::Unauthenticated`], [`Error::Unavailable`].
     pub async fn grant(&self, bearer: &str) -> Result<Option<Arc<Grant>>> {
-        if let Some(grant) = self.grants.get(bearer) {
+        if bearer.len() > super::BEARER_MAX {
+            return Ok(None);
+        }
+        let hash = BearerHash::of(bearer);
+        if let Some(grant) = self.grants.get(&hash) {
             if grant.caller.require_current(self.clock.now()).is_ok() {
                 return Ok(Some(grant));
             }
-            self.grants.remove(bearer);
+            self.grants.remove(&hash);
         }
-        if bearer.len() > super::BEARER_MAX || !claims_to_be_direct(bearer) {
+        if !claims_to_be_direct(bearer) {
             return Ok(None);
         }
         loop {
             let before = self.sweeps.load(Ordering::Acquire);
             let grant = Arc::new(self.verify_grant(bearer).await?);
-            self.grants.insert(bearer.to_owned(), grant.clone());
+            self.grants.insert(hash, grant.clone());
             if self.sweeps.load(Ordering::Acquire) == before {
                 return Ok(Some(grant));
             }
-            self.grants.remove(bearer);
+            self.grants.remove(&hash);
         }
     }
 

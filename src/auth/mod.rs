@@ -2,6 +2,7 @@
 //!
 //! Knows no transport: what a refusal looks like on the wire is `api`'s.
 
+mod cache;
 pub mod direct;
 pub mod keys;
 mod leases;
@@ -21,6 +22,7 @@ use crate::domain::timer::Timers;
 use crate::domain::{
     Caller, CallerKind, Clock, EnvironmentId, Error, KeyId, MetadataStore, Result, Scopes, Session, Timestamp,
 };
+use cache::{BearerCache, BearerHash};
 use direct::Grant;
 use leases::Leases;
 use token::Bearer;
@@ -28,8 +30,8 @@ use vault::Vault;
 
 /// How often the key revision is read: a revocation by another process takes effect within a second.
 const REVISION_EVERY: Duration = Duration::from_millis(400);
-/// Callers kept in memory.
-const CACHED_CALLERS: usize = 10_000;
+/// Environments whose signing keys are kept in memory.
+const CACHED_ENVIRONMENTS: usize = 10_000;
 /// Validity of the token that a create answers with.
 const SESSION_TOKEN_TTL: Duration = Duration::from_secs(3600);
 /// A longer bearer is nobody's; it is not even hashed.
@@ -51,10 +53,10 @@ pub struct Auth {
     store: Arc<dyn MetadataStore>,
     vault: Arc<Vault>,
     clock: Arc<dyn Clock>,
-    callers: Cache<String, Arc<Caller>>,
+    callers: BearerCache<Caller>,
     /// With the sweep that they were read under: keys from before one are worth nothing after it.
     signing: Cache<EnvironmentId, (u64, Arc<[SigningKey]>)>,
-    grants: Cache<String, Arc<Grant>>,
+    grants: BearerCache<Grant>,
     leases: Leases,
     /// Wakes the streams that a revocation ends.
     timers: Arc<Timers>,
@@ -78,9 +80,9 @@ impl Auth {
             store,
             vault,
             clock,
-            callers: Cache::new(CACHED_CALLERS),
-            signing: Cache::new(CACHED_CALLERS),
-            grants: Cache::new(CACHED_CALLERS),
+            callers: BearerCache::default(),
+            signing: Cache::new(CACHED_ENVIRONMENTS),
+            grants: BearerCache::default(),
             leases: Leases::default(),
             timers,
             revision: AtomicI64::new(-1),
@@ -94,15 +96,16 @@ impl Auth {
     /// # Errors
     /// [`Error::Unauthenticated`] in the words that clients know; [`Error::Unavailable`].
     pub async fn authenticate(&self, bearer: &str) -> Result<Arc<Caller>> {
-        if let Some(caller) = self.callers.get(bearer) {
+        if bearer.len() > BEARER_MAX || bearer.starts_with("pk_") {
+            return Err(INVALID_KEY);
+        }
+        let hash = BearerHash::of(bearer);
+        if let Some(caller) = self.callers.get(&hash) {
             let current = caller.expires_at.is_none_or(|at| self.clock.now() < at);
             if current && !caller.revoked.is_cancelled() {
                 return Ok(caller);
             }
-            self.callers.remove(bearer);
-        }
-        if bearer.len() > BEARER_MAX || bearer.starts_with("pk_") {
-            return Err(INVALID_KEY);
+            self.callers.remove(&hash);
         }
         loop {
             let before = self.sweeps.load(Ordering::Acquire);
@@ -110,11 +113,11 @@ impl Auth {
                 Bearer::Public(environment) => self.public(bearer, environment).await?,
                 Bearer::Secret => self.secret(bearer).await?,
             });
-            self.callers.insert(bearer.to_owned(), caller.clone());
+            self.callers.insert(hash, caller.clone());
             if self.sweeps.load(Ordering::Acquire) == before {
                 return Ok(caller);
             }
-            self.callers.remove(bearer);
+            self.callers.remove(&hash);
         }
     }
 

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::{Value, json};
-use sessiond::domain::KeyId;
+use sessiond::auth::token;
+use sessiond::domain::{Clock, EnvironmentId, KeyId, Scopes, SystemClock};
 
-use crate::harness::TestServer;
 use crate::harness::server::KEY;
 use crate::harness::sse::End;
+use crate::harness::{Process, TestServer};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -120,8 +121,8 @@ async fn bad_credentials_answer_401_in_the_words_that_clients_know() {
     let tampered = format!("{}.{}.{}", parts[0], parts[1], parts[2].chars().rev().collect::<String>());
     let end = crate::harness::server::START.plus(Duration::from_secs(60));
     let own = server.first_environment().await.id;
-    let scopes = sessiond::domain::Scopes::new(vec!["read:sessions".to_owned()]);
-    let foreign = sessiond::auth::token::sign(&foreign_key, &own, &scopes, None, end, end).expect("a token");
+    let scopes = Scopes::new(vec!["read:sessions".to_owned()]);
+    let foreign = token::sign(&foreign_key, &own, &scopes, None, end, end).expect("a token");
     server.clock.advance(Duration::from_secs(2));
     for (bearer, message) in [
         (foreign.as_str(), "Public Access Token is invalid"),
@@ -207,7 +208,7 @@ async fn the_mint_routes_give_tokens_that_work_and_refuse_what_the_key_lacks() {
     assert_eq!(claims, json!({"sub": environment.id.as_str(), "pub": true}));
 
     let control = server.control().await;
-    let scopes = sessiond::domain::Scopes::new(vec!["read:sessions:m".to_owned()]);
+    let scopes = Scopes::new(vec!["read:sessions:m".to_owned()]);
     let scoped = control.keys().create(&environment, "scoped", Some(scopes), None).await.expect("a key");
     let scoped_secret = secrecy::ExposeSecret::expose_secret(&scoped.secret).to_owned();
     let mint = async |bearer: &str, body: Value| {
@@ -308,4 +309,37 @@ async fn a_long_read_of_records_breaks_off_when_its_token_ends() {
         Ok::<_, reqwest::Error>(())
     };
     rest.await.expect_err("more than the sockets hold was left, and nobody may read it now");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn callers_with_long_tokens_are_remembered_within_a_budget_of_bytes() {
+    /// What two thousand tokens may add to the server's memory, in KiB; each is worth 150 KiB once it is read.
+    const MEMORY: usize = 64 * 1024;
+    let data = tempfile::tempdir().expect("a folder");
+    let process = Process::serve(data.path()).await;
+    let http = reqwest::Client::new();
+    let claims = http.post(format!("{}/api/v1/auth/jwt/claims", process.url)).bearer_auth(KEY).send().await;
+    let claims: Value = claims.expect("an answer").json().await.expect("JSON");
+    let environment = EnvironmentId::from_stored(claims["sub"].as_str().expect("an id"));
+    let now = SystemClock.now();
+    let long = |n: usize| {
+        let scopes =
+            std::iter::once(n.to_string()).chain(std::iter::repeat_n("a".to_owned(), 2_800)).collect();
+        token::sign(KEY, &environment, &Scopes::new(scopes), None, now, now.plus(HOUR)).expect("a token")
+    };
+    // Realtime routes have no limit; the token is good and opens nothing.
+    let show = async |token: String| {
+        let path = format!("{}/realtime/v1/sessions/s/in/records", process.url);
+        let answer = http.get(path).bearer_auth(token).send().await.expect("an answer");
+        assert_eq!(answer.status().as_u16(), 403);
+    };
+    for n in 0..10 {
+        show(long(n)).await;
+    }
+    let before = process.forget_peak();
+    for n in 10..2_010 {
+        show(long(n)).await;
+    }
+    let peak = process.memory("VmHWM");
+    assert!(peak < before + MEMORY, "{before} KiB grew to {peak} KiB");
 }

@@ -123,7 +123,9 @@ pub enum Error {
 pub struct RateLimit {
     /// Requests allowed in a burst.
     pub limit: u32,
-    /// When the next request will be accepted.
+    /// Requests that would be accepted now; fewer than were asked for.
+    pub remaining: u32,
+    /// When what was asked for will be accepted.
     pub reset: Timestamp,
     /// How long that is from now.
     pub wait: Duration,

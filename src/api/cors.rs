@@ -17,7 +17,8 @@ const MAX_AGE: HeaderValue = HeaderValue::from_static("300");
 const EXPOSED: HeaderValue = HeaderValue::from_static(
     "x-trigger-jwt,x-trigger-jwt-claims,X-Stream-Version,X-Session-Settled,X-Last-Chunk-Index,\
      X-S2-Access-Token,X-S2-Stream-Name,X-S2-Basin,X-S2-Flush-Interval-Ms,X-S2-Max-Retries,X-S2-Endpoint,\
-     x-request-id,traceparent,x-should-retry,x-ratelimit-limit,x-ratelimit-remaining,x-ratelimit-reset",
+     x-request-id,traceparent,x-should-retry,x-ratelimit-limit,x-ratelimit-remaining,x-ratelimit-reset,\
+     retry-after",
 );
 
 /// The caller's origin, if it has one and may read answers.

@@ -11,7 +11,7 @@ use http::{HeaderMap, StatusCode};
 use serde_json::{Map, Value, json};
 
 use crate::domain::error::RateLimit;
-use crate::domain::{Code, Direction, Error, Timestamp, Violation};
+use crate::domain::{Code, Direction, Error, Violation};
 
 /// Tells the SDK whether a retry can help.
 pub const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -112,8 +112,12 @@ impl From<Arc<Error>> for Failure {
             Error::Trimmed { earliest } => failure = failure.with("earliest", json!(earliest.to_string())),
             Error::RateLimited(limit) => {
                 failure.headers = rate_headers(*limit);
-                failure =
-                    failure.with("retryAfterMs", json!(limit.wait.as_nanos().div_ceil(1_000_000) as u64));
+                // Not every door has headers.
+                failure = failure
+                    .with("retryAfterMs", json!(limit.wait.as_nanos().div_ceil(1_000_000) as u64))
+                    .with("limit", json!(limit.limit))
+                    .with("remaining", json!(limit.remaining))
+                    .with("reset", json!(limit.reset.millis()));
             }
             Error::Unavailable { .. } => {
                 failure.message = AWAY.to_owned();
@@ -340,19 +344,17 @@ fn violations(list: &[Violation]) -> Value {
 
 fn rate_headers(limit: RateLimit) -> HeaderMap {
     let mut headers = HeaderMap::new();
+    headers.insert(RETRY_AFTER, HeaderValue::from(limit.wait.as_millis().div_ceil(1000) as u64));
     headers.insert("x-ratelimit-limit", HeaderValue::from(limit.limit));
-    headers.insert("x-ratelimit-remaining", HeaderValue::from(0));
-    headers.insert("x-ratelimit-reset", HeaderValue::from(reset_millis(limit.reset)));
+    headers.insert("x-ratelimit-remaining", HeaderValue::from(limit.remaining));
+    headers.insert("x-ratelimit-reset", HeaderValue::from(limit.reset.millis()));
     headers
-}
-
-fn reset_millis(at: Timestamp) -> i64 {
-    at.millis()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::Timestamp;
 
     #[test]
     fn every_code_has_its_status_and_says_whether_to_retry() {
@@ -410,6 +412,27 @@ mod tests {
             assert_eq!(body["closedReason"], "done");
             assert_eq!(body["error"], "Cannot append to a closed session");
         }
+    }
+
+    #[test]
+    fn who_asks_too_often_reads_when_to_come_back_in_headers_and_body() {
+        let wait = std::time::Duration::from_millis(1001);
+        let reset = Timestamp::from_millis(5000);
+        let failure = Failure::from(Error::RateLimited(RateLimit { limit: 9, remaining: 2, reset, wait }));
+        let response = failure.render(None);
+        for (name, value) in [
+            ("retry-after", "2"),
+            ("x-ratelimit-limit", "9"),
+            ("x-ratelimit-remaining", "2"),
+            ("x-ratelimit-reset", "5000"),
+        ] {
+            assert_eq!(response.headers()[name], value, "{name}");
+        }
+        let body = failure.body(None);
+        assert_eq!(
+            [&body["retryAfterMs"], &body["limit"], &body["remaining"], &body["reset"]],
+            [&json!(1001), &json!(9), &json!(2), &json!(5000)]
+        );
     }
 
     #[test]

@@ -56,7 +56,8 @@ impl FromRequestParts<App> for ApiAsker {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Failure> {
         let bearer = bearer(&parts.headers)?;
         let caller = app.auth.authenticate(bearer).await?;
-        app.rate_limiter.check(&caller, bearer, app.clock.as_ref())?;
+        let counted = app.rate_limiter.counted(&caller, bearer);
+        app.rate_limiter.check(counted, 1, app.clock.as_ref()).map_err(Error::from)?;
         Ok(Self(caller))
     }
 }

@@ -1,4 +1,4 @@
-//! Request limits of `/api/*`: per environment for secret keys, per token for public ones.
+//! Request limits of `/api/*` and `/graphql`: per environment for secret keys, per token for public ones.
 
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
@@ -32,14 +32,18 @@ impl Rate {
         Some(Self { burst: NonZeroU32::new(burst)?, refill: NonZeroU32::new(refill)?, per })
     }
 
+    /// How long one request takes to be regained.
+    fn period(self) -> Duration {
+        (self.per / self.refill.get()).max(Duration::from_nanos(1))
+    }
+
     fn quota(self) -> Quota {
-        let period = (self.per / self.refill.get()).max(Duration::from_nanos(1));
-        Quota::with_period(period)
+        Quota::with_period(self.period())
             .map_or_else(|| Quota::per_second(self.refill), |q| q.allow_burst(self.burst))
     }
 }
 
-/// The limits of both kinds of callers; `None` is no limit.
+/// The limits of all kinds of callers; `None` is no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RateLimits {
     /// Per environment, for secret keys.
@@ -60,15 +64,60 @@ impl Limit {
         Self { rate, used: DefaultKeyedRateLimiter::keyed(rate.quota()), checks: AtomicU32::new(0) }
     }
 
-    fn check(&self, key: u64, clock: &DefaultClock, now: &dyn Clock) -> Result<()> {
+    fn check(
+        &self,
+        key: u64,
+        cost: NonZeroU32,
+        clock: &DefaultClock,
+        now: &dyn Clock,
+    ) -> Result<(), Exceeded> {
         if self.checks.fetch_add(1, Ordering::Relaxed) % SWEEP_EVERY == SWEEP_EVERY - 1 {
             self.used.retain_recent();
         }
-        self.used.check_key(&key).map_err(|until| {
+        let limit = self.rate.burst.get();
+        let checked = self.used.check_key_n(&key, cost).map_err(|_| Exceeded::Burst(limit))?;
+        checked.map_err(|until| {
             let wait = until.wait_time_from(clock.now()).max(Duration::from_millis(1));
-            Error::RateLimited(RateLimit { limit: self.rate.burst.get(), reset: now.now().plus(wait), wait })
+            // Those that are missing are regained in the wait.
+            let missing = wait.as_nanos().div_ceil(self.rate.period().as_nanos());
+            let remaining = cost.get().saturating_sub(u32::try_from(missing).unwrap_or(u32::MAX));
+            Exceeded::Rate(RateLimit { limit, remaining, reset: now.now().plus(wait), wait })
         })
     }
+}
+
+/// Why a request is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exceeded {
+    /// It costs more than this, the burst, and would be refused at any time.
+    Burst(u32),
+    /// It may come later.
+    Rate(RateLimit),
+}
+
+impl From<Exceeded> for Error {
+    fn from(exceeded: Exceeded) -> Self {
+        match exceeded {
+            Exceeded::Rate(limit) => Self::RateLimited(limit),
+            Exceeded::Burst(limit) => Self::malformed(
+                "request",
+                format!("costs more than the {limit} that the rate limit allows at once"),
+            ),
+        }
+    }
+}
+
+/// Who is counted: an environment for its secret keys, a public token for itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counted {
+    kind: Kind,
+    key: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Environment,
+    Token,
 }
 
 /// The state of the limits.
@@ -90,18 +139,26 @@ impl RateLimiter {
         }
     }
 
-    /// Counts a request.
+    /// Whom a request of `caller`, who showed `bearer`, is counted with.
+    pub fn counted(&self, caller: &Caller, bearer: &str) -> Counted {
+        let (kind, name) = match caller.is_private() {
+            true => (Kind::Environment, caller.environment.as_str()),
+            false => (Kind::Token, bearer),
+        };
+        Counted { kind, key: self.hasher.hash_one(name) }
+    }
+
+    /// Counts a request as `cost` requests; what is refused is not counted.
     ///
     /// # Errors
-    /// [`Error::RateLimited`].
-    pub fn check(&self, caller: &Caller, bearer: &str, now: &dyn Clock) -> Result<()> {
-        let (limit, name) = if caller.is_private() {
-            (&self.environments, caller.environment.as_str())
-        } else {
-            (&self.tokens, bearer)
+    /// [`Exceeded::Burst`] whenever a cost above the burst is asked for; [`Exceeded::Rate`].
+    pub fn check(&self, counted: Counted, cost: u32, now: &dyn Clock) -> Result<(), Exceeded> {
+        let limit = match counted.kind {
+            Kind::Environment => &self.environments,
+            Kind::Token => &self.tokens,
         };
-        match limit {
-            Some(limit) => limit.check(self.hasher.hash_one(name), &self.clock, now),
+        match limit.as_ref().zip(NonZeroU32::new(cost)) {
+            Some((limit, cost)) => limit.check(counted.key, cost, &self.clock, now),
             None => Ok(()),
         }
     }
@@ -139,15 +196,36 @@ mod tests {
         };
         let limiter = RateLimiter::new(limits);
         let clock = TestClock::at(Timestamp::from_millis(1000));
+        let check = |caller: &Caller, bearer: &str| limiter.check(limiter.counted(caller, bearer), 1, &clock);
         let public = caller(CallerKind::Public(Scopes::default()));
-        assert!(limiter.check(&public, "a", &clock).is_ok());
-        assert!(limiter.check(&public, "b", &clock).is_ok());
-        let Err(Error::RateLimited(refused)) = limiter.check(&public, "a", &clock) else { panic!("refused") };
-        assert_eq!(refused.limit, 1);
+        assert!(check(&public, "a").is_ok());
+        assert!(check(&public, "b").is_ok());
+        let Err(Exceeded::Rate(refused)) = check(&public, "a") else { panic!("refused") };
+        assert_eq!((refused.limit, refused.remaining), (1, 0));
         assert!(refused.reset > clock.now());
         let root = caller(CallerKind::Root);
-        assert!(limiter.check(&root, "k1", &clock).is_ok());
-        assert!(limiter.check(&root, "k2", &clock).is_ok());
-        assert!(limiter.check(&root, "k3", &clock).is_err());
+        assert!(check(&root, "k1").is_ok());
+        assert!(check(&root, "k2").is_ok());
+        assert!(check(&root, "k3").is_err());
+    }
+
+    #[test]
+    fn a_request_costs_what_it_says_and_all_of_it_or_nothing() {
+        let hour = Duration::from_secs(3600);
+        let limiter = RateLimiter::new(RateLimits { environment: Rate::new(10, 10, 10 * hour), token: None });
+        let clock = TestClock::at(Timestamp::from_millis(1000));
+        let counted = limiter.counted(&caller(CallerKind::Root), "k");
+        let check = |cost| limiter.check(counted, cost, &clock);
+        assert_eq!(check(11), Err(Exceeded::Burst(10)));
+        assert_eq!(check(0), Ok(()));
+        assert_eq!(check(6), Ok(()));
+        let Err(Exceeded::Rate(refused)) = check(6) else { panic!("refused") };
+        assert_eq!((refused.limit, refused.remaining), (10, 4));
+        assert!(refused.wait <= 2 * hour && refused.wait > hour, "{:?}", refused.wait);
+        assert_eq!(check(11), Err(Exceeded::Burst(10)), "at any time");
+        assert_eq!(check(4), Ok(()), "what was refused was not counted");
+        assert!(matches!(check(1), Err(Exceeded::Rate(refused)) if refused.remaining == 0));
+        let free = limiter.counted(&caller(CallerKind::Public(Scopes::default())), "t");
+        assert_eq!(limiter.check(free, 1_000_000, &clock), Ok(()), "no limit");
     }
 }

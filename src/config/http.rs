@@ -47,7 +47,7 @@ pub struct HttpConfig {
     /// Served when both files are set.
     #[serde(default)]
     pub tls: TlsConfig,
-    /// Limits of `/api/*`.
+    /// Limits of `/api/*` and `/graphql`.
     pub rate_limit: RateLimitConfig,
 }
 
@@ -63,7 +63,7 @@ pub struct TlsConfig {
     pub private_key: Option<PathBuf>,
 }
 
-/// Limits of `/api/*`; zero turns one off.
+/// Limits of `/api/*` and `/graphql`, where each root field is a request; zero turns one off.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimitConfig {

@@ -293,6 +293,8 @@ async fn rate_limits_answer_429_and_spare_realtime() {
         assert_eq!(answer.expect(429)["code"], "rate_limited");
         assert_eq!(answer.header("x-ratelimit-limit"), Some(allowed.to_string().as_str()));
         assert_eq!(answer.header("x-ratelimit-remaining"), Some("0"));
+        let seconds: u64 = answer.header("retry-after").expect("retry-after").parse().expect("seconds");
+        assert!((1..=60).contains(&seconds), "{seconds}");
         let reset: i64 = answer.header("x-ratelimit-reset").expect("reset").parse().expect("milliseconds");
         assert!(reset > crate::harness::server::START.millis());
     }

@@ -24,6 +24,7 @@ use super::schema::{self, Schema};
 use crate::api::App;
 use crate::api::answers::Answers;
 use crate::api::error::Failure;
+use crate::api::rate_limit::{Counted, Exceeded};
 use crate::api::trace::RequestId;
 use crate::config::GraphqlConfig;
 use crate::domain::send_budget::Reservation;
@@ -32,8 +33,8 @@ use crate::telemetry::Door;
 
 /// Root fields that ask for the schema.
 const SCHEMA: [&str; 2] = ["__schema", "__type"];
-/// Root fields that only append, and have no rate limit, like the append route.
-const UNLIMITED: [&str; 1] = ["appendRecords"];
+/// Root fields that do not count against the rate limit: an append, like the append route, and what is no request.
+const UNLIMITED: [&str; 2] = ["appendRecords", "__typename"];
 
 /// Largest answer in bytes. A record has 1 MiB, a page of them 4 MiB, and JSON may make six bytes of one.
 pub(super) const ANSWER_MAX: usize = 32 << 20;
@@ -46,8 +47,15 @@ type Fragments = HashMap<Name, Positioned<FragmentDefinition>>;
 #[derive(Clone, Debug)]
 pub(super) struct Credentials {
     pub caller: Arc<Caller>,
-    /// The bearer, for limits that count by token.
-    pub bearer: Arc<str>,
+    /// Whom the rate limit counts it with.
+    counted: Counted,
+}
+
+impl Credentials {
+    pub fn new(app: &App, caller: Arc<Caller>, bearer: &str) -> Self {
+        let counted = app.rate_limiter.counted(&caller, bearer);
+        Self { caller, counted }
+    }
 }
 
 /// One request's surroundings.
@@ -265,19 +273,32 @@ fn admit(app: &App, measure: &Measure<'_>, asked: &Asked) -> Result<(), Failure>
         let message = "mutations must be sent with POST";
         return Err(protocol(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message).allowing("POST"));
     }
-    if measure.is_introspection_only() {
+    if asked.credentials.is_none() && measure.is_introspection_only() {
         return Ok(());
     }
-    let Some(Credentials { caller, bearer }) = &asked.credentials else {
+    let Some(Credentials { caller, counted }) = &asked.credentials else {
         return Err(Error::Unauthenticated("Invalid or Missing API key").into());
     };
     caller.require_current(app.clock.now())?;
-    let limited = measure.operation != OperationType::Subscription
-        && !measure.root_fields.iter().all(|field| UNLIMITED.contains(field));
-    if limited {
-        app.rate_limiter.check(caller, bearer, app.clock.as_ref())?;
+    if measure.operation == OperationType::Subscription {
+        return Ok(());
     }
-    Ok(())
+    let cost = rate_cost(measure);
+    app.rate_limiter.check(*counted, cost, app.clock.as_ref()).map_err(|exceeded| match exceeded {
+        Exceeded::Rate(limit) => Error::RateLimited(limit).into(),
+        Exceeded::Burst(limit) => {
+            let message = format!(
+                "the operation has {cost} root fields that count against the rate limit of {limit} at once"
+            );
+            protocol(StatusCode::BAD_REQUEST, "query_too_large", message)
+        }
+    })
+}
+
+/// How many requests an operation is: each root field would be one over REST. Subscriptions, like every stream, are none.
+fn rate_cost(measure: &Measure<'_>) -> u32 {
+    let counted = measure.root_fields.iter().filter(|field| !UNLIMITED.contains(field)).count();
+    u32::try_from(counted).unwrap_or(u32::MAX)
 }
 
 /// The validator copies a variable's whole value wherever it is named.

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::cost::COST_MAX;
 use super::error::Fault;
 use crate::api::trace::{Chain, RequestId};
+use crate::domain::Code;
 use crate::domain::send_budget::{Reservation, holding_room};
 
 /// Most errors in one result: a short document can be wrong in ten thousand places.
@@ -71,6 +72,11 @@ impl Reply {
         let faults = vec![fault.into()];
         log(&faults, id);
         Self::refused(faults, id)
+    }
+
+    /// Whether it was refused because it came too early.
+    pub fn is_rate_limited(&self) -> bool {
+        self.refused.iter().flatten().any(|fault| fault.failure.code == Code::RateLimited.as_str())
     }
 
     fn refused(faults: Vec<Fault>, id: &RequestId) -> Self {

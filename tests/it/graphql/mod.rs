@@ -4,6 +4,7 @@ mod documents;
 mod http;
 mod mutations;
 mod queries;
+mod rate_limits;
 mod readers;
 mod subscriptions;
 mod websocket;

@@ -23,7 +23,8 @@ pub struct Measure<'a> {
     pub depth: usize,
     /// Places that name a variable. Multiplied by the size of the variables, this is what validation copies.
     pub variable_uses: usize,
-    /// Names, not aliases, of its root fields in order of appearance, each once, whatever `@skip` would say.
+    /// Names, not aliases, of its root fields in order of appearance, each as often as it is resolved, whatever `@skip`
+    /// would say.
     pub root_fields: Vec<&'a str>,
 }
 
@@ -230,7 +231,7 @@ impl<'a> Gauge<'a> {
     }
 }
 
-/// The root fields of `operation`, each name once. Expects that its selections are within their limit.
+/// The root fields of `operation`. Expects that its selections are within their limit.
 fn root_fields<'a>(
     document: &'a ExecutableDocument,
     operation: &'a OperationDefinition,
@@ -245,14 +246,12 @@ fn root_fields<'a>(
             return Err(Refusal::RepeatedMutation(field.response_key().node.to_string()));
         }
     }
-    let mut names: Vec<_> = fields.into_iter().map(|field| field.name.node.as_str()).collect();
+    let names: Vec<_> = fields.into_iter().map(|field| field.name.node.as_str()).collect();
     // async-graphql opens one stream per occurrence, so even equal fields count.
     if operation.ty == OperationType::Subscription && (names.len() != 1 || names.contains(&"__typename")) {
         let actual = names.iter().filter(|name| **name != "__typename").count();
         return Err(Refusal::SubscriptionRoots { actual });
     }
-    let mut seen = HashSet::new();
-    names.retain(|name| seen.insert(*name));
     Ok(names)
 }
 

@@ -68,7 +68,7 @@ pub(super) async fn credentials(app: &App, headers: &HeaderMap) -> Result<Option
     }
     let bearer = bearer(headers)?;
     let caller = app.auth.authenticate(bearer).await?;
-    Ok(Some(Credentials { caller, bearer: bearer.into() }))
+    Ok(Some(Credentials::new(app, caller, bearer)))
 }
 
 async fn one(app: &App, operation: Operation, asked: Asked, accept: Accept) -> Response {
@@ -109,6 +109,8 @@ async fn batch(app: &App, operations: Vec<Operation>, asked: &Asked, accept: Acc
     }
     let mut room = app.graphql.room(&asked.budget).await;
     let (mut replies, mut taken) = (Vec::with_capacity(operations.len()), 0);
+    // When to come back, if an operation came too early.
+    let mut headers = HeaderMap::new();
     for operation in operations {
         let reply = match app.graphql.prepare(app, operation, asked.clone()) {
             Ok(prepared) if prepared.is_subscription() => {
@@ -117,11 +119,17 @@ async fn batch(app: &App, operations: Vec<Operation>, asked: &Asked, accept: Acc
             Ok(prepared) => app.graphql.execute(prepared, &mut room, taken).await,
             Err(fault) => Reply::refusal(fault, &asked.id),
         };
+        if reply.is_rate_limited() {
+            headers = reply.headers;
+        }
         taken += reply.json.len();
         replies.push(reply.json);
     }
     let (reserved, body) = body(format!("[{}]", replies.join(",")), Some(room));
-    ([(CONTENT_TYPE, content_type(accept.refusal()))], reserved, body).into_response()
+    let mut response = (reserved, body).into_response();
+    *response.headers_mut() = headers;
+    response.headers_mut().insert(CONTENT_TYPE, content_type(accept.refusal()));
+    response
 }
 
 /// A body that keeps its room until the client has it.

@@ -284,7 +284,7 @@ impl Connection {
             let caller = self.app.auth.authenticate(bearer).await;
             let caller = caller.map_err(|error| Close::forbidden(&Failure::from(error).message))?;
             self.cut = Box::pin(self.app.sessions.until_cut(Some(&caller)));
-            self.credentials = Some(Credentials { caller, bearer: bearer.into() });
+            self.credentials = Some(Credentials::new(&self.app, caller, bearer));
         }
         self.acknowledged = true;
         self.rest();

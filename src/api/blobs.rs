@@ -47,7 +47,11 @@ pub struct ToPut(UrlGrant);
 async fn open(parts: &mut Parts, app: &App, method: UrlMethod) -> Result<UrlGrant, Failure> {
     let path = Path::<String>::from_request_parts(parts, &()).await;
     let Path(token) = path.map_err(|_| Failure::no_route())?;
-    Ok(app.auth.open_url(&token, method).await?)
+    let opened = app.auth.open_url(&token, method).await;
+    if matches!(opened, Err(Error::Denied(_))) {
+        app.admit_stranger(app.stranger(&parts.headers, &parts.extensions))?;
+    }
+    Ok(opened?)
 }
 
 impl FromRequestParts<App> for ToGet {

@@ -210,6 +210,13 @@ impl Failure {
         self
     }
 
+    /// Adds a header.
+    #[must_use]
+    pub fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.headers.insert(name, value);
+        self
+    }
+
     /// Adds a field to the body.
     #[must_use]
     pub fn with(mut self, field: &str, value: Value) -> Self {

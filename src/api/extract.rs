@@ -1,13 +1,14 @@
 //! What handlers take out of a request: the caller, addresses, bodies within their limits.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, RawPathParams, Request};
 use bytes::{Bytes, BytesMut};
-use http::HeaderMap;
 use http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use http::request::Parts;
+use http::{Extensions, HeaderMap};
 use http_body_util::BodyExt;
 use serde_json::{Map, Value};
 
@@ -31,22 +32,42 @@ pub struct ApiAsker(pub Arc<Caller>);
 pub struct KeyAsker(pub Arc<Caller>);
 
 /// The bearer token of a request.
-pub fn bearer(headers: &HeaderMap) -> Result<&str, Failure> {
+///
+/// # Errors
+/// [`Error::Unauthenticated`].
+pub fn bearer(headers: &HeaderMap) -> Result<&str, Error> {
     const MISSING: Error = Error::Unauthenticated("Invalid or Missing API key");
     let text = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()).ok_or(MISSING)?;
     let (scheme, bearer) = text.split_once(' ').ok_or(MISSING)?;
     let bearer = bearer.trim();
     if !scheme.eq_ignore_ascii_case("bearer") || bearer.is_empty() {
-        return Err(MISSING.into());
+        return Err(MISSING);
     }
     Ok(bearer)
+}
+
+/// Who shows the bearer of a request, and the bearer. Whoever shows none that is valid is counted by address.
+///
+/// # Errors
+/// [`Error::Unauthenticated`], [`Error::RateLimited`], [`Error::Unavailable`].
+pub async fn authenticate<'a>(
+    app: &App,
+    headers: &'a HeaderMap,
+    extensions: &Extensions,
+) -> Result<(Arc<Caller>, &'a str), Error> {
+    let found = async {
+        let bearer = bearer(headers)?;
+        Ok::<_, Error>((app.auth.authenticate(bearer).await?, bearer))
+    };
+    found.await.map_err(|error| app.refuse_stranger(headers, extensions, error))
 }
 
 impl FromRequestParts<App> for Asker {
     type Rejection = Failure;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Failure> {
-        Ok(Self(app.auth.authenticate(bearer(&parts.headers)?).await?))
+        let (caller, _) = authenticate(app, &parts.headers, &parts.extensions).await?;
+        Ok(Self(caller))
     }
 }
 
@@ -54,8 +75,7 @@ impl FromRequestParts<App> for ApiAsker {
     type Rejection = Failure;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Failure> {
-        let bearer = bearer(&parts.headers)?;
-        let caller = app.auth.authenticate(bearer).await?;
+        let (caller, bearer) = authenticate(app, &parts.headers, &parts.extensions).await?;
         let counted = app.rate_limiter.counted(&caller, bearer);
         app.rate_limiter.check(counted, 1, app.clock.as_ref()).map_err(Error::from)?;
         Ok(Self(caller))
@@ -162,18 +182,34 @@ impl<const LIMIT: usize> FromRequest<App> for LimitedBody<LIMIT> {
     type Rejection = Failure;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Failure> {
-        let (parts, body) = request.into_parts();
-        let announced = parts.headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-        if announced.is_some_and(|length: u64| length > LIMIT as u64) {
+        if announced(request.headers()).is_some_and(|length| length > LIMIT as u64) {
             return Err(Failure::body_too_large());
         }
-        let reading = read(body, LIMIT, app.config.body_chunk_timeout);
-        let read = tokio::time::timeout(app.config.body_timeout, reading).await;
-        read.unwrap_or_else(|_| Err(Failure::body_timeout())).map(Self)
+        let whole = app.config.body_timeout;
+        read_within(request.into_body(), LIMIT, app.config.body_chunk_timeout, whole).await.map(Self)
     }
 }
 
-async fn read(mut body: Body, limit: usize, chunk: std::time::Duration) -> Result<Bytes, Failure> {
+/// The length that a request says its body has.
+pub(super) fn announced(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok())
+}
+
+/// A body of at most `limit` bytes, with no pause longer than `pause`, within `whole`.
+///
+/// # Errors
+/// 400, 408, 413.
+pub(super) async fn read_within(
+    body: Body,
+    limit: usize,
+    pause: Duration,
+    whole: Duration,
+) -> Result<Bytes, Failure> {
+    let read = tokio::time::timeout(whole, read(body, limit, pause)).await;
+    read.unwrap_or_else(|_| Err(Failure::body_timeout()))
+}
+
+async fn read(mut body: Body, limit: usize, chunk: Duration) -> Result<Bytes, Failure> {
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
     loop {
@@ -228,8 +264,6 @@ fn json_object(bytes: &[u8]) -> Result<Map<String, Value>, Failure> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use futures_util::stream;
 
     use super::*;
@@ -255,10 +289,7 @@ mod tests {
             let mut headers = HeaderMap::new();
             headers.insert(AUTHORIZATION, text.parse().expect("a header"));
             let refused = bearer(&headers).expect_err(text);
-            assert_eq!(
-                (refused.status.as_u16(), refused.message.as_str()),
-                (401, "Invalid or Missing API key")
-            );
+            assert!(matches!(refused, Error::Unauthenticated("Invalid or Missing API key")));
         }
         let mut headers = HeaderMap::new();
         headers.insert(AUTHORIZATION, "bearer  abc".parse().expect("a header"));

@@ -16,6 +16,7 @@ pub mod rate_limit;
 pub mod realtime;
 pub mod rest;
 pub mod s2;
+pub mod stranger;
 pub mod trace;
 
 use std::fmt;
@@ -28,6 +29,7 @@ use axum::routing::get;
 use axum::{Extension, Json, Router, middleware};
 use http::StatusCode;
 use http::header::{CONTENT_TYPE, HeaderValue};
+use ipnet::IpNet;
 use serde_json::json;
 
 use crate::auth::Auth;
@@ -39,14 +41,17 @@ use crate::telemetry::Metrics;
 use answers::Answers;
 use error::Failure;
 use rate_limit::{RateLimiter, RateLimits};
+use stranger::Strangers;
 
 /// What of the front ends can be set.
 #[derive(Clone, Debug)]
 pub struct ApiConfig {
     /// Origins that may read answers; `None` means any.
     pub allowed_origins: Option<Arc<[String]>>,
-    /// Request limits of `/api/*`.
+    /// Request limits.
     pub rate_limits: RateLimits,
+    /// Where proxies are whose word on the client's address is taken.
+    pub trusted_proxies: Vec<IpNet>,
     /// Longest wait for the next piece of a request body.
     pub body_chunk_timeout: Duration,
     /// Longest time for a whole request body.
@@ -105,6 +110,7 @@ pub struct Shared {
     state: ApiState,
     rate_limiter: RateLimiter,
     answers: Answers,
+    strangers: Strangers,
     graphql: Arc<graphql::Engine>,
     document: bytes::Bytes,
 }
@@ -167,7 +173,8 @@ pub fn router(state: ApiState) -> Router {
     let rate_limiter = RateLimiter::new(state.config.rate_limits);
     let answers = Answers::new();
     let graphql = Arc::new(graphql::Engine::new(state.config.graphql.clone(), answers.clone()));
-    let app = App(Arc::new(Shared { state, rate_limiter, answers, graphql, document }));
+    let strangers = Strangers::new(state.config.trusted_proxies.clone());
+    let app = App(Arc::new(Shared { state, rate_limiter, answers, strangers, graphql, document }));
     routes
         .merge(graphql::routes())
         .merge(playground::routes())

@@ -15,7 +15,7 @@ const REFUSALS: [(&str, &str); 7] = [
     ("401", "No or invalid credentials"),
     ("403", "The caller's scopes do not allow this; says nothing about whether the session exists"),
     ("404", "No such session in the caller's environment"),
-    ("429", "Too many requests"),
+    ("429", "Too many requests, of this caller or of an address without valid credentials"),
     ("500", "A fault of the server's"),
     ("503", "A backend is away; retrying may help"),
 ];
@@ -105,9 +105,6 @@ fn complete(document: &mut Value) {
             let has_body = matches!(method.as_str(), "post" | "patch");
             let refusals = REFUSALS.iter().chain(BODY_REFUSALS.iter().filter(|_| has_body));
             for (status, description) in refusals {
-                if *status == "429" && !path.starts_with("/api/") {
-                    continue;
-                }
                 let body = if path.starts_with("/v1/") { "S2ErrorBody" } else { "ErrorBody" };
                 let schema = format!("#/components/schemas/{body}");
                 let content = json!({"application/json": {"schema": {"$ref": schema}}});

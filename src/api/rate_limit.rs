@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
+use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -50,6 +51,8 @@ pub struct RateLimits {
     pub environment: Option<Rate>,
     /// Per public token.
     pub token: Option<Rate>,
+    /// Per address of those that show neither.
+    pub address: Option<Rate>,
 }
 
 /// One limit and who has used how much of it.
@@ -107,7 +110,7 @@ impl From<Exceeded> for Error {
     }
 }
 
-/// Who is counted: an environment for its secret keys, a public token for itself.
+/// Who is counted: an environment for its secret keys, a public token for itself, an address for whoever shows neither.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counted {
     kind: Kind,
@@ -118,12 +121,14 @@ pub struct Counted {
 enum Kind {
     Environment,
     Token,
+    Address,
 }
 
 /// The state of the limits.
 pub struct RateLimiter {
     environments: Option<Limit>,
     tokens: Option<Limit>,
+    addresses: Option<Limit>,
     hasher: RandomState,
     clock: DefaultClock,
 }
@@ -134,6 +139,7 @@ impl RateLimiter {
         Self {
             environments: limits.environment.map(Limit::new),
             tokens: limits.token.map(Limit::new),
+            addresses: limits.address.map(Limit::new),
             hasher: RandomState::new(),
             clock: DefaultClock::default(),
         }
@@ -148,6 +154,15 @@ impl RateLimiter {
         Counted { kind, key: self.hasher.hash_one(name) }
     }
 
+    /// Whom a request without valid credentials is counted with. Who has one address of IPv6 has a /64 of them.
+    pub fn counted_by_address(&self, address: IpAddr) -> Counted {
+        let key = match address.to_canonical() {
+            IpAddr::V4(address) => self.hasher.hash_one(address),
+            IpAddr::V6(address) => self.hasher.hash_one(&address.segments()[..4]),
+        };
+        Counted { kind: Kind::Address, key }
+    }
+
     /// Counts a request as `cost` requests; what is refused is not counted.
     ///
     /// # Errors
@@ -156,6 +171,7 @@ impl RateLimiter {
         let limit = match counted.kind {
             Kind::Environment => &self.environments,
             Kind::Token => &self.tokens,
+            Kind::Address => &self.addresses,
         };
         match limit.as_ref().zip(NonZeroU32::new(cost)) {
             Some((limit, cost)) => limit.check(counted.key, cost, &self.clock, now),
@@ -193,6 +209,7 @@ mod tests {
         let limits = RateLimits {
             environment: Rate::new(2, 1, Duration::from_secs(3600)),
             token: Rate::new(1, 1, Duration::from_secs(3600)),
+            address: None,
         };
         let limiter = RateLimiter::new(limits);
         let clock = TestClock::at(Timestamp::from_millis(1000));
@@ -212,7 +229,11 @@ mod tests {
     #[test]
     fn a_request_costs_what_it_says_and_all_of_it_or_nothing() {
         let hour = Duration::from_secs(3600);
-        let limiter = RateLimiter::new(RateLimits { environment: Rate::new(10, 10, 10 * hour), token: None });
+        let limiter = RateLimiter::new(RateLimits {
+            environment: Rate::new(10, 10, 10 * hour),
+            token: None,
+            address: None,
+        });
         let clock = TestClock::at(Timestamp::from_millis(1000));
         let counted = limiter.counted(&caller(CallerKind::Root), "k");
         let check = |cost| limiter.check(counted, cost, &clock);
@@ -227,5 +248,26 @@ mod tests {
         assert!(matches!(check(1), Err(Exceeded::Rate(refused)) if refused.remaining == 0));
         let free = limiter.counted(&caller(CallerKind::Public(Scopes::default())), "t");
         assert_eq!(limiter.check(free, 1_000_000, &clock), Ok(()), "no limit");
+    }
+
+    #[test]
+    fn an_address_is_one_caller_and_of_ipv6_a_whole_network_is() {
+        let address = Rate::new(1, 1, Duration::from_secs(3600));
+        let limiter = RateLimiter::new(RateLimits { environment: None, token: None, address });
+        let clock = TestClock::at(Timestamp::from_millis(1000));
+        let check = |address: &str| {
+            limiter.check(limiter.counted_by_address(address.parse().expect("an address")), 1, &clock).is_ok()
+        };
+        for (address, passes) in [
+            ("192.0.2.1", true),
+            ("192.0.2.1", false),
+            ("::ffff:192.0.2.1", false),
+            ("192.0.2.2", true),
+            ("2001:db8::1", true),
+            ("2001:db8::ffff:1", false),
+            ("2001:db8:0:1::1", true),
+        ] {
+            assert_eq!(check(address), passes, "{address}");
+        }
     }
 }

@@ -1,9 +1,10 @@
 //! The listener: address, limits, timeouts, TLS.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use url::Url;
 
@@ -20,6 +21,8 @@ pub struct HttpConfig {
     /// Where callers reach this server, if not as each request says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub public_url: Option<Url>,
+    /// Addresses and networks of proxies whose `X-Forwarded-For` is believed.
+    pub trusted_proxies: Vec<String>,
     /// Connections served at once.
     pub max_connections: usize,
     /// Longest time to send the head of a request.
@@ -73,9 +76,21 @@ pub struct RateLimitConfig {
     pub key_burst: u32,
     /// Requests a minute of one public token.
     pub token_per_minute: u32,
+    /// Requests per ten seconds of one address that shows no valid credentials.
+    pub anonymous: u32,
+}
+
+/// A network, or the one address that `text` is.
+fn network(text: &str) -> Option<IpNet> {
+    text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
 }
 
 impl HttpConfig {
+    /// Where trusted proxies are.
+    pub fn trusted_networks(&self) -> Vec<IpNet> {
+        self.trusted_proxies.iter().filter_map(|text| network(text)).collect()
+    }
+
     pub(super) fn validate(&self, faults: &mut Vec<Violation>) {
         if self.max_connections == 0 {
             faults.push(fault("http.max_connections", "must be at least 1"));
@@ -96,6 +111,14 @@ impl HttpConfig {
         }
         if self.tls.certificate.is_some() != self.tls.private_key.is_some() {
             faults.push(fault("http.tls", "needs both certificate and private_key, or neither"));
+        }
+        for proxy in &self.trusted_proxies {
+            if network(proxy).is_none() {
+                faults.push(fault(
+                    "http.trusted_proxies",
+                    "must be addresses such as 10.0.0.1 or networks such as 10.0.0.0/8",
+                ));
+            }
         }
         for origin in &self.cors_origins {
             if origin != "*" && (!origin.contains("://") || origin.ends_with('/')) {

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::ConnectInfo;
 use http::header::UPGRADE;
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -105,7 +106,7 @@ impl Listener {
     pub async fn serve(self, router: Router, shutdown: Shutdown) {
         let stop = shutdown.draining().clone();
         while let Some(accepted) = stop.run_until_cancelled(self.accept()).await {
-            let (socket, permit) = match accepted {
+            let (socket, peer, permit) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     tracing::warn!(error = &error as &dyn std::error::Error, "cannot accept a connection");
@@ -115,6 +116,7 @@ impl Listener {
             };
             let connection = Connection {
                 router: router.clone(),
+                peer,
                 tls: self.tls.clone(),
                 header_timeout: self.config.header_timeout,
                 write_timeout: self.config.write_timeout,
@@ -128,19 +130,21 @@ impl Listener {
         }
     }
 
-    async fn accept(&self) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
+    async fn accept(&self) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
         let permit = self.permits.clone().acquire_owned().await.map_err(io::Error::other)?;
-        let (socket, _) = self.socket.accept().await?;
+        let (socket, peer) = self.socket.accept().await?;
         socket.set_nodelay(true)?;
         // What the peer's window has no room for waits here, where it is counted, and not in the kernel. A kernel that
         // does not know the option keeps more.
         let _ = SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT_MAX);
-        Ok((socket, permit))
+        Ok((socket, peer, permit))
     }
 }
 
 struct Connection {
     router: Router,
+    /// Whom requests come from; each gets it as an extension.
+    peer: SocketAddr,
     tls: Option<TlsAcceptor>,
     header_timeout: Duration,
     write_timeout: Duration,
@@ -215,8 +219,10 @@ impl Connection {
     fn service(&self, multiplexed: bool) -> impl Handler {
         let (router, held, heard) = (self.router.clone(), self.held.clone(), self.heard.clone());
         let budget = self.budget.clone();
+        let peer = self.peer;
         service_fn(move |mut request: Request<Incoming>| {
             heard.store(true, Ordering::Relaxed);
+            request.extensions_mut().insert(ConnectInfo(peer));
             if request.headers().contains_key(UPGRADE) {
                 request.extensions_mut().insert(held.clone());
             }

@@ -162,6 +162,7 @@ async fn settings_come_from_defaults_file_environment_and_flags_in_that_order() 
         ("SESSIOND_HTTP__LISTEN", "nowhere", "http.listen"),
         ("SESSIOND_HTTP__MAX_CONECTIONS", "2", "max_conections"),
         ("SESSIOND_HTTP__MAX_CONNECTIONS", "0", "http.max_connections"),
+        ("SESSIOND_HTTP__TRUSTED_PROXIES", "[\"10.0.0\"]", "http.trusted_proxies"),
         ("SESSIOND_METADATA__URL", "mysql://x", "metadata.url"),
         ("SESSIOND_METADATA__URL", "postgres://x", "auth.master_key"),
         ("SESSIOND_BLOBS__URL", "s3://bucket", "blobs.region"),

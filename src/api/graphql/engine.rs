@@ -18,6 +18,7 @@ use super::error::{Fault, protocol};
 use super::events::{ChannelFeed, Handover};
 use super::guard::{self, Limits, Measure};
 use super::inputs::Inputs;
+use super::introspection::{self, Introspections};
 use super::persisted::{Lookup, PersistedQueries};
 use super::reply::{Reply, Text};
 use super::schema::{self, Schema};
@@ -74,10 +75,17 @@ pub(super) struct Asked {
 
 /// A request that may be executed.
 pub(super) struct Prepared {
-    request: Request,
+    work: Work,
     kind: OperationType,
-    cost: Arc<Cost>,
     asked: Asked,
+}
+
+/// What is left to be done for a request.
+enum Work {
+    /// Nothing: this is the answer.
+    Answered(Arc<str>),
+    /// To be executed, and the answer to be kept under a key if it has one.
+    Execute { request: Box<Request>, cost: Arc<Cost>, keep: Option<introspection::Key> },
 }
 
 impl Prepared {
@@ -104,8 +112,11 @@ pub struct Engine {
     persisted: PersistedQueries,
     config: GraphqlConfig,
     limits: Limits,
+    /// The limits of whoever shows no credentials.
+    strangers: Limits,
     inputs: Inputs,
     turns: Answers,
+    introspected: Introspections,
 }
 
 impl Engine {
@@ -114,7 +125,16 @@ impl Engine {
         let persisted = PersistedQueries::new();
         let schema = schema::build(&config);
         let inputs = Inputs::of(&schema.sdl());
-        Self { schema, persisted, config, limits: Limits::default(), inputs, turns }
+        Self {
+            schema,
+            persisted,
+            config,
+            limits: Limits::default(),
+            strangers: Limits::of_strangers(),
+            inputs,
+            turns,
+            introspected: Introspections::new(),
+        }
     }
 
     pub(super) fn config(&self) -> &GraphqlConfig {
@@ -127,12 +147,22 @@ impl Engine {
         if request.query.is_empty() {
             return Err(Failure::bad_request("the request has no query").into());
         }
-        guard::scan(&request.query, &self.limits).map_err(|refusal| too_large(&refusal))?;
+        let key = introspection::Key::of(&request);
+        if let Some(answer) = key.as_ref().and_then(|key| self.introspected.get(key)) {
+            require_current(app, &asked)?;
+            if let Lookup::Offered(offer) = persisted {
+                self.persisted.keep(offer, &request.query);
+            }
+            return Ok(Prepared { work: Work::Answered(answer), kind: OperationType::Query, asked });
+        }
+        let limits = if asked.credentials.is_some() { &self.limits } else { &self.strangers };
+        guard::scan(&request.query, limits).map_err(|refusal| too_large(&refusal))?;
         let mut document = parse_query(&request.query).map_err(Fault::unparsable)?;
         let name = request.operation_name.as_deref();
-        let measure = guard::measure(&document, name, &self.limits).map_err(|refusal| too_large(&refusal))?;
+        let measure = guard::measure(&document, name, limits).map_err(|refusal| too_large(&refusal))?;
         admit(app, &measure, &asked)?;
         let kind = measure.operation;
+        let keep = key.filter(|_| kind == OperationType::Query && measure.is_introspection_only());
         check_copies(&measure, &request.variables)?;
         if !self.config.introspection && measure.root_fields.iter().any(|field| SCHEMA.contains(field)) {
             let message = "this server does not answer introspection";
@@ -153,7 +183,8 @@ impl Engine {
         if let Some(Credentials { caller, .. }) = &asked.credentials {
             request = request.data(schema::session_loader(app, caller)).data(caller.clone());
         }
-        Ok(Prepared { request, kind, cost, asked })
+        let work = Work::Execute { request: Box::new(request), cost, keep };
+        Ok(Prepared { work, kind, asked })
     }
 
     /// Room for an answer, as far as its size is known before.
@@ -163,13 +194,20 @@ impl Engine {
 
     /// Executes a query or a mutation, whose answer gets room behind the first `taken` bytes of `room`.
     pub(super) async fn execute(&self, prepared: Prepared, room: &mut Reservation, taken: usize) -> Reply {
-        let Prepared { request, kind, cost, asked } = prepared;
+        let Prepared { work, kind, asked } = prepared;
+        let (request, cost, keep) = match work {
+            Work::Answered(answer) => {
+                room.grow(taken + answer.len()).await;
+                return Reply::answered(answer.to_string());
+            }
+            Work::Execute { request, cost, keep } => (request, cost, keep),
+        };
         let limit = self.config.request_timeout;
         let _turn = match kind {
             OperationType::Query => self.turns.turn().await,
             OperationType::Mutation | OperationType::Subscription => None,
         };
-        let reply = match tokio::time::timeout(limit, self.schema.execute(request)).await {
+        let reply = match tokio::time::timeout(limit, self.schema.execute(*request)).await {
             Ok(response) => Reply::new(response, &asked.id, cost.points()),
             Err(_) => {
                 let message = format!("the operation did not finish within {} seconds", limit.as_secs());
@@ -179,6 +217,9 @@ impl Engine {
         };
         if taken + reply.json.len() > ANSWER_MAX {
             return Reply::refusal(answer_too_large(), &asked.id);
+        }
+        if let Some(key) = keep.filter(|_| reply.is_whole) {
+            self.introspected.keep(key, &reply.json);
         }
         room.grow(taken + reply.json.len()).await;
         reply
@@ -200,9 +241,11 @@ impl Engine {
     }
 
     async fn subscribe(&self, prepared: Prepared) -> BoxStream<'static, Answer> {
-        let Prepared { request, cost, asked, .. } = prepared;
+        let Prepared { work, asked, .. } = prepared;
+        // Only a query has its answer already.
+        let Work::Execute { request, cost, .. } = work else { return stream::empty().boxed() };
         let handover = Arc::<Handover>::default();
-        let mut responses = self.schema.execute_stream(request.data(handover.clone()));
+        let mut responses = self.schema.execute_stream((*request).data(handover.clone()));
         // The resolver of a channel hands over what it has prepared and yields nothing itself.
         let Some(first) = responses.next().await else {
             return match handover.take() {
@@ -267,6 +310,12 @@ fn until_failed(answers: impl stream::Stream<Item = Answer> + Send + 'static) ->
     answers.scan(false, ended).boxed()
 }
 
+/// Credentials may have ended since they were shown.
+fn require_current(app: &App, asked: &Asked) -> Result<(), Failure> {
+    let caller = asked.credentials.as_ref().map(|shown| &shown.caller);
+    Ok(caller.map_or(Ok(()), |caller| caller.require_current(app.clock.now()))?)
+}
+
 /// What is asked of anybody before anything is executed.
 fn admit(app: &App, measure: &Measure<'_>, asked: &Asked) -> Result<(), Failure> {
     if measure.operation == OperationType::Mutation && !asked.may_change {
@@ -276,10 +325,10 @@ fn admit(app: &App, measure: &Measure<'_>, asked: &Asked) -> Result<(), Failure>
     if asked.credentials.is_none() && measure.is_introspection_only() {
         return Ok(());
     }
-    let Some(Credentials { caller, counted }) = &asked.credentials else {
+    let Some(Credentials { counted, .. }) = &asked.credentials else {
         return Err(Error::Unauthenticated("Invalid or Missing API key").into());
     };
-    caller.require_current(app.clock.now())?;
+    require_current(app, asked)?;
     if measure.operation == OperationType::Subscription {
         return Ok(());
     }

@@ -9,6 +9,7 @@ mod error;
 mod events;
 mod guard;
 mod inputs;
+mod introspection;
 mod payload;
 mod persisted;
 mod reply;

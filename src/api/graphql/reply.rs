@@ -46,6 +46,8 @@ pub(super) struct Reply {
     pub refused: Option<Vec<Fault>>,
     /// Headers that go with a refusal.
     pub headers: HeaderMap,
+    /// Executed without any error.
+    pub is_whole: bool,
 }
 
 impl Reply {
@@ -60,11 +62,17 @@ impl Reply {
         let data = serde_json::to_string(&response.data).unwrap_or_else(|_| "null".to_owned());
         let errors = errors(&faults, id);
         let extensions = json!({"cost": {"requested": cost, "limit": COST_MAX}});
+        let is_whole = errors.is_none();
         let json = match errors {
             Some(errors) => format!("{{\"errors\":{errors},\"data\":{data},\"extensions\":{extensions}}}"),
             None => format!("{{\"data\":{data},\"extensions\":{extensions}}}"),
         };
-        Self { json, status: StatusCode::OK, refused: None, headers: HeaderMap::new() }
+        Self { is_whole, ..Self::answered(json) }
+    }
+
+    /// A result without any error.
+    pub fn answered(json: String) -> Self {
+        Self { json, status: StatusCode::OK, refused: None, headers: HeaderMap::new(), is_whole: true }
     }
 
     /// A request that was not executed.
@@ -84,7 +92,7 @@ impl Reply {
         let status = first.map_or(StatusCode::BAD_REQUEST, |failure| failure.status);
         let headers = first.map(|failure| failure.headers().clone()).unwrap_or_default();
         let json = format!("{{\"errors\":{}}}", errors(&faults, id).unwrap_or_default());
-        Self { json, status, refused: Some(faults), headers }
+        Self { json, status, refused: Some(faults), headers, is_whole: false }
     }
 }
 

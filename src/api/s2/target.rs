@@ -61,7 +61,9 @@ impl FromRequestParts<App> for Target {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Failure> {
         let name = Path::<String>::from_request_parts(parts, &()).await;
         let Path(name) = name.map_err(|_| error::bad("bad_path", "the name of the stream is not UTF-8"))?;
-        let target = Self::find(app, &parts.headers, &name).await.map_err(error::refusal)?;
+        let target = Self::find(app, &parts.headers, &name).await;
+        let target = target
+            .map_err(|error| error::refusal(app.refuse_stranger(&parts.headers, &parts.extensions, error)))?;
         basin(&parts.headers)?;
         Ok(target)
     }

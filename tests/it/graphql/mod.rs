@@ -6,5 +6,6 @@ mod mutations;
 mod queries;
 mod rate_limits;
 mod readers;
+mod strangers;
 mod subscriptions;
 mod websocket;

@@ -245,6 +245,7 @@ fn config(data: &Path, change: impl FnOnce(&mut Config)) -> Config {
     config.http.rate_limit.key_per_10s = 0;
     config.http.rate_limit.key_burst = 0;
     config.http.rate_limit.token_per_minute = 0;
+    config.http.rate_limit.anonymous = 0;
     change(&mut config);
     config
 }

@@ -87,6 +87,7 @@ export class Server {
       SESSIOND_HTTP__RATE_LIMIT__KEY_PER_10S: "0",
       SESSIOND_HTTP__RATE_LIMIT__KEY_BURST: "0",
       SESSIOND_HTTP__RATE_LIMIT__TOKEN_PER_MINUTE: "0",
+      SESSIOND_HTTP__RATE_LIMIT__ANONYMOUS: "0",
       ...this.#settings,
     };
   }

@@ -70,6 +70,13 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// For whoever shows no credentials, and so may ask for nothing but the schema: several times what that takes.
+    pub fn of_strangers() -> Self {
+        Self { text_bytes: 16_384, tokens: 2_000, ..Self::default() }
+    }
+}
+
 /// What one of the [`Limits`] counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Quantity {

@@ -11,17 +11,19 @@ use axum::extract::{FromRequest, Request};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
-use http::{HeaderMap, Method, StatusCode};
+use http::{Extensions as Attached, HeaderMap, Method, StatusCode};
 use serde::de::DeserializeOwned;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::accept::{Accept, Media};
 use super::{multipart, sse};
 use crate::api::App;
 use crate::api::error::Failure;
-use crate::api::extract::{LimitedBody, bearer};
+use crate::api::extract::{LimitedBody, announced, authenticate, read_within};
 use crate::api::graphql::engine::{Asked, Credentials};
 use crate::api::graphql::error::{Fault, protocol};
 use crate::api::graphql::reply::Reply;
+use crate::api::stranger;
 use crate::api::trace::RequestId;
 use crate::domain::send_budget::{Reservation, Reserved};
 use crate::domain::{ConnectionBudget, Error};
@@ -43,31 +45,39 @@ pub(super) async fn answer(app: App, id: RequestId, request: Request) -> Respons
     let budget = request.extensions().get::<ConnectionBudget>().cloned();
     let read = async {
         let budget = budget.ok_or_else(|| Error::internal("a request without a budget"))?;
-        let credentials = credentials(&app, request.headers()).await?;
-        let operations =
-            if may_change { from_body(&app, request).await? } else { from_query(request.uri().query())? };
-        Ok::<_, Failure>((credentials, budget, operations))
+        let credentials = credentials(&app, request.headers(), request.extensions()).await?;
+        let is_stranger = credentials.is_none();
+        if is_stranger {
+            app.admit_stranger(app.stranger(request.headers(), request.extensions()))?;
+        }
+        let (operations, room) = match may_change {
+            true if is_stranger => from_stranger(&app, request).await?,
+            true => (from_body(&app, request).await?, None),
+            false => (from_query(request.uri().query())?, None),
+        };
+        Ok::<_, Failure>((credentials, budget, operations, room))
     };
-    match read.await {
-        Err(failure) => refuse(failure, accept, &id),
-        Ok((credentials, budget, BatchRequest::Single(operation))) => {
-            let asked = Asked { credentials, id, may_change, door, budget };
-            one(&app, operation, asked, accept).await
-        }
-        Ok((credentials, budget, BatchRequest::Batch(operations))) => {
-            let asked = Asked { credentials, id, may_change, door, budget };
-            batch(&app, operations, &asked, accept).await
-        }
+    let (credentials, budget, operations, _room) = match read.await {
+        Ok(read) => read,
+        Err(failure) => return refuse(failure, accept, &id),
+    };
+    let asked = Asked { credentials, id, may_change, door, budget };
+    match operations {
+        BatchRequest::Single(operation) => one(&app, operation, asked, accept).await,
+        BatchRequest::Batch(operations) => batch(&app, operations, &asked, accept).await,
     }
 }
 
 /// Who asks; `None` without a header. A header that is no good is refused rather than ignored.
-pub(super) async fn credentials(app: &App, headers: &HeaderMap) -> Result<Option<Credentials>, Failure> {
+pub(super) async fn credentials(
+    app: &App,
+    headers: &HeaderMap,
+    extensions: &Attached,
+) -> Result<Option<Credentials>, Failure> {
     if !headers.contains_key(AUTHORIZATION) {
         return Ok(None);
     }
-    let bearer = bearer(headers)?;
-    let caller = app.auth.authenticate(bearer).await?;
+    let (caller, bearer) = authenticate(app, headers, extensions).await?;
     Ok(Some(Credentials::new(app, caller, bearer)))
 }
 
@@ -202,11 +212,40 @@ impl From<Unreadable> for Failure {
 }
 
 async fn from_body(app: &App, request: Request) -> Result<BatchRequest, Failure> {
-    if !is_json(request.headers()) {
-        let message = "the body must be application/json, in UTF-8";
-        return Err(protocol(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
-    }
+    require_json(request.headers())?;
     let LimitedBody(bytes) = LimitedBody::<BODY_MAX>::from_request(request, app).await?;
+    parse(bytes).await
+}
+
+/// The operation of a stranger, whose body is small and soon there; and the room that it takes until it is answered.
+async fn from_stranger(
+    app: &App,
+    request: Request,
+) -> Result<(BatchRequest, Option<OwnedSemaphorePermit>), Failure> {
+    require_json(request.headers())?;
+    let announced = announced(request.headers());
+    let room = app.strangers.room(announced)?;
+    let limit = announced.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(stranger::BODY_MAX);
+    let pause = app.config.body_chunk_timeout;
+    let bytes = read_within(request.into_body(), limit, pause, pause).await.map_err(|failure| {
+        let is_large = failure.status == StatusCode::PAYLOAD_TOO_LARGE;
+        if is_large { stranger::too_large() } else { failure }
+    })?;
+    if bytes.trim_ascii_start().starts_with(b"[") {
+        return Err(Error::Unauthenticated("a batch of operations needs an API key").into());
+    }
+    Ok((parse(bytes).await?, Some(room)))
+}
+
+fn require_json(headers: &HeaderMap) -> Result<(), Failure> {
+    if is_json(headers) {
+        return Ok(());
+    }
+    let message = "the body must be application/json, in UTF-8";
+    Err(protocol(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message))
+}
+
+async fn parse(bytes: Bytes) -> Result<BatchRequest, Failure> {
     let request =
         Request::post(super::super::PATH).header(CONTENT_TYPE, "application/json").body(Body::from(bytes));
     let request = request.map_err(|_| Failure::from(Unreadable))?;

@@ -29,6 +29,7 @@ use crate::api::error::Failure;
 use crate::api::graphql::engine::{ANSWER_MAX, Answer, Asked, Credentials};
 use crate::api::graphql::error::{Fault, protocol};
 use crate::api::graphql::reply::{self, Text};
+use crate::api::rate_limit::Counted;
 use crate::api::trace::RequestId;
 use crate::domain::{ConnectionBudget, Cut, Error};
 use crate::telemetry::Door;
@@ -58,13 +59,20 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
         return protocol(StatusCode::FORBIDDEN, "unauthorized", "pages of this origin may not connect")
             .into_response();
     }
-    let credentials = match credentials(&app, &parts.headers).await {
+    let credentials = match credentials(&app, &parts.headers, &parts.extensions).await {
         Ok(credentials) => credentials,
         Err(failure) => return failure.into_response(),
     };
     let Some(budget) = parts.extensions.get::<ConnectionBudget>().cloned() else {
         return Failure::from(Error::internal("a request without a budget")).into_response();
     };
+    // Whom operations are counted with until a token is shown.
+    let stranger = app.stranger(&parts.headers, &parts.extensions);
+    if credentials.is_none()
+        && let Err(error) = app.admit_stranger(stranger)
+    {
+        return Failure::from(error).into_response();
+    }
     // What the connection holds until it ends: its place under the cap, its count in the metrics.
     let held = parts.extensions.remove::<Arc<dyn Any + Send + Sync>>();
     let offered =
@@ -92,7 +100,7 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
         tasks.spawn(async move {
             let _held = held;
             let _open = app.metrics.websocket();
-            let mut connection = Connection::new(app, id, socket, credentials, budget.clone());
+            let mut connection = Connection::new(app, id, socket, credentials, stranger, budget.clone());
             let serving = async {
                 match connection.serve(spoken).await {
                     Ended::Unwritable => {}
@@ -134,6 +142,7 @@ struct Connection {
     socket: WebSocket,
     credentials: Option<Credentials>,
     budget: ConnectionBudget,
+    stranger: Counted,
     acknowledged: bool,
     answers: SelectAll<Abortable<BoxStream<'static, Tagged>>>,
     running: HashMap<Arc<str>, AbortHandle>,
@@ -150,6 +159,7 @@ impl Connection {
         id: RequestId,
         socket: WebSocket,
         credentials: Option<Credentials>,
+        stranger: Counted,
         budget: ConnectionBudget,
     ) -> Self {
         let cut = app.sessions.until_cut(credentials.as_ref().map(|shown| shown.caller.as_ref()));
@@ -160,6 +170,7 @@ impl Connection {
             socket,
             credentials,
             budget,
+            stranger,
             acknowledged: false,
             answers: SelectAll::new(),
             running: HashMap::new(),
@@ -303,6 +314,11 @@ impl Connection {
             let reason = format!("a connection may have {most} operations under way");
             let failure = protocol(StatusCode::TOO_MANY_REQUESTS, "limit_exceeded", reason);
             return self.refuse(id, failure.into()).await;
+        }
+        if self.credentials.is_none()
+            && let Err(error) = self.app.admit_stranger(self.stranger)
+        {
+            return self.refuse(id, error.into()).await;
         }
         let asked = Asked {
             credentials: self.credentials.clone(),

@@ -14,7 +14,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -39,7 +39,7 @@ use crate::domain::{ConnectionBudget, SendBudget};
 use crate::shutdown::Shutdown;
 use crate::telemetry::Metrics;
 use outgoing::Outgoing;
-use stall::StallGuard;
+use stall::{StallGuard, UNLIMITED};
 use streams::Streams;
 
 /// What a client that speaks HTTP/2 without asking sends first (RFC 9113, section 3.4).
@@ -125,6 +125,7 @@ impl Listener {
                 budget: self.budget.connection(),
                 held: Arc::new((permit, self.metrics.connection())),
                 heard: Arc::default(),
+                allowance: Arc::new(AtomicU64::new(UNLIMITED)),
             };
             shutdown.spawn(connection.serve(socket));
         }
@@ -154,6 +155,8 @@ struct Connection {
     held: Arc<dyn Any + Send + Sync>,
     /// Set by the first request.
     heard: Arc<AtomicBool>,
+    /// Bytes that the peer may still send; an upgrade gets this as an extension, and may set it.
+    allowance: Arc<AtomicU64>,
 }
 
 impl Connection {
@@ -219,12 +222,13 @@ impl Connection {
     fn service(&self, multiplexed: bool) -> impl Handler {
         let (router, held, heard) = (self.router.clone(), self.held.clone(), self.heard.clone());
         let budget = self.budget.clone();
-        let peer = self.peer;
+        let (peer, allowance) = (self.peer, self.allowance.clone());
         service_fn(move |mut request: Request<Incoming>| {
             heard.store(true, Ordering::Relaxed);
             request.extensions_mut().insert(ConnectInfo(peer));
             if request.headers().contains_key(UPGRADE) {
                 request.extensions_mut().insert(held.clone());
+                request.extensions_mut().insert(allowance.clone());
             }
             let budget = if multiplexed { budget.stream() } else { budget.clone() };
             request.extensions_mut().insert(budget.clone());
@@ -238,7 +242,8 @@ impl Connection {
         &self,
         socket: S,
     ) -> Pin<Box<impl Graceful>> {
-        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, Some(self.budget.clone())));
+        let budget = Some(self.budget.clone());
+        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, budget, self.allowance.clone()));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.header_timeout)
@@ -254,7 +259,8 @@ impl Connection {
         streams: &Streams,
     ) -> Pin<Box<impl Graceful>> {
         // Frames that carry no answer, such as those that answer pings, are no progress: the streams count.
-        let io = TokioIo::new(StallGuard::new(streams.watch(socket), self.write_timeout, None));
+        let socket = streams.watch(socket);
+        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, None, self.allowance.clone()));
         let connection = http2::Builder::new(streams.clone())
             .timer(TokioTimer::new())
             .keep_alive_interval(self.header_timeout)

@@ -1,8 +1,10 @@
-//! A socket that gives up on a peer which does not read.
+//! A socket that gives up on a peer which does not read, or which sends more than it may.
 
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -11,18 +13,27 @@ use tokio::time::{Sleep, sleep};
 
 use crate::domain::ConnectionBudget;
 
+/// What an allowance is where there is no limit.
+pub(super) const UNLIMITED: u64 = u64::MAX;
+
 /// Fails a write that makes no progress for `limit`, and tells a budget what was written. Costs a timer only while a write is
-/// stuck.
+/// stuck. Fails a read once the peer has sent more than `allowance`, which is zero then. Others may change it at any time.
 pub(super) struct StallGuard<S> {
     socket: S,
     limit: Duration,
     budget: Option<ConnectionBudget>,
     stuck: Option<Pin<Box<Sleep>>>,
+    allowance: Arc<AtomicU64>,
 }
 
 impl<S> StallGuard<S> {
-    pub(super) fn new(socket: S, limit: Duration, budget: Option<ConnectionBudget>) -> Self {
-        Self { socket, limit, budget, stuck: None }
+    pub(super) fn new(
+        socket: S,
+        limit: Duration,
+        budget: Option<ConnectionBudget>,
+        allowance: Arc<AtomicU64>,
+    ) -> Self {
+        Self { socket, limit, budget, stuck: None, allowance }
     }
 
     fn written(
@@ -34,6 +45,20 @@ impl<S> StallGuard<S> {
             budget.took(*bytes);
         }
         self.guard(cx, progress)
+    }
+
+    /// Takes what was read from the allowance.
+    fn take(&self, read: usize) -> io::Result<()> {
+        let left = self.allowance.load(Ordering::Relaxed);
+        if left == UNLIMITED {
+            return Ok(());
+        }
+        let Some(left) = left.checked_sub(read as u64) else {
+            self.allowance.store(0, Ordering::Relaxed);
+            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, "the peer sends more than it may"));
+        };
+        self.allowance.store(left, Ordering::Relaxed);
+        Ok(())
     }
 
     fn guard<T>(&mut self, cx: &mut Context<'_>, progress: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -54,7 +79,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for StallGuard<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_read(cx, buf)
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
+        Poll::Ready(self.take(buf.filled().len() - before))
     }
 }
 
@@ -100,7 +127,7 @@ mod tests {
         let limit = Duration::from_millis(200);
         let (ours, mut theirs) = duplex(8);
         let budget = SendBudget::new(0).connection();
-        let mut guarded = StallGuard::new(ours, limit, Some(budget));
+        let mut guarded = StallGuard::new(ours, limit, Some(budget), Arc::new(AtomicU64::new(UNLIMITED)));
         let reader = async {
             let mut byte = [0; 1];
             for _ in 0..8 {
@@ -112,5 +139,21 @@ mod tests {
         written.expect("slow, but it reads");
         let error = guarded.write_all(&[1; 16]).await.expect_err("nobody reads any more");
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_sends_more_than_it_may_is_given_up() {
+        let (ours, mut theirs) = duplex(64);
+        let allowance = Arc::new(AtomicU64::new(UNLIMITED));
+        let mut guarded = StallGuard::new(ours, Duration::from_secs(60), None, allowance.clone());
+        let mut read = [0; 8];
+        theirs.write_all(&[1; 32]).await.expect("written");
+        guarded.read_exact(&mut read).await.expect("without a limit");
+        allowance.store(12, Ordering::Relaxed);
+        guarded.read_exact(&mut read).await.expect("within it");
+        let error = guarded.read_exact(&mut read).await.expect_err("beyond it");
+        assert_eq!(error.kind(), io::ErrorKind::QuotaExceeded);
+        allowance.store(UNLIMITED, Ordering::Relaxed);
+        guarded.read_exact(&mut read).await.expect("lifted");
     }
 }

@@ -10,6 +10,9 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::frame::Frame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 
 use crate::harness::graphql::code;
 use crate::harness::server::KEY;
@@ -225,6 +228,48 @@ async fn operations_on_a_socket_are_counted_until_a_token_is_shown() {
         assert_eq!(known.result("1").await["data"]["viewer"]["tokenKind"], "ROOT_KEY");
         known.completed("1").await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_socket_without_a_token_may_send_small_messages_only() {
+    /// What may be added to the server's memory, in KiB, where 150 MiB are offered.
+    const MEMORY: usize = 64 * 1024;
+    let data = tempfile::tempdir().expect("a folder");
+    let process = Process::serve(data.path()).await;
+    let url = format!("{}/graphql", process.url);
+    let before = process.forget_peak();
+    let begun = async |n: u32| {
+        let mut socket = Socket::open(&url, &[]).await.expect("a socket");
+        if n.is_multiple_of(2) {
+            socket.init(None).await;
+        }
+        // A message whose end never comes, in one part or in many with something between them.
+        let parts = if n < 75 { 1 } else { 50 };
+        for part in 0..parts {
+            let kind = OpCode::Data(if part == 0 { Data::Text } else { Data::Continue });
+            socket.send(Message::Frame(Frame::message(vec![b' '; 1_000_000 / parts], kind, false))).await;
+            socket.send(Message::Ping(Default::default())).await;
+        }
+        socket
+    };
+    let sockets = join_all((0..150).map(begun)).await;
+    let ended = sockets.into_iter().map(async |mut socket| while socket.frame().await.is_some() {});
+    tokio::time::timeout(PATIENCE, join_all(ended)).await.expect("all of them are cut");
+    let peak = process.memory("VmHWM");
+    assert!(peak < before + MEMORY, "{before} KiB grew to {peak} KiB");
+    // Message by message there is no end, and with a token no small limit.
+    let mut socket = Socket::open(&url, &[]).await.expect("a socket");
+    socket.init(None).await;
+    for _ in 0..5 {
+        let padded = format!("{{ __typename }} #{}", "x".repeat(15_000));
+        socket.subscribe("1", &padded, json!({})).await;
+        assert_eq!(socket.result("1").await["data"]["__typename"], "Query");
+        socket.completed("1").await;
+    }
+    let mut socket = process.graphql().socket().await;
+    let query = "query($x: [ID!]!) { nodes(ids: $x) { id } }";
+    socket.subscribe("1", query, json!({"x": ["x".repeat(500_000)]})).await;
+    assert!(matches!(socket.hear().await["type"].as_str(), Some("next" | "error")));
 }
 
 /// What a process has had of the processor, in ticks.

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
@@ -36,6 +37,8 @@ use crate::telemetry::Door;
 
 /// Largest message of a client.
 const MESSAGE_MAX: usize = 1_048_576;
+/// Largest message of a client that has not shown credentials, with what is sent beside it.
+const STRANGER_MESSAGE_MAX: usize = 128 * 1024;
 /// The library's own 128 KiB would be most of an idle connection.
 const READ_BUFFER: usize = 4096;
 /// How much is collected before it is written.
@@ -75,6 +78,8 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
     }
     // What the connection holds until it ends: its place under the cap, its count in the metrics.
     let held = parts.extensions.remove::<Arc<dyn Any + Send + Sync>>();
+    // What the client may send, where the listener counts it.
+    let allowance = parts.extensions.remove::<Arc<AtomicU64>>().unwrap_or_default();
     let offered =
         parts.headers.get(SEC_WEBSOCKET_PROTOCOL).and_then(|value| value.to_str().ok()?.split(',').next());
     let offered = offered.and_then(|first| first.trim().parse().ok());
@@ -100,7 +105,9 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
         tasks.spawn(async move {
             let _held = held;
             let _open = app.metrics.websocket();
-            let mut connection = Connection::new(app, id, socket, credentials, stranger, budget.clone());
+            let mut connection =
+                Connection::new(app, id, socket, credentials, (stranger, allowance), budget.clone());
+            connection.allow();
             let serving = async {
                 match connection.serve(spoken).await {
                     Ended::Unwritable => {}
@@ -142,7 +149,8 @@ struct Connection {
     socket: WebSocket,
     credentials: Option<Credentials>,
     budget: ConnectionBudget,
-    stranger: Counted,
+    /// Whom it is counted with, and what it may send, without credentials.
+    stranger: (Counted, Arc<AtomicU64>),
     acknowledged: bool,
     answers: SelectAll<Abortable<BoxStream<'static, Tagged>>>,
     running: HashMap<Arc<str>, AbortHandle>,
@@ -159,7 +167,7 @@ impl Connection {
         id: RequestId,
         socket: WebSocket,
         credentials: Option<Credentials>,
-        stranger: Counted,
+        stranger: (Counted, Arc<AtomicU64>),
         budget: ConnectionBudget,
     ) -> Self {
         let cut = app.sessions.until_cut(credentials.as_ref().map(|shown| shown.caller.as_ref()));
@@ -192,6 +200,9 @@ impl Connection {
                 Some(answer) = self.answers.next(), if !self.answers.is_empty() => self.deliver(answer).await,
                 message = self.socket.recv() => match message {
                     Some(Ok(Message::Close(_))) | None => Err(Ended::ByClient),
+                    Some(Err(_)) if self.stranger.1.load(Ordering::Relaxed) == 0 => {
+                        Err(Close::too_large(STRANGER_MESSAGE_MAX).into())
+                    }
                     Some(Err(_)) => Err(Close::broken().into()),
                     Some(Ok(message)) => self.take(message).await,
                 },
@@ -269,7 +280,11 @@ impl Connection {
             Message::Text(text) if text.len() > MESSAGE_MAX => {
                 return Err(Close::too_large(MESSAGE_MAX).into());
             }
-            Message::Text(text) => text,
+            Message::Text(text) => {
+                // Not for a ping, which may come between the parts of a message.
+                self.allow();
+                text
+            }
             Message::Binary(_) => return Err(Close::invalid("messages are text").into()),
             Message::Ping(_) | Message::Pong(_) | Message::Close(_) => return Ok(()),
         };
@@ -296,10 +311,18 @@ impl Connection {
             let caller = caller.map_err(|error| Close::forbidden(&Failure::from(error).message))?;
             self.cut = Box::pin(self.app.sessions.until_cut(Some(&caller)));
             self.credentials = Some(Credentials::new(&self.app, caller, bearer));
+            self.allow();
         }
         self.acknowledged = true;
         self.rest();
         self.send(ACK.to_owned()).await
+    }
+
+    /// Lets the client send its next message, which is a small one until it has shown credentials: the library
+    /// collects a message before we see any of it.
+    fn allow(&self) {
+        let bytes = if self.credentials.is_some() { u64::MAX } else { STRANGER_MESSAGE_MAX as u64 };
+        self.stranger.1.store(bytes, Ordering::Relaxed);
     }
 
     async fn subscribe(&mut self, id: &str, payload: Subscribe) -> Result<(), Ended> {
@@ -316,7 +339,7 @@ impl Connection {
             return self.refuse(id, failure.into()).await;
         }
         if self.credentials.is_none()
-            && let Err(error) = self.app.admit_stranger(self.stranger)
+            && let Err(error) = self.app.admit_stranger(self.stranger.0)
         {
             return self.refuse(id, error.into()).await;
         }

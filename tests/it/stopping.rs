@@ -205,6 +205,9 @@ async fn a_stream_of_http2_that_is_under_way_is_still_answered() {
     let server = start(|_| {}).await;
     server.create(json!({"externalId": "s"})).await;
     let client = reqwest::Client::builder().http2_prior_knowledge().build().expect("a client");
+    // From here on the connection is known as one of HTTP/2 that asks for something.
+    let known = client.get(format!("{}/healthz", server.url)).send().await.expect("an answer");
+    known.bytes().await.expect("a body");
     let (send, pieces) = tokio::sync::mpsc::channel::<std::io::Result<&'static str>>(1);
     let pieces = futures_util::stream::unfold(pieces, async |mut pieces| {
         let piece = pieces.recv().await?;

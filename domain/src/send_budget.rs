@@ -40,13 +40,13 @@ const RECORD_BYTES: usize = 192;
 /// A piece holds at most one record for so many of its bytes.
 const BYTES_PER_RECORD: usize = 256;
 /// How long a connection that has taken nothing is left alone when others wait for room.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(2);
 /// How often whoever waits for room looks for a connection to cut.
 const RELIEF_EVERY: Duration = Duration::from_millis(100);
 /// Shortest pause between two lines in the log about it.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 /// Room is made for this part of the whole at a time.
-const RELIEF_PART: usize = 16;
+const RELIEF_PART: usize = 4;
 
 /// The bytes that may wait for all clients together.
 pub struct SendBudget {
@@ -369,9 +369,10 @@ impl Reservation {
         }
     }
 
-    /// Waits until it is room for so many bytes, with what others have of the same connection left alone.
+    /// Waits until it is room for an answer of so many bytes, with what others have of the same connection left alone.
     pub async fn grow(&mut self, bytes: usize) {
-        let more = bytes.min(self.connection.process.limit / RELIEF_PART).saturating_sub(self.bytes);
+        let wanted = (COPIES * bytes).min(self.connection.process.limit / RELIEF_PART);
+        let more = wanted.saturating_sub(self.bytes);
         if more > 0 && self.own.is_some() {
             let more = u32::try_from(more).unwrap_or(u32::MAX);
             let permit = self.connection.process.acquire(more).await;
@@ -401,7 +402,7 @@ impl Reservation {
 
     /// Bytes that keep what they need of this room until they are dropped.
     pub fn around(mut self, bytes: Bytes) -> Bytes {
-        self.shrink(bytes.len());
+        self.shrink(COPIES * bytes.len());
         let extra = self.overdraw(bytes.len());
         holding(bytes, (self, extra))
     }
@@ -540,10 +541,10 @@ mod tests {
         assert_eq!((large.bytes(), budget.lent()), (2 << 20, 2 << 20));
         assert!(connection.try_reserve(1).is_none(), "it has something");
         let rest = large.around(Bytes::from_static(b"x"));
-        assert_eq!(budget.lent(), 1);
+        assert_eq!(budget.lent(), COPIES);
         let piece = rest.slice(..1);
         drop(rest);
-        assert_eq!(budget.lent(), 1, "a part of it lives");
+        assert_eq!(budget.lent(), COPIES, "a part of it lives");
         drop(piece);
         assert_eq!(budget.lent(), 0);
     }

@@ -18,6 +18,9 @@ use crate::domain::{ConnectionBudget, Error};
 /// Answers that may exist before they have room.
 const MADE_AT_ONCE: usize = 32;
 
+/// What an answer takes of the connection's budget before it is known how long it is.
+pub const FIRST_BYTES: usize = 1 << 10;
+
 /// Whose turn it is to make an answer.
 #[derive(Clone)]
 pub struct Answers(Arc<Semaphore>);
@@ -43,9 +46,11 @@ impl Answers {
         budget: &ConnectionBudget,
         made: impl Future<Output = Result<T, Failure>>,
     ) -> Result<Response, Failure> {
+        // Before the turn: nobody may hold one for as long as a client likes not to read.
+        let mut room = budget.reserve(FIRST_BYTES).await;
         let _turn = self.turn().await;
         let text = serde_json::to_vec(&made.await?).map_err(Error::internal)?;
-        let room = budget.reserve(text.len()).await;
+        room.grow(text.len()).await;
         let headers = [(CONTENT_TYPE, HeaderValue::from_static("application/json"))];
         Ok((headers, Extension(Reserved), Body::from(room.around(text.into()))).into_response())
     }

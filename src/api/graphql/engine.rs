@@ -12,6 +12,8 @@ use async_graphql::parser::types::{
 use async_graphql::{Name, Positioned, Request, Response, Value, Variables};
 use futures_util::stream::{self, BoxStream, StreamExt};
 use http::StatusCode;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use super::cost::Cost;
 use super::error::{Fault, protocol};
@@ -23,7 +25,7 @@ use super::persisted::{Lookup, PersistedQueries};
 use super::reply::{Reply, Text};
 use super::schema::{self, Schema};
 use crate::api::App;
-use crate::api::answers::Answers;
+use crate::api::answers::{Answers, FIRST_BYTES};
 use crate::api::error::Failure;
 use crate::api::rate_limit::{Counted, Exceeded};
 use crate::api::trace::RequestId;
@@ -39,8 +41,6 @@ const UNLIMITED: [&str; 2] = ["appendRecords", "__typename"];
 
 /// Largest answer in bytes. A record has 1 MiB, a page of them 4 MiB, and JSON may make six bytes of one.
 pub(super) const ANSWER_MAX: usize = 32 << 20;
-/// What a query or a mutation takes of the connection's budget before it is known how long its answer is.
-const EXECUTION_BYTES: usize = 1 << 10;
 
 type Fragments = HashMap<Name, Positioned<FragmentDefinition>>;
 
@@ -189,7 +189,7 @@ impl Engine {
 
     /// Room for an answer, as far as its size is known before.
     pub(super) async fn room(&self, budget: &ConnectionBudget) -> Reservation {
-        budget.reserve(EXECUTION_BYTES).await
+        budget.reserve(FIRST_BYTES).await
     }
 
     /// Executes a query or a mutation, whose answer gets room behind the first `taken` bytes of `room`.
@@ -225,18 +225,26 @@ impl Engine {
         reply
     }
 
-    /// Executes any operation as a stream of answers. Nothing happens before it is polled.
+    /// Executes any operation as a stream of answers. A query begins at once, anything else when it is polled.
     pub(super) fn answers(self: &Arc<Self>, prepared: Prepared) -> BoxStream<'static, Answer> {
         let this = self.clone();
         if prepared.is_subscription() {
             stream::once(async move { this.subscribe(prepared).await }).flatten().boxed()
         } else {
+            let is_query = prepared.kind == OperationType::Query;
             let execution = async move {
                 let mut room = this.room(&prepared.asked.budget).await;
                 let reply = this.execute(prepared, &mut room, 0).await;
                 Answer::of(reply, Some(Arc::new(room)))
             };
-            stream::once(execution).boxed()
+            if !is_query {
+                return stream::once(execution).boxed();
+            }
+            // A task of its own: whoever polls the answers may wait for its client for long, and a query has a turn that others
+            // wait for.
+            let executed = AbortOnDropHandle::new(tokio::spawn(execution.in_current_span()));
+            let failed = |fault| Answer::Failed(vec![Failure::from(Error::internal(fault)).into()]);
+            stream::once(async move { executed.await.unwrap_or_else(failed) }).boxed()
         }
     }
 

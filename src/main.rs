@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Measured against the C library's (`cargo xtask bench ack memory`, docs/performance.md).
+/// An append spends less in it than in the C library's, and an idle follower holds less.
 #[cfg(not(target_env = "msvc"))]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;

@@ -39,7 +39,7 @@ use crate::domain::{ConnectionBudget, SendBudget};
 use crate::shutdown::Shutdown;
 use crate::telemetry::Metrics;
 use outgoing::Outgoing;
-use stall::{StallGuard, UNLIMITED};
+use stall::{StallGuard, Traffic, UNLIMITED};
 use streams::Streams;
 
 /// What a client that speaks HTTP/2 without asking sends first (RFC 9113, section 3.4).
@@ -242,8 +242,8 @@ impl Connection {
         &self,
         socket: S,
     ) -> Pin<Box<impl Graceful>> {
-        let budget = Some(self.budget.clone());
-        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, budget, self.allowance.clone()));
+        let traffic = Traffic::Taken(self.budget.clone());
+        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, traffic, self.allowance.clone()));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.header_timeout)
@@ -259,8 +259,8 @@ impl Connection {
         streams: &Streams,
     ) -> Pin<Box<impl Graceful>> {
         // Frames that carry no answer, such as those that answer pings, are no progress: the streams count.
-        let socket = streams.watch(socket);
-        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, None, self.allowance.clone()));
+        let traffic = Traffic::Count(streams.moved());
+        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, traffic, self.allowance.clone()));
         let connection = http2::Builder::new(streams.clone())
             .timer(TokioTimer::new())
             .keep_alive_interval(self.header_timeout)

@@ -16,24 +16,26 @@ use crate::domain::ConnectionBudget;
 /// What an allowance is where there is no limit.
 pub(super) const UNLIMITED: u64 = u64::MAX;
 
-/// Fails a write that makes no progress for `limit`, and tells a budget what was written. Costs a timer only while a write is
-/// stuck. Fails a read once the peer has sent more than `allowance`, which is zero then. Others may change it at any time.
+/// Who is told what moves on a socket.
+pub(super) enum Traffic {
+    /// A budget, of what the peer takes.
+    Taken(ConnectionBudget),
+    /// A count of bytes both ways.
+    Count(Arc<AtomicU64>),
+}
+
+/// Fails a write that makes no progress for `limit`. Costs a timer only while a write is stuck. Fails a read once the peer has sent more than `allowance`, which is zero then. Others may change it at any time.
 pub(super) struct StallGuard<S> {
     socket: S,
     limit: Duration,
-    budget: Option<ConnectionBudget>,
+    traffic: Traffic,
     stuck: Option<Pin<Box<Sleep>>>,
     allowance: Arc<AtomicU64>,
 }
 
 impl<S> StallGuard<S> {
-    pub(super) fn new(
-        socket: S,
-        limit: Duration,
-        budget: Option<ConnectionBudget>,
-        allowance: Arc<AtomicU64>,
-    ) -> Self {
-        Self { socket, limit, budget, stuck: None, allowance }
+    pub(super) fn new(socket: S, limit: Duration, traffic: Traffic, allowance: Arc<AtomicU64>) -> Self {
+        Self { socket, limit, traffic, stuck: None, allowance }
     }
 
     fn written(
@@ -41,14 +43,22 @@ impl<S> StallGuard<S> {
         cx: &mut Context<'_>,
         progress: Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
-        if let (Poll::Ready(Ok(bytes)), Some(budget)) = (&progress, &self.budget) {
-            budget.took(*bytes);
+        if let Poll::Ready(Ok(bytes)) = &progress {
+            match &self.traffic {
+                Traffic::Taken(budget) => budget.took(*bytes),
+                Traffic::Count(moved) => {
+                    moved.fetch_add(*bytes as u64, Ordering::Relaxed);
+                }
+            }
         }
         self.guard(cx, progress)
     }
 
     /// Takes what was read from the allowance.
     fn take(&self, read: usize) -> io::Result<()> {
+        if let Traffic::Count(moved) = &self.traffic {
+            moved.fetch_add(read as u64, Ordering::Relaxed);
+        }
         let left = self.allowance.load(Ordering::Relaxed);
         if left == UNLIMITED {
             return Ok(());
@@ -127,7 +137,8 @@ mod tests {
         let limit = Duration::from_millis(200);
         let (ours, mut theirs) = duplex(8);
         let budget = SendBudget::new(0).connection();
-        let mut guarded = StallGuard::new(ours, limit, Some(budget), Arc::new(AtomicU64::new(UNLIMITED)));
+        let mut guarded =
+            StallGuard::new(ours, limit, Traffic::Taken(budget), Arc::new(AtomicU64::new(UNLIMITED)));
         let reader = async {
             let mut byte = [0; 1];
             for _ in 0..8 {
@@ -145,7 +156,9 @@ mod tests {
     async fn a_peer_that_sends_more_than_it_may_is_given_up() {
         let (ours, mut theirs) = duplex(64);
         let allowance = Arc::new(AtomicU64::new(UNLIMITED));
-        let mut guarded = StallGuard::new(ours, Duration::from_secs(60), None, allowance.clone());
+        let moved = Arc::new(AtomicU64::new(0));
+        let traffic = Traffic::Count(moved.clone());
+        let mut guarded = StallGuard::new(ours, Duration::from_secs(60), traffic, allowance.clone());
         let mut read = [0; 8];
         theirs.write_all(&[1; 32]).await.expect("written");
         guarded.read_exact(&mut read).await.expect("without a limit");
@@ -155,5 +168,7 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::QuotaExceeded);
         allowance.store(UNLIMITED, Ordering::Relaxed);
         guarded.read_exact(&mut read).await.expect("lifted");
+        guarded.write_all(&[1; 4]).await.expect("written");
+        assert_eq!(moved.load(Ordering::Relaxed), 4 * 8 + 4, "both ways, the refused bytes too");
     }
 }

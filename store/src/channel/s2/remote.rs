@@ -140,7 +140,7 @@ impl Remote {
         stream.append(input).await.map(|ack| codec::position(ack.start)).map_err(append_fault)
     }
 
-    /// Appends, making the stream if it is missing.
+    /// Appends, making the stream if it is missing. S2 may take a moment to know a stream that others make at the same time.
     pub(super) async fn append_or_create(
         &self,
         name: &str,
@@ -148,12 +148,17 @@ impl Remote {
         records: Vec<AppendRecord>,
         guard: Guard<'_>,
     ) -> Result<Position, Fault> {
-        match self.append(name, records.clone(), guard).await {
-            Err(Fault::NoStream) => {
-                self.ensure(name, keep).await.map_err(Fault::Away)?;
-                self.append(name, records, guard).await
+        let mut backoff = Backoff::new(self.longest_pause);
+        loop {
+            match self.append(name, records.clone(), guard).await {
+                Err(Fault::NoStream) if backoff.tries() < ATTEMPTS.get() => {
+                    if backoff.tries() > 0 {
+                        backoff.pause().await;
+                    }
+                    self.ensure(name, keep).await.map_err(Fault::Away)?;
+                }
+                done => return done,
             }
-            done => done,
         }
     }
 

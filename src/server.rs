@@ -230,7 +230,7 @@ impl Server {
         let metrics = Metrics::new();
         let files = Files::share(&config)?;
         let http = HttpConfig { max_connections: files.connections, ..config.http.clone() };
-        let listener = Listener::bind(http, metrics.clone()).await?;
+        let listener = Listener::bind(http, files.downloads(), metrics.clone()).await?;
         private::repair(&config);
         let control = Control::open(&config, clock.clone()).await?;
         let engine = Engine::open(&config, clock.clone(), metrics.clone()).await?;

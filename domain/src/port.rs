@@ -107,6 +107,9 @@ pub trait MetadataStore: Send + Sync {
     /// The key with this lookup hash, of whichever environment.
     async fn find_key(&self, lookup: &[u8]) -> Result<Option<StoredKey>>;
 
+    /// Notes that a key's secret was given, however the key was made. No revision: it opens what it did.
+    async fn mark_key_given(&self, environment: &EnvironmentId, id: &KeyId) -> Result<()>;
+
     /// Ends a key at `at` unless it ends earlier already, and advances the key revision. `None` when the
     /// environment has no such key.
     async fn end_key(

@@ -305,9 +305,25 @@ impl ReadLimit {
     /// A full batch: 1000 records or 1 MiB, whichever comes first.
     pub const BATCH: Self = Self { count: BATCH_RECORDS_MAX, bytes: METERED_MAX };
 
+    /// Everything.
+    pub const NONE: Self = Self { count: usize::MAX, bytes: usize::MAX };
+
     /// At most `count` records.
     pub fn count(count: usize) -> Self {
         Self { count, ..Self::BATCH }
+    }
+
+    /// As much as both allow.
+    #[must_use]
+    pub fn within(self, other: Self) -> Self {
+        Self { count: self.count.min(other.count), bytes: self.bytes.min(other.bytes) }
+    }
+
+    /// What is left of it after these records, of which the first may have been larger than the limit; `None` if nothing, or
+    /// if they were too many.
+    pub(super) fn after(self, records: &[Record]) -> Option<Self> {
+        let bytes = records.iter().map(|record| metered_size(&record.headers, &record.body)).sum();
+        Some(Self { count: self.count.checked_sub(records.len())?, bytes: self.bytes.checked_sub(bytes)? })
     }
 }
 

@@ -39,19 +39,25 @@ const NEVER: u64 = u64::MAX;
 const RECORD_BYTES: usize = 192;
 /// A piece holds at most one record for so many of its bytes.
 const BYTES_PER_RECORD: usize = 256;
-/// How long a connection that has taken nothing is left alone when others wait for room.
+/// How long a connection that has not moved is left alone when others wait for room.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// A connection has moved when it has taken this part of what it holds; one that takes a byte now and then has not.
+const MOVE_PART: usize = 16;
 /// How often whoever waits for room looks for a connection to cut.
 const RELIEF_EVERY: Duration = Duration::from_millis(100);
 /// Shortest pause between two lines in the log about it.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 /// Room is made for this part of the whole at a time.
 const RELIEF_PART: usize = 4;
+/// Downloads that one connection may have at once. A reverse proxy has those of many clients.
+const CONNECTION_DOWNLOADS: usize = 16;
 
-/// The bytes that may wait for all clients together.
+/// What may wait for all clients together: bytes, and blobs that are open while they are sent.
 pub struct SendBudget {
     bytes: Arc<Semaphore>,
     limit: usize,
+    downloads: Arc<Semaphore>,
+    downloads_limit: usize,
     began: Instant,
     connections: Mutex<HashMap<u64, Weak<Connection>>>,
     next: AtomicU64,
@@ -64,8 +70,6 @@ pub struct SendBudget {
 #[derive(Clone)]
 pub struct ConnectionBudget {
     connection: Arc<Connection>,
-    /// Room was reserved for whatever is read.
-    is_prepaid: bool,
     /// Since when one of the streams of the connection waits for room of the connection's own, in milliseconds since the
     /// budget began; [`NEVER`] while it does not. None where the connection is one stream.
     waits: Option<Arc<AtomicU64>>,
@@ -78,10 +82,17 @@ struct Connection {
     /// Bytes that were put into `bytes`.
     granted: AtomicUsize,
     held: AtomicUsize,
+    downloads: Arc<Semaphore>,
     /// Bytes that the client has taken.
     taken: AtomicU64,
-    /// When something was last taken, or first lent, in milliseconds since the budget began.
+    /// What that was when the connection last moved.
+    moved_from: AtomicU64,
+    /// When it last moved, or something was first lent, in milliseconds since the budget began.
     moved_at: AtomicU64,
+    /// Bytes that a socket with many streams has taken, of whatever kind.
+    sent: AtomicU64,
+    /// Bytes of those streams that were given out and are gone: sent, or given up.
+    landed: AtomicU64,
     is_cut: AtomicBool,
     cut: Notify,
 }
@@ -94,13 +105,30 @@ pub struct Reservation {
     shared: Option<OwnedSemaphorePermit>,
 }
 
+/// The place of a blob among those that are open while they are sent; given back when dropped.
+#[derive(Debug)]
+pub struct Download {
+    _own: OwnedSemaphorePermit,
+    _shared: OwnedSemaphorePermit,
+}
+
+/// What a budget lends.
+#[derive(Clone, Copy)]
+enum Kind {
+    Bytes,
+    Downloads,
+}
+
 impl SendBudget {
-    /// A budget of so many bytes, at least [`CONNECTION_BYTES`] and at most [`BUDGET_MAX`].
-    pub fn new(limit: usize) -> Arc<Self> {
+    /// A budget of so many bytes, at least [`CONNECTION_BYTES`] and at most [`BUDGET_MAX`], and of so many downloads.
+    pub fn new(limit: usize, downloads: usize) -> Arc<Self> {
         let limit = limit.clamp(CONNECTION_BYTES, BUDGET_MAX);
+        let downloads = downloads.clamp(1, Semaphore::MAX_PERMITS);
         Arc::new(Self {
             bytes: Arc::new(Semaphore::new(limit)),
             limit,
+            downloads: Arc::new(Semaphore::new(downloads)),
+            downloads_limit: downloads,
             began: Instant::now(),
             connections: Mutex::default(),
             next: AtomicU64::new(0),
@@ -118,13 +146,17 @@ impl SendBudget {
             bytes: Arc::new(Semaphore::new(FIRST_BYTES)),
             granted: AtomicUsize::new(FIRST_BYTES),
             held: AtomicUsize::new(0),
+            downloads: Arc::new(Semaphore::new(CONNECTION_DOWNLOADS)),
             taken: AtomicU64::new(0),
+            moved_from: AtomicU64::new(0),
             moved_at: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            landed: AtomicU64::new(0),
             is_cut: AtomicBool::new(false),
             cut: Notify::new(),
         });
         lock(&self.connections).insert(number, Arc::downgrade(&connection));
-        ConnectionBudget { connection, is_prepaid: false, waits: None }
+        ConnectionBudget { connection, waits: None }
     }
 
     /// Bytes that are lent at this moment.
@@ -136,24 +168,28 @@ impl SendBudget {
         u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Waits for so many bytes, and makes room while it does.
-    async fn acquire(&self, count: u32) -> Option<OwnedSemaphorePermit> {
-        if let Ok(permit) = self.bytes.clone().try_acquire_many_owned(count) {
+    /// Waits for so many, and makes room while it does.
+    async fn acquire(&self, kind: Kind, count: u32) -> Option<OwnedSemaphorePermit> {
+        let all = match kind {
+            Kind::Bytes => &self.bytes,
+            Kind::Downloads => &self.downloads,
+        };
+        if let Ok(permit) = all.clone().try_acquire_many_owned(count) {
             return Some(permit);
         }
-        let mut acquired = pin!(self.bytes.clone().acquire_many_owned(count));
+        let mut acquired = pin!(all.clone().acquire_many_owned(count));
         loop {
             tokio::select! {
                 biased;
                 // Never closed, so there is always a permit.
                 permit = &mut acquired => return permit.ok(),
-                () = sleep(RELIEF_EVERY) => self.relieve(),
+                () = sleep(RELIEF_EVERY) => self.relieve(kind),
             }
         }
     }
 
-    /// Cuts the connections that have taken nothing for the longest time, until enough of the whole is free.
-    fn relieve(&self) {
+    /// Cuts the connections that have not moved for the longest time, until enough of the whole is free.
+    fn relieve(&self, kind: Kind) {
         let mut relieved_at = lock(&self.relieved_at);
         if relieved_at.is_some_and(|at| at.elapsed() < RELIEF_EVERY) {
             return;
@@ -163,19 +199,23 @@ impl SendBudget {
         let patience = u64::try_from(PATIENCE.as_millis()).unwrap_or(u64::MAX);
         let connections: Vec<_> = lock(&self.connections).values().filter_map(Weak::upgrade).collect();
         let stuck = |connection: &Arc<Connection>| {
-            let held = connection.held.load(Ordering::Relaxed);
-            let still = now.saturating_sub(connection.moved_at.load(Ordering::Relaxed));
-            (held > 0 && still >= patience).then(|| (still, held, connection.clone()))
+            let still = connection.still(now)?;
+            let lent = connection.lent(kind);
+            (lent > 0 && still >= patience).then(|| (still, lent, connection.clone()))
         };
         let mut stuck: Vec<_> = connections.iter().filter_map(stuck).collect();
         stuck.sort_unstable_by_key(|(still, ..)| std::cmp::Reverse(*still));
+        let limit = match kind {
+            Kind::Bytes => self.limit,
+            Kind::Downloads => self.downloads_limit,
+        };
         let (mut freed, mut cut) = (0, 0);
-        for (_, held, connection) in stuck {
-            if freed >= self.limit / RELIEF_PART {
+        for (_, lent, connection) in stuck {
+            if freed >= limit.div_ceil(RELIEF_PART) {
                 break;
             }
             // Cut before and not gone yet: what it holds comes back without another's end.
-            freed += held;
+            freed += lent;
             if !connection.is_cut.swap(true, Ordering::Relaxed) {
                 connection.cut.notify_one();
                 cut += 1;
@@ -190,18 +230,13 @@ impl SendBudget {
         told.0 += cut;
         if told.0 > 0 && told.1.is_none_or(|at| at.elapsed() >= TELL_EVERY) {
             let message = "cut connections that do not read, to make room for those that do";
-            tracing::warn!(connections = told.0, bytes = self.limit, "{message}");
+            tracing::warn!(connections = told.0, "{message}");
             *told = (0, Some(Instant::now()));
         }
     }
 }
 
 impl ConnectionBudget {
-    /// For a reader that has reserved the room of all that it will read.
-    pub fn prepaid(&self) -> Self {
-        Self { is_prepaid: true, ..self.clone() }
-    }
-
     /// For one of the streams of the connection, with [`ConnectionBudget::waits_still_since`] of its own.
     pub fn stream(&self) -> Self {
         Self { waits: Some(Arc::new(AtomicU64::new(NEVER))), ..self.clone() }
@@ -216,9 +251,6 @@ impl ConnectionBudget {
 
     /// Metered bytes that are to be read at once for this connection: few at first, more as it takes them.
     pub fn piece(&self) -> usize {
-        if self.is_prepaid {
-            return METERED_MAX;
-        }
         let part = self.connection.taken.load(Ordering::Relaxed) / PIECE_PART;
         usize::try_from(part).unwrap_or(METERED_MAX).clamp(FIRST_PIECE, METERED_MAX)
     }
@@ -227,7 +259,7 @@ impl ConnectionBudget {
     /// must not wait for more of the same connection.
     pub async fn reserve(&self, bytes: usize) -> Reservation {
         let connection = &self.connection;
-        let Some((own, shared)) = self.permits(bytes) else { return self.lent(0, None, None) };
+        let (own, shared) = self.permits(bytes);
         let own = match connection.bytes.clone().try_acquire_many_owned(own) {
             Ok(own) => Some(own),
             Err(_) => {
@@ -237,7 +269,7 @@ impl ConnectionBudget {
                 connection.bytes.clone().acquire_many_owned(own).await.ok()
             }
         };
-        let permit = connection.process.acquire(shared).await;
+        let permit = connection.process.acquire(Kind::Bytes, shared).await;
         self.lent(shared as usize, own, permit)
     }
 
@@ -250,7 +282,7 @@ impl ConnectionBudget {
     }
 
     fn try_acquire(&self, bytes: usize) -> Option<Reservation> {
-        let Some((own, shared)) = self.permits(bytes) else { return Some(self.lent(0, None, None)) };
+        let (own, shared) = self.permits(bytes);
         let own = self.connection.bytes.clone().try_acquire_many_owned(own).ok()?;
         let permit = self.connection.process.bytes.clone().try_acquire_many_owned(shared).ok()?;
         Some(self.lent(shared as usize, Some(own), Some(permit)))
@@ -272,11 +304,11 @@ impl ConnectionBudget {
         Reservation { connection: self.connection.clone(), bytes, own, shared }
     }
 
-    /// Permits of the connection and of the process for so many bytes; none if they are paid.
-    fn permits(&self, bytes: usize) -> Option<(u32, u32)> {
+    /// Permits of the connection and of the process for so many bytes.
+    fn permits(&self, bytes: usize) -> (u32, u32) {
         let shared = u32::try_from(bytes.min(CONNECTION_BYTES)).unwrap_or(u32::MAX);
         let granted = u32::try_from(self.connection.granted.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
-        (!self.is_prepaid).then_some((shared.min(granted), shared))
+        (shared.min(granted), shared)
     }
 
     /// Reads the next piece in room that is waited for. `read` gets the limit of a read, and is asked a second time when
@@ -293,7 +325,7 @@ impl ConnectionBudget {
         let mut room = self.reserve(cost_of_read(limit)).await;
         let mut batch = read(limit).await?;
         let needed = cost(&batch.records);
-        if needed > room.bytes() && !self.is_prepaid {
+        if needed > room.bytes() {
             drop((batch, room));
             room = self.reserve(needed).await;
             batch = read(ReadLimit::count(1)).await?;
@@ -302,9 +334,35 @@ impl ConnectionBudget {
         Ok(Delivery::new(batch, room))
     }
 
+    /// Waits for a place to keep a blob open in while it is sent. Cancel safe.
+    pub async fn download(&self) -> Option<Download> {
+        let connection = &self.connection;
+        // Neither is ever closed, so there are always permits.
+        let own = connection.downloads.clone().acquire_owned().await.ok()?;
+        let shared = connection.process.acquire(Kind::Downloads, 1).await?;
+        Some(Download { _own: own, _shared: shared })
+    }
+
     /// So many bytes have gone to the client: as many more may wait for it.
     pub fn took(&self, bytes: usize) {
-        self.connection.took(bytes);
+        let before = self.connection.taken.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.connection.took(before, before + bytes as u64);
+    }
+
+    /// So many bytes have gone to a client with many streams, whether of one of them or not.
+    pub fn sent(&self, bytes: usize) {
+        self.connection.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// So many bytes of a stream are gone: to the client, or with the stream. The client has taken no more than was sent.
+    pub fn landed(&self, bytes: usize) {
+        let connection = &self.connection;
+        let landed = connection.landed.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        let taken = landed.min(connection.sent.load(Ordering::Relaxed));
+        let before = connection.taken.fetch_max(taken, Ordering::Relaxed);
+        if taken > before {
+            connection.took(before, taken);
+        }
     }
 
     /// Completes when the connection must end because others need its room. One task at a time may wait.
@@ -331,18 +389,35 @@ impl Drop for Waiting<'_> {
 
 impl Connection {
     fn moved(&self) {
+        self.moved_from.store(self.taken.load(Ordering::Relaxed), Ordering::Relaxed);
         self.moved_at.store(self.process.now(), Ordering::Relaxed);
     }
 
-    fn took(&self, bytes: usize) {
-        self.taken.fetch_add(bytes as u64, Ordering::Relaxed);
-        if self.held.load(Ordering::Relaxed) > 0 {
+    /// For how many milliseconds it has not moved; none while nothing waits for it.
+    fn still(&self, now: u64) -> Option<u64> {
+        let holds = self.held.load(Ordering::Relaxed) > 0;
+        holds.then(|| now.saturating_sub(self.moved_at.load(Ordering::Relaxed)))
+    }
+
+    fn lent(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Bytes => self.held.load(Ordering::Relaxed),
+            Kind::Downloads => CONNECTION_DOWNLOADS.saturating_sub(self.downloads.available_permits()),
+        }
+    }
+
+    /// The client has taken `taken` bytes, `before` of them before.
+    fn took(&self, before: u64, taken: u64) {
+        let held = self.held.load(Ordering::Relaxed);
+        let since = taken.saturating_sub(self.moved_from.load(Ordering::Relaxed));
+        if held > 0 && since >= held.div_ceil(MOVE_PART) as u64 {
             self.moved();
         }
-        let grow =
-            |granted: usize| (granted < CONNECTION_BYTES).then(|| CONNECTION_BYTES.min(granted + bytes));
+        let bytes = usize::try_from(taken - before).unwrap_or(usize::MAX);
+        let grown = |granted: usize| CONNECTION_BYTES.min(granted.saturating_add(bytes));
+        let grow = |granted: usize| (granted < CONNECTION_BYTES).then(|| grown(granted));
         if let Ok(before) = self.granted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, grow) {
-            self.bytes.add_permits(CONNECTION_BYTES.min(before + bytes) - before);
+            self.bytes.add_permits(grown(before) - before);
         }
     }
 }
@@ -369,13 +444,19 @@ impl Reservation {
         }
     }
 
-    /// Waits until it is room for an answer of so many bytes, with what others have of the same connection left alone.
+    /// Waits until it is room for an answer of so many bytes. Of what the connection may have it takes what is free, and waits
+    /// for nothing: others of the same connection, which have answers too, may wait likewise.
     pub async fn grow(&mut self, bytes: usize) {
         let wanted = (COPIES * bytes).min(self.connection.process.limit / RELIEF_PART);
         let more = wanted.saturating_sub(self.bytes);
-        if more > 0 && self.own.is_some() {
+        if let (1.., Some(own)) = (more, &mut self.own) {
+            let free = more.min(self.connection.bytes.available_permits());
+            let free = u32::try_from(free).unwrap_or(u32::MAX);
+            if let Ok(permit) = self.connection.bytes.clone().try_acquire_many_owned(free) {
+                own.merge(permit);
+            }
             let more = u32::try_from(more).unwrap_or(u32::MAX);
-            let permit = self.connection.process.acquire(more).await;
+            let permit = self.connection.process.acquire(Kind::Bytes, more).await;
             self.add(permit);
         }
     }
@@ -514,7 +595,7 @@ mod tests {
 
     #[test]
     fn a_connection_has_little_and_gets_more_as_it_takes() {
-        let budget = SendBudget::new(64 << 20);
+        let budget = SendBudget::new(64 << 20, 1);
         let connection = budget.connection();
         assert_eq!(connection.piece(), FIRST_PIECE);
         let first = connection.try_reserve(FIRST_BYTES).expect("room");
@@ -535,7 +616,7 @@ mod tests {
 
     #[test]
     fn one_large_piece_is_lent_to_a_connection_that_has_nothing_else() {
-        let budget = SendBudget::new(64 << 20);
+        let budget = SendBudget::new(64 << 20, 1);
         let connection = budget.connection();
         let large = connection.try_reserve(2 << 20).expect("room");
         assert_eq!((large.bytes(), budget.lent()), (2 << 20, 2 << 20));
@@ -551,7 +632,7 @@ mod tests {
 
     #[test]
     fn what_is_written_longer_than_it_was_read_counts_too() {
-        let budget = SendBudget::new(64 << 20);
+        let budget = SendBudget::new(64 << 20, 1);
         let room = Arc::new(budget.connection().try_reserve(10).expect("room"));
         let bytes = holding_room(Bytes::from(vec![0; 1000]), room);
         assert_eq!(budget.lent(), 1000);
@@ -561,39 +642,90 @@ mod tests {
 
     #[tokio::test]
     async fn when_all_is_lent_the_one_that_has_taken_nothing_for_longest_is_cut() {
-        let budget = SendBudget::new(CONNECTION_BYTES);
+        let budget = SendBudget::new(CONNECTION_BYTES, 1);
         let (oldest, old, reads) = (budget.connection(), budget.connection(), budget.connection());
         let part = CONNECTION_BYTES / 4;
         let held = oldest.try_reserve(part).expect("room");
         sleep(Duration::from_millis(5)).await;
-        let _older = old.try_reserve(part).expect("room");
+        let dripping = old.try_reserve(part).expect("room");
         let _read = reads.try_reserve(2 * part).expect("room");
         let live = budget.connection();
         assert!(live.try_reserve(CREDIT_BYTES).is_some(), "a little is lent to one that takes everything");
         let reading = async {
-            // The last one goes on reading, however slowly.
+            // The last one goes on reading, all that it holds in ten seconds. The younger one takes a byte now and then.
             loop {
                 sleep(RELIEF_EVERY).await;
-                reads.took(1);
+                reads.took(2 * part / 100);
+                old.took(1);
             }
         };
         let waiting = async {
             tokio::select! {
                 () = oldest.cut() => drop(held),
                 () = old.cut() => panic!("the younger one was cut first"),
-                () = reads.cut() => panic!("one that reads was cut"),
             }
+            old.cut().await;
+            drop(dripping);
         };
-        let next = live.reserve(part);
+        let next = live.reserve(2 * part);
         tokio::select! {
-            (room, ()) = futures_util::future::join(next, waiting) => assert_eq!(room.bytes(), part),
+            (room, ()) = futures_util::future::join(next, waiting) => assert_eq!(room.bytes(), 2 * part),
             () = reading => unreachable!("for ever"),
+            () = reads.cut() => panic!("one that reads was cut"),
         }
     }
 
     #[tokio::test]
+    async fn a_download_that_does_not_move_makes_place_for_the_next() {
+        let budget = SendBudget::new(CONNECTION_BYTES, 2 * CONNECTION_DOWNLOADS);
+        let [stuck, moves, third] = [(); 3].map(|()| budget.connection());
+        let mut places = Vec::new();
+        for connection in [&stuck, &moves] {
+            for _ in 0..CONNECTION_DOWNLOADS {
+                places.push(connection.download().now_or_never().flatten().expect("a place"));
+            }
+            assert!(connection.download().now_or_never().is_none(), "more than one connection may have");
+        }
+        let _waits = [stuck.try_reserve(FIRST_BYTES), moves.try_reserve(FIRST_BYTES)].map(Option::unwrap);
+        let rest = places.split_off(CONNECTION_DOWNLOADS);
+        let reading = async {
+            loop {
+                sleep(RELIEF_EVERY).await;
+                moves.took(FIRST_BYTES);
+            }
+        };
+        let cut = async {
+            tokio::select! {
+                () = stuck.cut() => drop(places),
+                () = moves.cut() => panic!("one that reads was cut"),
+            }
+        };
+        tokio::select! {
+            (place, ()) = futures_util::future::join(third.download(), cut) => assert!(place.is_some()),
+            () = reading => unreachable!("for ever"),
+        }
+        drop(rest);
+    }
+
+    #[test]
+    fn what_is_given_up_counts_as_taken_no_further_than_something_was_sent() {
+        let budget = SendBudget::new(64 << 20, 1);
+        let connection = budget.connection();
+        let room = |bytes: usize| connection.try_reserve(bytes).is_some();
+        let _holds = connection.try_reserve(1).expect("room");
+        connection.landed(1 << 20);
+        assert!(!room(FIRST_BYTES), "nothing was sent");
+        connection.sent(100);
+        connection.landed(1);
+        assert!(room(FIRST_BYTES + 99) && !room(FIRST_BYTES + 100));
+        connection.sent(1 << 20);
+        connection.landed(99);
+        assert!(room(FIRST_BYTES + (1 << 20) + 99) && !room(FIRST_BYTES + (1 << 20) + 100));
+    }
+
+    #[tokio::test]
     async fn a_record_larger_than_the_piece_is_read_again_in_its_own_room() {
-        let budget = SendBudget::new(64 << 20);
+        let budget = SendBudget::new(64 << 20, 1);
         let connection = budget.connection();
         let batch = |size: usize| {
             let record = Record {

@@ -8,7 +8,11 @@ pub struct Migration;
 #[async_trait::async_trait]
 impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        let sql = "ALTER TABLE keys ADD COLUMN given BOOLEAN NOT NULL DEFAULT FALSE";
-        manager.get_connection().execute_unprepared(sql).await.map(drop)
+        let connection = manager.get_connection();
+        let add = "ALTER TABLE keys ADD COLUMN given BOOLEAN NOT NULL DEFAULT FALSE";
+        connection.execute_unprepared(add).await?;
+        // The label that a start has always given them.
+        let mark = "UPDATE keys SET given = TRUE WHERE label = 'given at start'";
+        connection.execute_unprepared(mark).await.map(drop)
     }
 }

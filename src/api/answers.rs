@@ -18,8 +18,9 @@ use crate::domain::{ConnectionBudget, Error};
 /// Answers that may exist before they have room.
 const MADE_AT_ONCE: usize = 32;
 
-/// What an answer takes of the connection's budget before it is known how long it is.
-pub const FIRST_BYTES: usize = 1 << 10;
+/// What an answer takes of the connection's budget before it is known how long it is: a connection that has taken nothing
+/// yet has four made at once.
+pub const FIRST_BYTES: usize = 16 << 10;
 
 /// Whose turn it is to make an answer.
 #[derive(Clone)]

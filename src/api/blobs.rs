@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::{FromRequestParts, Path, State};
 use axum::response::Response;
@@ -23,10 +24,13 @@ use super::error::Failure;
 use super::rest::model::ErrorBody;
 use crate::auth::signed_url::{UrlGrant, UrlMethod};
 use crate::domain::blob::{SNAPSHOT_MAX, UNKNOWN_MEDIA_TYPE};
-use crate::domain::{BlobInfo, ByteStream, Error};
+use crate::domain::send_budget::Download;
+use crate::domain::{BlobInfo, ByteStream, ConnectionBudget, Error};
 
 /// How often a read begins again because a put came between.
 const RETRIES: usize = 16;
+/// Longest wait for others to have what they read.
+const PLACE_PATIENCE: Duration = Duration::from_secs(10);
 /// What an answer says that may hold anything a writer made up: no page of ours, and nobody's to keep.
 const GUARDS: [(HeaderName, HeaderValue); 5] = [
     (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
@@ -84,15 +88,36 @@ impl FromRequestParts<App> for ToPut {
             headers(("Content-Range" = String)))))]
 pub async fn get(
     State(app): State<App>,
+    Extension(budget): Extension<ConnectionBudget>,
     ToGet(grant): ToGet,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
+    let place = place(&budget).await?;
     if let Some(asked) = asked_range(&headers) {
-        return get_range(&app, &grant, asked).await;
+        return get_range(&app, &grant, asked, place).await;
     }
     let blob = app.sessions.read_snapshot(&grant.environment, &grant.session).await?;
     let length = blob.info.length;
-    Ok(answer(&blob.info, StatusCode::OK, length, Body::from_stream(blob.bytes)))
+    Ok(answer(&blob.info, StatusCode::OK, length, Body::from_stream(placed(blob.bytes, place))))
+}
+
+/// Waits for a place among the blobs that are sent at once.
+///
+/// # Errors
+/// 503 after a while: clients choose how long they take, and only those that do not move are cut.
+pub async fn place(budget: &ConnectionBudget) -> Result<Download, Failure> {
+    let place = tokio::time::timeout(PLACE_PATIENCE, budget.download()).await.ok().flatten();
+    Ok(place.ok_or_else(|| Error::unavailable("the store of blobs", "too many blobs are sent at once"))?)
+}
+
+/// The bytes of a blob, which keep its place until they are dropped.
+pub fn placed(bytes: ByteStream, place: Download) -> ByteStream {
+    bytes
+        .map(move |piece| {
+            let _kept = &place;
+            piece
+        })
+        .boxed()
 }
 
 /// As GET, without the bytes.
@@ -164,16 +189,17 @@ fn pieces(body: Body, pause: Duration, whole: Duration, refusal: Arc<OnceLock<Fa
     .boxed()
 }
 
-async fn get_range(app: &App, grant: &UrlGrant, asked: Asked) -> Result<Response, Failure> {
+async fn get_range(app: &App, grant: &UrlGrant, asked: Asked, place: Download) -> Result<Response, Failure> {
     for _ in 0..RETRIES {
         let info = app.sessions.find_snapshot(&grant.environment, &grant.session).await?;
         let Some(range) = asked.within(info.length) else { return Ok(unsatisfiable(&info)) };
         let read = app.sessions.read_snapshot_range(&grant.environment, &grant.session, &info, range.clone());
         let Some(bytes) = read.await? else { continue };
         let length = range.end - range.start;
-        let mut response = answer(&info, StatusCode::PARTIAL_CONTENT, length, Body::from_stream(bytes));
-        let place = format!("bytes {}-{}/{}", range.start, range.end - 1, info.length);
-        response.headers_mut().insert(CONTENT_RANGE, value(&place));
+        let body = Body::from_stream(placed(bytes, place));
+        let mut response = answer(&info, StatusCode::PARTIAL_CONTENT, length, body);
+        let within = format!("bytes {}-{}/{}", range.start, range.end - 1, info.length);
+        response.headers_mut().insert(CONTENT_RANGE, value(&within));
         return Ok(response);
     }
     Err(Error::unavailable("the snapshot", "it changed during every attempt to read it").into())

@@ -171,7 +171,11 @@ impl<'a> Keys<'a> {
                 let made = self.create(environment, "given at start", None, Some(secret)).await?;
                 Ok((made.key, true))
             }
-            Some(key) if key.environment == environment.id && key.is_live(self.clock.now()) => {
+            Some(mut key) if key.environment == environment.id && key.is_live(self.clock.now()) => {
+                if !key.given {
+                    self.store.mark_key_given(&environment.id, &key.id).await?;
+                    key.given = true;
+                }
                 Ok((key, false))
             }
             Some(_) => Err(Error::Conflict(

@@ -75,17 +75,17 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Binds the configured address.
+    /// Binds the configured address. Of blobs, `downloads` are sent at once.
     ///
     /// # Errors
     /// If the address is taken or a TLS file cannot be used.
-    pub async fn bind(config: HttpConfig, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
+    pub async fn bind(config: HttpConfig, downloads: usize, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
         let tls = tls::acceptor(&config.tls)?;
         let socket = TcpListener::bind(config.listen)
             .await
             .map_err(|error| anyhow::anyhow!("cannot listen on {}: {error}", config.listen))?;
         let permits = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
-        let budget = SendBudget::new(config.send_buffer);
+        let budget = SendBudget::new(config.send_buffer, downloads);
         Ok(Self { socket, tls, permits, budget, config, metrics })
     }
 
@@ -233,7 +233,10 @@ impl Connection {
             let budget = if multiplexed { budget.stream() } else { budget.clone() };
             request.extensions_mut().insert(budget.clone());
             let answer = router.clone().oneshot(request);
-            async move { Ok(outgoing::within(budget, answer.await?)) }
+            async move {
+                outgoing::begin(&budget);
+                Ok(outgoing::within(budget, answer.await?))
+            }
         })
     }
 
@@ -258,8 +261,8 @@ impl Connection {
         socket: S,
         streams: &Streams,
     ) -> Pin<Box<impl Graceful>> {
-        // Frames that carry no answer, such as those that answer pings, are no progress: the streams count.
-        let traffic = Traffic::Count(streams.moved());
+        // Frames that carry no answer, such as those that answer pings, are no progress: the streams say what they gave out.
+        let traffic = Traffic::Streams(self.budget.clone(), streams.moved());
         let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, traffic, self.allowance.clone()));
         let connection = http2::Builder::new(streams.clone())
             .timer(TokioTimer::new())

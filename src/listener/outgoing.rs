@@ -43,7 +43,7 @@ struct Flight {
     /// When some of them were last written, in milliseconds since `began`.
     moved_at: AtomicU64,
     body: Mutex<Option<Waker>>,
-    /// Of the stream, once it is answered; where the connection is one stream the socket counts what is taken.
+    /// Of the stream; where the connection is one stream the socket counts what is taken.
     stream: OnceLock<ConnectionBudget>,
 }
 
@@ -108,7 +108,7 @@ impl Drop for Landing {
         self.flight.bytes.fetch_sub(self.len, Ordering::AcqRel);
         self.flight.moved();
         if let Some(stream) = self.flight.stream.get() {
-            stream.took(self.len);
+            stream.landed(self.len);
         }
         let waker = self.flight.body.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(waker) = waker {
@@ -136,16 +136,18 @@ pub(super) struct Outgoing {
     end: Option<Option<axum::Error>>,
 }
 
+/// Notes whose budget an HTTP/2 stream is served within, before anything waits for room in it.
+pub(super) fn begin(budget: &ConnectionBudget) {
+    // There is one request to a stream.
+    let _ = FLIGHT.try_with(|flight| flight.stream.set(budget.clone()));
+}
+
 /// An answer that is sent within the budget of its connection.
 pub(super) fn within(budget: ConnectionBudget, mut response: Response) -> http::Response<Outgoing> {
     let reserves = response.extensions_mut().remove::<Reserved>().is_none();
     response.map(|body| {
         let is_small = body.size_hint().upper().is_some_and(|size| size <= SMALL as u64);
         let flight = FLIGHT.try_with(Arc::clone).ok();
-        if let Some(flight) = &flight {
-            // There is one answer to a stream.
-            let _ = flight.stream.set(budget.clone());
-        }
         Outgoing {
             body,
             budget,

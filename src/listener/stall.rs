@@ -20,11 +20,12 @@ pub(super) const UNLIMITED: u64 = u64::MAX;
 pub(super) enum Traffic {
     /// A budget, of what the peer takes.
     Taken(ConnectionBudget),
-    /// A count of bytes both ways.
-    Count(Arc<AtomicU64>),
+    /// A budget, of what the peer takes of many streams; and a count, of bytes both ways.
+    Streams(ConnectionBudget, Arc<AtomicU64>),
 }
 
-/// Fails a write that makes no progress for `limit`. Costs a timer only while a write is stuck. Fails a read once the peer has sent more than `allowance`, which is zero then. Others may change it at any time.
+/// Fails a write that makes no progress for `limit`. Costs a timer only while a write is stuck. Fails a read once the peer
+/// has sent more than `allowance`, which is zero then. Others may change it at any time.
 pub(super) struct StallGuard<S> {
     socket: S,
     limit: Duration,
@@ -46,7 +47,8 @@ impl<S> StallGuard<S> {
         if let Poll::Ready(Ok(bytes)) = &progress {
             match &self.traffic {
                 Traffic::Taken(budget) => budget.took(*bytes),
-                Traffic::Count(moved) => {
+                Traffic::Streams(budget, moved) => {
+                    budget.sent(*bytes);
                     moved.fetch_add(*bytes as u64, Ordering::Relaxed);
                 }
             }
@@ -56,7 +58,7 @@ impl<S> StallGuard<S> {
 
     /// Takes what was read from the allowance.
     fn take(&self, read: usize) -> io::Result<()> {
-        if let Traffic::Count(moved) = &self.traffic {
+        if let Traffic::Streams(_, moved) = &self.traffic {
             moved.fetch_add(read as u64, Ordering::Relaxed);
         }
         let left = self.allowance.load(Ordering::Relaxed);
@@ -136,7 +138,7 @@ mod tests {
     async fn a_peer_that_does_not_read_is_given_up_and_one_that_reads_slowly_is_not() {
         let limit = Duration::from_millis(200);
         let (ours, mut theirs) = duplex(8);
-        let budget = SendBudget::new(0).connection();
+        let budget = SendBudget::new(0, 1).connection();
         let mut guarded =
             StallGuard::new(ours, limit, Traffic::Taken(budget), Arc::new(AtomicU64::new(UNLIMITED)));
         let reader = async {
@@ -157,7 +159,7 @@ mod tests {
         let (ours, mut theirs) = duplex(64);
         let allowance = Arc::new(AtomicU64::new(UNLIMITED));
         let moved = Arc::new(AtomicU64::new(0));
-        let traffic = Traffic::Count(moved.clone());
+        let traffic = Traffic::Streams(SendBudget::new(0, 1).connection(), moved.clone());
         let mut guarded = StallGuard::new(ours, Duration::from_secs(60), traffic, allowance.clone());
         let mut read = [0; 8];
         theirs.write_all(&[1; 32]).await.expect("written");

@@ -48,6 +48,11 @@ impl Files {
         Ok(files)
     }
 
+    /// Blobs that are sent to clients at once, at a pace that those choose: not all that may be read.
+    pub(super) fn downloads(self) -> usize {
+        ObjectBlobs::reads(self.blobs) * 3 / 4
+    }
+
     fn of(limit: u64, config: &Config) -> anyhow::Result<Self> {
         let part = |share: u64, (least, most)| (limit / share).clamp(least, most);
         let options = OpenOptions { connections: config.metadata.connections, ..OpenOptions::default() };

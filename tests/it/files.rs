@@ -132,6 +132,47 @@ async fn silent_connections_up_to_the_limit_leave_the_stores_the_files_they_need
     assert!(process.terminate().await.success());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn downloads_that_nobody_reads_hold_up_no_other() {
+    // More than may be written and read at once under this limit, and longer than what sockets take by themselves.
+    const STUCK: usize = 24;
+    const LENGTH: usize = 16_000_000;
+    let folder = tempfile::tempdir().expect("a folder");
+    let process = Process::start(&mut limited(640), &folder.path().join("data")).await;
+    let mut client = Kept::to(&process.url).await;
+    let body = json!({"type": "chat", "taskIdentifier": "agent", "externalId": "s"}).to_string();
+    let (status, answer) = client.ask("POST", "/api/v1/sessions", body.as_bytes()).await;
+    assert_eq!(status, 201, "{answer}");
+    let mut urls = Vec::new();
+    for method in ["PUT", "GET"] {
+        let (status, answer) = client.ask(method, "/api/v1/sessions/s/snapshot-url", b"").await;
+        assert_eq!(status, 200, "{answer}");
+        let answer: Value = serde_json::from_str(&answer).expect("JSON");
+        urls.push(answer["presignedUrl"].as_str().expect("a URL").to_owned());
+    }
+    let http = reqwest::Client::new();
+    let put = http.put(&urls[0]).body(noise(LENGTH)).send().await.expect("an answer");
+    assert_eq!(put.status().as_u16(), 200);
+    let mut stuck = Vec::new();
+    for _ in 0..STUCK {
+        let mut reader = Kept::to(&process.url).await;
+        let path = &urls[1][urls[1].find("/blobs/").expect("a path of ours")..];
+        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n");
+        reader.0.write_all(request.as_bytes()).await.expect("sent");
+        stuck.push(reader);
+    }
+    // The first few are being answered.
+    for reader in &stuck[..4] {
+        reader.0.readable().await.expect("an answer");
+    }
+    let put = http.put(&urls[0]).body(noise(LENGTH)).send().await.expect("an answer");
+    assert_eq!(put.status().as_u16(), 200, "writers do not wait for readers");
+    let got = http.get(&urls[1]).send().await.expect("an answer");
+    assert_eq!(got.status().as_u16(), 200, "those that do not read make place");
+    assert_eq!(got.bytes().await.expect("a whole body").len(), LENGTH);
+    drop(stuck);
+}
+
 async fn start_fails(mut command: Command, data: &Path) -> String {
     let output =
         command.args(["serve", "--listen", "127.0.0.1:0", "--data"]).arg(data).kill_on_drop(true).output();

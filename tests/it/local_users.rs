@@ -209,11 +209,22 @@ async fn a_generated_key_that_lives_on_is_named_when_one_is_given() {
     let data = folder.path();
     printed(serve(data)).await;
     let generated = json_of(data, &["keys", "list"]).await[0]["id"].as_str().expect("an id").to_owned();
+    let secret = json_of(data, &["keys", "show", &generated]).await["secretKey"]
+        .as_str()
+        .expect("a secret")
+        .to_owned();
     let mut given = serve(data);
     given.env("SESSIOND_SECRET_KEY", KEY);
     let text = printed(given).await;
     let warning = text.lines().find(|line| line.contains("still opens"));
     assert!(warning.is_some_and(|line| line.contains(&generated)), "{text}");
+
+    // Once it is given itself it is kept elsewhere, and so never shown again.
+    let mut given = serve(data);
+    given.env("SESSIOND_SECRET_KEY", secret);
+    printed(given).await;
+    let refusal = refused(command(data, &["keys", "show", &generated])).await;
+    assert!(refusal.contains("is not shown"), "{refusal}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

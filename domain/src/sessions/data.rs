@@ -24,6 +24,36 @@ use crate::session::{Closure, SharedSession};
 /// Most metered bytes of a page of records, unless one record alone is larger.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
 
+/// Stored records that are read as they are asked for.
+struct Drain {
+    sessions: Arc<Sessions>,
+    caller: Caller,
+    key: ChannelKey,
+    next: SeqNum,
+    /// The tail when it began.
+    end: SeqNum,
+    /// What is left of its limit; none when that is reached.
+    left: Option<ReadLimit>,
+    begun: bool,
+}
+
+impl Drain {
+    async fn next(&mut self, budget: &ConnectionBudget) -> Result<Option<Delivery>> {
+        let Some(left) = self.left.filter(|left| self.next < self.end && left.count > 0) else {
+            return Ok(None);
+        };
+        let (channels, key, start) = (&self.sessions.channels, &self.key, ReadStart::SeqNum(self.next));
+        let batch = budget.read(|limit| channels.read(key, start, limit.within(left))).await?;
+        self.caller.require_current(self.sessions.clock.now())?;
+        self.left = left.after(&batch.records);
+        // A record that is larger than what is left comes alone, and only where nothing came before.
+        let fits = self.left.is_some() || !std::mem::replace(&mut self.begun, true);
+        let Some(next) = batch.next_seq_num().filter(|_| fits) else { return Ok(None) };
+        (self.next, self.begun) = (next, true);
+        Ok(Some(batch))
+    }
+}
+
 impl Sessions {
     /// Appends one request body as a data record, the way the append routes do: wrapped in an envelope whose
     /// id is the part id. What clients send to `.in` is cleaned of claims that only the server may make.
@@ -179,8 +209,8 @@ impl Sessions {
         }
     }
 
-    /// Every record from `start` to the tail as it is now, in batches that are read as they are asked for and as there is
-    /// room for them.
+    /// The records from `start` to the tail as it is now, as many as `limit` allows, in batches that are read as they are
+    /// asked for and as there is room for them.
     ///
     /// # Errors
     /// As [`Sessions::bounds`].
@@ -191,6 +221,7 @@ impl Sessions {
         address: &SessionRef,
         channel: &ChannelAddress,
         start: SeqNum,
+        limit: ReadLimit,
         budget: &ConnectionBudget,
     ) -> Result<BoxStream<'static, Result<Delivery>>> {
         let Some(session) = self.row_optional(caller, address).await? else {
@@ -198,15 +229,19 @@ impl Sessions {
         };
         let key = ChannelKey { session: session.id.clone(), address: channel.clone() };
         let end = self.channels.bounds(&key).await?.tail.seq_num;
-        let drain = (self.clone(), caller.clone(), key, start, budget.clone());
-        let batches = stream::try_unfold(drain, move |(this, caller, key, next, budget)| async move {
-            if next >= end {
-                return Ok(None);
-            }
-            let read = |limit| this.channels.read(&key, ReadStart::SeqNum(next), limit);
-            let batch = budget.read(read).await?;
-            caller.require_current(this.clock.now())?;
-            Ok(batch.next_seq_num().map(|next| (batch, (this, caller, key, next, budget))))
+        let drain = Drain {
+            sessions: self.clone(),
+            caller: caller.clone(),
+            key,
+            next: start,
+            end,
+            left: Some(limit),
+            begun: false,
+        };
+        let budget = budget.clone();
+        let batches = stream::try_unfold((drain, budget), move |(mut drain, budget)| async move {
+            let batch = drain.next(&budget).await?;
+            Ok(batch.map(|batch| (batch, (drain, budget))))
         });
         Ok(batches.boxed())
     }

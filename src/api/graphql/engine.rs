@@ -187,9 +187,13 @@ impl Engine {
         Ok(Prepared { work, kind, asked })
     }
 
-    /// Room for an answer, as far as its size is known before.
-    pub(super) async fn room(&self, budget: &ConnectionBudget) -> Reservation {
-        budget.reserve(FIRST_BYTES).await
+    /// Room to begin an operation in: for its answer, as far as the size of that is known before.
+    pub(super) fn room(
+        &self,
+        budget: &ConnectionBudget,
+    ) -> impl Future<Output = Reservation> + Send + 'static {
+        let budget = budget.clone();
+        async move { budget.reserve(FIRST_BYTES).await }
     }
 
     /// Executes a query or a mutation, whose answer gets room behind the first `taken` bytes of `room`.
@@ -225,15 +229,19 @@ impl Engine {
         reply
     }
 
-    /// Executes any operation as a stream of answers. A query begins at once, anything else when it is polled.
-    pub(super) fn answers(self: &Arc<Self>, prepared: Prepared) -> BoxStream<'static, Answer> {
+    /// Executes any operation as a stream of answers, which begins in `room`. A query begins at once, anything else when it is
+    /// polled.
+    pub(super) fn answers(
+        self: &Arc<Self>,
+        prepared: Prepared,
+        mut room: Reservation,
+    ) -> BoxStream<'static, Answer> {
         let this = self.clone();
         if prepared.is_subscription() {
-            stream::once(async move { this.subscribe(prepared).await }).flatten().boxed()
+            stream::once(async move { this.subscribe(prepared, room).await }).flatten().boxed()
         } else {
             let is_query = prepared.kind == OperationType::Query;
             let execution = async move {
-                let mut room = this.room(&prepared.asked.budget).await;
                 let reply = this.execute(prepared, &mut room, 0).await;
                 Answer::of(reply, Some(Arc::new(room)))
             };
@@ -248,11 +256,11 @@ impl Engine {
         }
     }
 
-    async fn subscribe(&self, prepared: Prepared) -> BoxStream<'static, Answer> {
+    async fn subscribe(&self, prepared: Prepared, room: Reservation) -> BoxStream<'static, Answer> {
         let Prepared { work, asked, .. } = prepared;
         // Only a query has its answer already.
         let Work::Execute { request, cost, .. } = work else { return stream::empty().boxed() };
-        let handover = Arc::<Handover>::default();
+        let handover = Arc::new(Handover::new(room));
         let mut responses = self.schema.execute_stream((*request).data(handover.clone()));
         // The resolver of a channel hands over what it has prepared and yields nothing itself.
         let Some(first) = responses.next().await else {

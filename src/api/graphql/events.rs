@@ -244,20 +244,32 @@ impl ChannelFeed {
     }
 }
 
-/// How the resolver of a channel gives what it has prepared to the transport, past the executor: a result is then
-/// written straight from the records.
-#[derive(Default)]
-pub(super) struct Handover(Mutex<Option<ChannelFeed>>);
+/// What the resolver of a subscription and the transport give each other, past the executor.
+pub(super) struct Handover {
+    feed: Mutex<Option<ChannelFeed>>,
+    /// Kept until the resolver has begun to wait for events, so that a connection which takes nothing begins few.
+    room: Mutex<Option<Reservation>>,
+}
 
 impl Handover {
-    /// Gives.
-    pub fn put(&self, feed: ChannelFeed) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(feed);
+    /// For a subscription that begins in `room`.
+    pub fn new(room: Reservation) -> Self {
+        Self { feed: Mutex::default(), room: Mutex::new(Some(room)) }
     }
 
-    /// Takes.
+    /// The resolver has nothing more to do than to wait for events.
+    pub fn begun(&self) {
+        self.room.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// Gives what the resolver of a channel has prepared: a result is then written straight from the records.
+    pub fn put(&self, feed: ChannelFeed) {
+        *self.feed.lock().unwrap_or_else(PoisonError::into_inner) = Some(feed);
+    }
+
+    /// Takes it.
     pub fn take(&self) -> Option<ChannelFeed> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.feed.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 

@@ -59,14 +59,16 @@ impl Reply {
         if !faults.is_empty() && !executed {
             return Self::refused(faults, id);
         }
-        let data = serde_json::to_string(&response.data).unwrap_or_else(|_| "null".to_owned());
         let errors = errors(&faults, id);
         let extensions = json!({"cost": {"requested": cost, "limit": COST_MAX}});
         let is_whole = errors.is_none();
-        let json = match errors {
-            Some(errors) => format!("{{\"errors\":{errors},\"data\":{data},\"extensions\":{extensions}}}"),
-            None => format!("{{\"data\":{data},\"extensions\":{extensions}}}"),
+        let mut json = match errors {
+            Some(errors) => format!("{{\"errors\":{errors},\"data\":"),
+            None => "{\"data\":".to_owned(),
         };
+        // A large answer is written once, where it belongs.
+        write(&mut json, &response.data);
+        json.push_str(&format!(",\"extensions\":{extensions}}}"));
         Self { is_whole, ..Self::answered(json) }
     }
 
@@ -94,6 +96,17 @@ impl Reply {
         let json = format!("{{\"errors\":{}}}", errors(&faults, id).unwrap_or_default());
         Self { json, status, refused: Some(faults), headers, is_whole: false }
     }
+}
+
+/// Appends a value as JSON.
+fn write(json: &mut String, value: &Value) {
+    let mut bytes = std::mem::take(json).into_bytes();
+    let len = bytes.len();
+    if serde_json::to_writer(&mut bytes, value).is_err() {
+        bytes.truncate(len);
+        bytes.extend_from_slice(b"null");
+    }
+    *json = String::from_utf8(bytes).unwrap_or_default();
 }
 
 /// The member `errors`; absent when there is none.

@@ -412,7 +412,7 @@ mod tests {
     }
 
     fn delivery() -> Delivery {
-        let budget = SendBudget::new(0).connection();
+        let budget = SendBudget::new(0, 1).connection();
         Delivery::new(Arc::new(batch()), budget.try_reserve(1).expect("room"))
     }
 

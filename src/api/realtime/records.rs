@@ -5,8 +5,7 @@ use std::io::Write;
 use axum::body::Body;
 use axum::extract::{Extension, RawQuery, State};
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
-use futures_util::stream::{self, StreamExt};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use http::header::{CONTENT_TYPE, HeaderValue};
 use serde_json::Value;
 use utoipa::ToSchema;
@@ -17,14 +16,14 @@ use crate::api::error::{Failure, Route};
 use crate::api::extract::{Asker, ChannelPath};
 use crate::api::trace::{Chain, RequestId};
 use crate::domain::record::{BATCH_RECORDS_MAX, ReadLimit};
-use crate::domain::send_budget::{Reserved, cost_of_read};
-use crate::domain::{ConnectionBudget, ReadStart, Record, Result, SeqNum, Violation, envelope};
+use crate::domain::send_budget::Reserved;
+use crate::domain::{ConnectionBudget, Error, Record, RecordBatch, SeqNum, Violation, envelope};
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// What the answer holds; it is written as it is read.
 #[derive(ToSchema)]
-#[allow(dead_code, reason = "documents what `chunk` writes")]
+#[allow(dead_code, reason = "documents what `write_records` writes")]
 struct RecordsResponse {
     /// In order, without commands.
     records: Vec<RecordItem>,
@@ -36,7 +35,7 @@ struct RecordsResponse {
 /// One record.
 #[derive(ToSchema)]
 #[schema(rename_all = "camelCase")]
-#[allow(dead_code, reason = "documents what `chunk` writes")]
+#[allow(dead_code, reason = "documents what `write_records` writes")]
 struct RecordItem {
     /// What the writer put into the envelope: a string from the append route, any JSON from direct writers, an
     /// empty string for a control record.
@@ -65,38 +64,71 @@ pub async fn records(
     Extension(budget): Extension<ConnectionBudget>,
     path: ChannelPath,
     RawQuery(query): RawQuery,
-) -> std::result::Result<Response, Failure> {
+) -> Result<Response, Failure> {
     let in_load = |error| Failure::from(error).on(Route::Load);
-    let (start, limit) = parse(query.as_deref().unwrap_or_default())?;
-    let Some(limit) = limit else {
-        let batches = app.sessions.drain(&caller, &path.session, &path.channel, start, &budget).await;
-        let mut first = true;
-        let chunks = batches.map_err(in_load)?.map(move |batch| match batch {
-            Ok(batch) => Ok(batch.holding(chunk(&batch.records, &mut first))),
-            Err(error) => {
-                tracing::error!(request.id = id.as_str(), error = %Chain(&error), "cannot go on reading records");
-                Err(error)
-            }
-        });
-        let open = stream::iter([Ok(Bytes::from_static(b"{\"records\":["))]);
-        let body = open.chain(chunks).chain(stream::iter([Result::Ok(Bytes::from_static(b"]}"))]));
-        // After an error nothing follows: the body ends uncleanly.
-        return Ok(([(CONTENT_TYPE, JSON)], Extension(Reserved), Body::from_stream(body)).into_response());
-    };
-    let limit = ReadLimit::count(limit);
-    let room = budget.reserve(cost_of_read(limit)).await;
-    let read =
-        app.sessions.read(&caller, &path.session, &path.channel, ReadStart::SeqNum(start), limit).await;
-    let batch = read.map_err(in_load)?;
-    let mut out = b"{\"records\":[".to_vec();
-    out.extend_from_slice(&chunk(&batch.records, &mut true));
-    out.push(b']');
-    if let (None, Some(last)) = (batch.tail, batch.records.last()) {
-        let _ = write!(out, ",\"next\":\"{}\"", last.position.seq_num);
+    let (start, page) = parse(query.as_deref().unwrap_or_default())?;
+    let limit = page.map_or(ReadLimit::NONE, ReadLimit::count);
+    let batches = app.sessions.drain(&caller, &path.session, &path.channel, start, limit, &budget).await;
+    let mut batches = batches.map_err(in_load)?;
+    let first = batches.next().await.transpose().map_err(in_load)?;
+    let mut text = Text { is_page: page.is_some(), is_first: true, next: None };
+    let mut begin = b"{\"records\":[".to_vec();
+    let mut is_whole = true;
+    if let Some(batch) = &first {
+        text.write(&mut begin, batch);
+        is_whole = batch.tail.is_some() || page == Some(batch.records.len());
     }
-    out.push(b'}');
-    let body = room.around(out.into());
-    Ok(([(CONTENT_TYPE, JSON)], Extension(Reserved), body).into_response())
+    if is_whole {
+        text.end(&mut begin);
+    }
+    let begin = match first {
+        Some(batch) => batch.holding(begin.into()),
+        None => begin.into(),
+    };
+    let headers = ([(CONTENT_TYPE, JSON)], Extension(Reserved));
+    if is_whole {
+        return Ok((headers, Body::from(begin)).into_response());
+    }
+    let rest = stream::try_unfold(Some((batches, text)), |state| async move {
+        let Some((mut batches, mut text)) = state else { return Ok(None) };
+        let mut out = Vec::new();
+        let Some(batch) = batches.next().await.transpose()? else {
+            text.end(&mut out);
+            return Ok(Some((out.into(), None)));
+        };
+        text.write(&mut out, &batch);
+        Ok(Some((batch.holding(out.into()), Some((batches, text)))))
+    });
+    // After an error nothing follows: the body ends uncleanly.
+    let rest = rest.inspect_err(move |error: &Error| {
+        tracing::error!(request.id = id.as_str(), error = %Chain(error), "cannot go on reading records");
+    });
+    let body = Body::from_stream(stream::iter([Ok(begin)]).chain(rest));
+    Ok((headers, body).into_response())
+}
+
+/// The text of an answer, as far as it is written.
+struct Text {
+    /// Of a page, which says where the next one begins.
+    is_page: bool,
+    is_first: bool,
+    next: Option<SeqNum>,
+}
+
+impl Text {
+    fn write(&mut self, out: &mut Vec<u8>, batch: &RecordBatch) {
+        write_records(out, &batch.records, &mut self.is_first);
+        let more = self.is_page && batch.tail.is_none();
+        self.next = batch.records.last().filter(|_| more).map(|last| last.position.seq_num);
+    }
+
+    fn end(&self, out: &mut Vec<u8>) {
+        out.push(b']');
+        if let Some(next) = self.next {
+            let _ = write!(out, ",\"next\":\"{next}\"");
+        }
+        out.push(b'}');
+    }
 }
 
 /// As for the main channel.
@@ -113,11 +145,11 @@ pub async fn records_named(
     budget: Extension<ConnectionBudget>,
     path: ChannelPath,
     query: RawQuery,
-) -> std::result::Result<Response, Failure> {
+) -> Result<Response, Failure> {
     records(app, asker, id, budget, path, query).await
 }
 
-fn parse(query: &str) -> std::result::Result<(SeqNum, Option<usize>), Failure> {
+fn parse(query: &str) -> Result<(SeqNum, Option<usize>), Failure> {
     let fault = |field: &str, message: &str| {
         Failure::query(&[Violation { field: field.to_owned(), message: message.to_owned() }])
     };
@@ -137,8 +169,8 @@ fn parse(query: &str) -> std::result::Result<(SeqNum, Option<usize>), Failure> {
 }
 
 /// Records as members of a JSON array.
-fn chunk(records: &[Record], first: &mut bool) -> Bytes {
-    let mut out = Vec::with_capacity(records.iter().map(|record| record.body.len() + 64).sum());
+fn write_records(out: &mut Vec<u8>, records: &[Record], first: &mut bool) {
+    out.reserve(records.iter().map(|record| record.body.len() + 64).sum());
     for record in records.iter().filter(|record| !record.is_command()) {
         if !std::mem::take(first) {
             out.push(b',');
@@ -147,19 +179,20 @@ fn chunk(records: &[Record], first: &mut bool) -> Bytes {
         let envelope = envelope::unwrap(record);
         out.extend_from_slice(envelope.as_ref().map_or("\"\"", |envelope| envelope.data.get()).as_bytes());
         out.extend_from_slice(b",\"id\":");
-        write_text(&mut out, envelope.as_ref().map_or("", |envelope| envelope.id.as_ref()).as_bytes());
+        write_text(out, envelope.as_ref().map_or("", |envelope| envelope.id.as_ref()).as_bytes());
         let _ = write!(out, ",\"seqNum\":{}", record.position.seq_num);
         if !record.headers.is_empty() {
             out.extend_from_slice(b",\"headers\":");
-            write_headers(&mut out, record);
+            write_headers(out, record);
         }
         out.push(b'}');
     }
-    Bytes::from(out)
 }
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
     use crate::domain::Position;
 
@@ -189,6 +222,8 @@ mod tests {
             r#"{"data":{"a": 1},"id":"p","seqNum":0},"#,
             r#"{"data":"","id":"","seqNum":2,"headers":[["trigger-control","turn-complete"]]}"#
         );
-        assert_eq!(chunk(&records, &mut true), expected);
+        let mut out = Vec::new();
+        write_records(&mut out, &records, &mut true);
+        assert_eq!(out, expected.as_bytes());
     }
 }

@@ -1,22 +1,23 @@
 //! Snapshots over REST: URLs to put and get one, and the transcript inside.
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::{RawQuery, State};
 use axum::response::Response;
+use axum::{Extension, Json};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::api::App;
 use crate::api::error::{Failure, Route};
 use crate::api::extract::{ApiAsker, KeyAsker, SessionPath};
 use crate::api::origin::Origin;
+use crate::api::{App, blobs};
 use crate::auth::signed_url::UrlMethod;
+use crate::domain::send_budget::Download;
 use crate::domain::transcript::{Transcript, TranscriptQuery};
-use crate::domain::{Action, Caller, Error, SessionRef, Violation};
+use crate::domain::{Action, Caller, ConnectionBudget, Error, SessionRef, Violation};
 
 /// Where to put or get a snapshot.
 #[derive(Debug, Serialize, ToSchema)]
@@ -68,7 +69,7 @@ struct Rest {
 }
 
 /// The messages go from the store to the client, piece by piece; everything else is written around them.
-fn answer(page: Transcript) -> Response {
+fn answer(page: Transcript, place: Download) -> Response {
     let (out, input) = (page.cursors.last_out_event_id, page.cursors.last_in_event_id);
     let any = out.is_some() || input.is_some();
     let cursors = TranscriptCursorsBody { last_out_event_id: out, last_in_event_id: input };
@@ -80,7 +81,7 @@ fn answer(page: Transcript) -> Response {
     };
     let length = begin.len() as u64 + page.messages.length + end.len() as u64;
     let around = |bytes| stream::iter([Ok::<_, Error>(bytes)]);
-    let body = around(begin).chain(page.messages.bytes).chain(around(end));
+    let body = around(begin).chain(blobs::placed(page.messages.bytes, place)).chain(around(end));
     let mut response = Response::new(Body::from_stream(body));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response.headers_mut().insert(CONTENT_LENGTH, length.into());
@@ -146,13 +147,15 @@ pub async fn url_to_put(
     responses((status = 200, description = "A page", body = TranscriptResponse)))]
 pub async fn transcript(
     State(app): State<App>,
+    Extension(budget): Extension<ConnectionBudget>,
     KeyAsker(caller): KeyAsker,
     SessionPath(session): SessionPath,
     RawQuery(query): RawQuery,
 ) -> Result<Response, Failure> {
     let query = parse(query.as_deref().unwrap_or_default())?;
+    let place = blobs::place(&budget).await?;
     let page = app.sessions.transcript(&caller, &session, &query).await;
-    Ok(answer(page.map_err(|error| Failure::from(error).on(Route::Load))?))
+    Ok(answer(page.map_err(|error| Failure::from(error).on(Route::Load))?, place))
 }
 
 fn parse(query: &str) -> Result<TranscriptQuery, Failure> {

@@ -20,24 +20,33 @@ pub(super) fn asked(headers: &HeaderMap) -> Result<Format, Failure> {
 
 /// A batch that was read: `{"records":[...],"tail"?}`.
 pub(super) fn batch(format: Format, records: &[Record], tail: Option<Position>) -> Vec<u8> {
-    let bodies: usize = records.iter().map(|record| record.body.len() * 4 / 3 + 96).sum();
-    let mut out = Vec::with_capacity(bodies + 96);
-    out.extend_from_slice(b"{\"records\":[");
-    for (index, record) in records.iter().enumerate() {
-        if index > 0 {
+    let mut out = BEGIN.to_vec();
+    self::records(&mut out, format, records, &mut true);
+    end(&mut out, tail);
+    out
+}
+
+/// How a batch begins.
+pub(super) const BEGIN: &[u8] = b"{\"records\":[";
+
+/// Appends records of a batch.
+pub(super) fn records(out: &mut Vec<u8>, format: Format, records: &[Record], is_first: &mut bool) {
+    out.reserve(records.iter().map(|record| record.body.len() * 4 / 3 + 96).sum());
+    for record in records {
+        if !std::mem::take(is_first) {
             out.push(b',');
         }
-        self::record(&mut out, format, record);
+        self::record(out, format, record);
     }
+}
+
+/// Appends the end of a batch.
+pub(super) fn end(out: &mut Vec<u8>, tail: Option<Position>) {
     out.push(b']');
     if let Some(Position { seq_num, timestamp }) = tail {
-        put(
-            &mut out,
-            format_args!(",\"tail\":{{\"seq_num\":{seq_num},\"timestamp\":{}}}", timestamp.millis()),
-        );
+        put(out, format_args!(",\"tail\":{{\"seq_num\":{seq_num},\"timestamp\":{}}}", timestamp.millis()));
     }
     out.push(b'}');
-    out
 }
 
 fn record(out: &mut Vec<u8>, format: Format, record: &Record) {

@@ -6,7 +6,7 @@ use axum::body::Body;
 use axum::extract::{Extension, Query, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{StreamExt, TryStreamExt, stream};
 use http::HeaderMap;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use prost::Message;
@@ -24,9 +24,9 @@ use crate::api::App;
 use crate::api::error::Failure;
 use crate::api::realtime::event;
 use crate::api::trace::{Chain, RequestId};
-use crate::domain::record::{ReadLimit, metered_size};
-use crate::domain::send_budget::{Reservation, Reserved, cost_of_read};
-use crate::domain::{ConnectionBudget, Error, ReadStart, Timestamp};
+use crate::domain::record::metered_size;
+use crate::domain::send_budget::Reserved;
+use crate::domain::{ConnectionBudget, Error, Position, ReadStart, Record, Timestamp};
 
 /// Where the next record will stand: the S2 records API.
 #[utoipa::path(get, path = "/v1/streams/{stream}/records/tail", tag = "s2", operation_id = "s2CheckTail",
@@ -78,48 +78,105 @@ pub async fn read(
         let reader = stream(start, &end).await?;
         return Ok(streamed("text/event-stream", Streamed { reader, form, id, over: false }));
     }
-    let bounds = Bounds::unary(&end);
-    let mut reader = Reader::open(&app, &target, start, clamp, bounds, &budget.prepaid()).await?;
-    // Whoever waits for records may wait long, and then gets what followers share.
-    let stored = !reader.is_at_tail();
-    let most = cost_of_read(ReadLimit { count: bounds.count, bytes: bounds.bytes });
-    let mut room = if stored { Some(budget.reserve(most).await) } else { None };
-    let read = once(&mut reader, &mut room).await?;
-    let room = match room {
-        Some(room) => room,
-        None => budget.reserve(read.iter().map(Slice::cost).sum()).await,
-    };
-    let (media_type, body) = match accept.as_ref().and_then(JsonOrProto::from_mime) {
-        Some(JsonOrProto::Proto) => (PROTOBUF, proto_batch(&read).encode_to_vec()),
-        _ => {
-            let batches = read.iter().flat_map(Slice::records).cloned().collect::<Vec<_>>();
-            let body = format::batch(format, &batches, read.last().and_then(|slice| slice.tail));
-            ("application/json", body)
+    let mut reader = Reader::open(&app, &target, start, clamp, Bounds::unary(&end), &budget).await?;
+    let (mut first, mut waited) = (None, false);
+    while let Some(output) = reader.next().await {
+        match output? {
+            Output::Batch(slice) => {
+                first = Some(slice);
+                break;
+            }
+            Output::Heartbeat(_) => waited = true,
         }
+    }
+    // Of what comes while it waits, the first batch is the answer.
+    let is_whole = first.as_ref().is_none_or(|slice| waited || slice.tail.is_some()) || reader.is_over();
+    let (media_type, mut text) = match accept.as_ref().and_then(JsonOrProto::from_mime) {
+        Some(JsonOrProto::Proto) => (PROTOBUF, Text::Proto),
+        _ => ("application/json", Text::Json { format, is_first: true }),
     };
-    let body = Body::from(room.around(body.into()));
+    let begin = text.begin(first.as_ref(), is_whole);
+    let body = if is_whole {
+        Body::from(begin)
+    } else {
+        let tail = first.and_then(|slice| slice.tail);
+        let rest = stream::try_unfold(Some(Once { reader, text, tail }), Once::next);
+        let rest = rest.inspect_err(move |failure| log(failure, &id)).map_err(|failure| failure.message);
+        Body::from_stream(stream::iter([Ok(begin)]).chain(rest))
+    };
     Ok(([(CONTENT_TYPE, HeaderValue::from_static(media_type))], Extension(Reserved), body).into_response())
 }
 
-/// What one read answers: everything stored within its bounds, or the first that comes while it waits, which it does without
-/// room.
-async fn once(reader: &mut Reader, room: &mut Option<Reservation>) -> Result<Vec<Slice>, Failure> {
-    let (mut read, mut waited) = (Vec::new(), false);
-    while let Some(output) = reader.next().await {
-        match output? {
-            Output::Batch(slice) => read.push(slice),
-            Output::Heartbeat(_) if read.is_empty() => {
-                *room = None;
-                waited = true;
-                continue;
-            }
-            Output::Heartbeat(_) => break,
+/// What a read that answers once is written as.
+enum Text {
+    Json { format: Format, is_first: bool },
+    Proto,
+}
+
+impl Text {
+    /// The first records, and the end if they are all.
+    fn begin(&mut self, first: Option<&Slice>, is_whole: bool) -> Bytes {
+        let mut out = match self {
+            Self::Json { .. } => format::BEGIN.to_vec(),
+            Self::Proto => Vec::new(),
+        };
+        if let Some(slice) = first {
+            self.records(&mut out, slice);
         }
-        if waited {
-            break;
+        if is_whole {
+            self.end(&mut out, first.and_then(|slice| slice.tail));
+        }
+        hold(first, out)
+    }
+
+    fn records(&mut self, out: &mut Vec<u8>, slice: &Slice) {
+        match self {
+            Self::Json { format, is_first } => format::records(out, *format, slice.records(), is_first),
+            // Messages of one type that follow each other are one message.
+            Self::Proto => out.extend_from_slice(&proto_batch(slice.records(), None).encode_to_vec()),
         }
     }
-    Ok(read)
+
+    fn end(&self, out: &mut Vec<u8>, tail: Option<Position>) {
+        match self {
+            Self::Json { .. } => format::end(out, tail),
+            Self::Proto => out.extend_from_slice(&proto_batch(&[], tail).encode_to_vec()),
+        }
+    }
+}
+
+/// Bytes in the room of what they are made of.
+fn hold(slice: Option<&Slice>, bytes: Vec<u8>) -> Bytes {
+    match slice {
+        Some(slice) => slice.holding(bytes.into()),
+        None => bytes.into(),
+    }
+}
+
+/// The rest of a read that answers once.
+struct Once {
+    reader: Reader,
+    text: Text,
+    /// As it was when the last records were read.
+    tail: Option<Position>,
+}
+
+impl Once {
+    async fn next(this: Option<Self>) -> Result<Option<(Bytes, Option<Self>)>, Failure> {
+        let Some(mut this) = this else { return Ok(None) };
+        let mut out = Vec::new();
+        match this.reader.next().await.transpose()? {
+            Some(Output::Batch(slice)) => {
+                this.text.records(&mut out, &slice);
+                this.tail = slice.tail;
+                Ok(Some((slice.holding(out.into()), Some(this))))
+            }
+            Some(Output::Heartbeat(_)) | None => {
+                this.text.end(&mut out, this.tail);
+                Ok(Some((out.into(), None)))
+            }
+        }
+    }
 }
 
 /// A read of events goes on after the last event that the reader has seen, within what is left of its bounds.
@@ -187,13 +244,17 @@ impl Streamed {
 
     fn fail(&mut self, failure: &Failure) -> Bytes {
         self.over = true;
-        if let Some(cause) = failure.cause() {
-            tracing::error!(request.id = self.id.as_str(), error = %Chain(cause), "a reader has failed");
-        }
+        log(failure, &self.id);
         match self.form {
             Form::Events { .. } => event::error(&failure.body(Some(self.id.as_str()))),
             Form::Frames(_) => error::terminal(failure, self.id.as_str()),
         }
+    }
+}
+
+fn log(failure: &Failure, id: &RequestId) {
+    if let Some(cause) = failure.cause() {
+        tracing::error!(request.id = id.as_str(), error = %Chain(cause), "a reader has failed");
     }
 }
 
@@ -206,10 +267,8 @@ impl Form {
             }),
             Self::Frames(compression) => {
                 let batch = match output {
-                    Output::Heartbeat(tail) => {
-                        proto::ReadBatch { records: Vec::new(), tail: Some(proto_position(*tail)) }
-                    }
-                    Output::Batch(slice) => proto_batch(std::slice::from_ref(slice)),
+                    Output::Heartbeat(tail) => proto_batch(&[], Some(*tail)),
+                    Output::Batch(slice) => proto_batch(slice.records(), slice.tail),
                 };
                 let frame = SessionMessage::regular(*compression, &batch);
                 let frame = frame.map_err(|fault| error::refusal(Error::internal(fault)))?.encode();
@@ -242,13 +301,12 @@ fn write_event(slice: &Slice, format: Format, (count, bytes): &mut (usize, usize
     out.into()
 }
 
-fn proto_batch(slices: &[Slice]) -> proto::ReadBatch {
+fn proto_batch(records: &[Record], tail: Option<Position>) -> proto::ReadBatch {
     let header = |(name, value): &(Bytes, Bytes)| proto::Header { name: name.clone(), value: value.clone() };
-    let records = slices.iter().flat_map(Slice::records).map(|record| {
+    let records = records.iter().map(|record| {
         let proto::StreamPosition { seq_num, timestamp } = proto_position(record.position);
         let headers = record.headers.iter().map(header).collect();
         proto::SequencedRecord { seq_num, timestamp, headers, body: record.body.clone() }
     });
-    let tail = slices.last().and_then(|slice| slice.tail).map(proto_position);
-    proto::ReadBatch { records: records.collect(), tail }
+    proto::ReadBatch { records: records.collect(), tail: tail.map(proto_position) }
 }

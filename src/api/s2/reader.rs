@@ -13,7 +13,6 @@ use super::target::Target;
 use crate::api::App;
 use crate::api::error::Failure;
 use crate::domain::record::{BATCH_RECORDS_MAX, METERED_MAX, metered_size};
-use crate::domain::send_budget::cost;
 use crate::domain::{
     Clock, ConnectionBudget, Delivery, Error, Follow, FollowEvent, FollowOptions, Position, ReadStart,
     Record, Timestamp,
@@ -30,9 +29,9 @@ const HEARTBEAT_MAX: u64 = 15_000;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
     /// Records.
-    pub count: usize,
+    count: usize,
     /// Metered bytes.
-    pub bytes: usize,
+    bytes: usize,
     /// Exclusive.
     until: Option<Timestamp>,
     /// Longest gap between records; `None` waits for ever.
@@ -58,11 +57,6 @@ pub(super) struct Slice {
 impl Slice {
     pub(super) fn records(&self) -> &[Record] {
         &self.batch.records[self.range.clone()]
-    }
-
-    /// The room that they take until the reader has them.
-    pub(super) fn cost(&self) -> usize {
-        cost(self.records())
     }
 
     /// Bytes made of these records, which keep their room until they are sent.
@@ -140,7 +134,6 @@ pub(super) struct Reader {
     heartbeat_every: Duration,
     heartbeat_at: Timestamp,
     over: bool,
-    is_at_tail: bool,
     _guard: GaugeGuard,
 }
 
@@ -180,7 +173,6 @@ impl Reader {
             clock: app.clock.clone(),
             deadline: bounds.wait.map(|wait| now.plus(wait)),
             over,
-            is_at_tail: at || past,
             left: bounds,
             pending: None,
             tail,
@@ -190,9 +182,9 @@ impl Reader {
         })
     }
 
-    /// Whether nothing was stored where the reader began.
-    pub(super) fn is_at_tail(&self) -> bool {
-        self.is_at_tail
+    /// Whether its bounds are reached.
+    pub(super) fn is_over(&self) -> bool {
+        self.over
     }
 
     pub(super) fn now(&self) -> Timestamp {

@@ -47,8 +47,10 @@ pub struct ObjectBlobs {
     store: Arc<dyn ObjectStore>,
     prefix: Path,
     media_type: MediaType,
-    /// One permit for each blob that is being written or read: each has a file or a socket.
-    room: Arc<Semaphore>,
+    /// One permit for each blob that is being read: each has a file or a socket.
+    reads: Arc<Semaphore>,
+    /// And for each that is being written, so that neither takes the other's.
+    writes: Arc<Semaphore>,
 }
 
 /// A fault of the store's.
@@ -100,15 +102,22 @@ impl ObjectBlobs {
     /// Files or sockets that one blob takes while it is written or read: its own, and the folder's while that is synced.
     pub const FILES_EACH: u64 = 2;
 
-    /// Writes and reads at most so many blobs at once; further ones wait for a while.
+    /// Writes and reads at most so many blobs at once, half of them each; further ones wait for a while.
     #[must_use]
     pub fn at_once(mut self, limit: usize) -> Self {
-        self.room = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
+        let reads = Self::reads(limit);
+        self.reads = Arc::new(Semaphore::new(reads.min(Semaphore::MAX_PERMITS)));
+        self.writes = Arc::new(Semaphore::new((limit - reads).clamp(1, Semaphore::MAX_PERMITS)));
         self
     }
 
-    async fn room(&self) -> Result<OwnedSemaphorePermit> {
-        match timeout(ROOM_PATIENCE, self.room.clone().acquire_owned()).await {
+    /// How many of `limit` blobs may be read at once.
+    pub fn reads(limit: usize) -> usize {
+        limit.div_ceil(2)
+    }
+
+    async fn room(all: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit> {
+        match timeout(ROOM_PATIENCE, all.clone().acquire_owned()).await {
             Ok(permit) => permit.map_err(Error::internal),
             Err(_) => {
                 Err(Error::unavailable("the store of blobs", "too many blobs are written or read at once"))
@@ -148,7 +157,7 @@ impl ObjectBlobs {
     }
 
     async fn find_in_file(&self, key: &BlobKey) -> Result<Option<BlobInfo>> {
-        let _room = self.room().await?;
+        let _room = Self::room(&self.reads).await?;
         let range = Some(GetRange::Bounded(0..HEADER as u64));
         let options = GetOptions { range, ..GetOptions::default() };
         let Some(result) = present(self.store.get_opts(&self.path(key), options).await)? else {
@@ -165,7 +174,7 @@ impl ObjectBlobs {
 #[async_trait]
 impl Blobs for ObjectBlobs {
     async fn put(&self, key: &BlobKey, media_type: &str, bytes: ByteStream) -> Result<()> {
-        let _room = self.room().await?;
+        let _room = Self::room(&self.writes).await?;
         let attributes = self.attributes(media_type);
         let bytes = match self.media_type {
             MediaType::Attribute => bytes,
@@ -178,7 +187,7 @@ impl Blobs for ObjectBlobs {
         if self.media_type == MediaType::Header {
             return self.find_in_file(key).await;
         }
-        let _room = self.room().await?;
+        let _room = Self::room(&self.reads).await?;
         let options = GetOptions { head: true, ..GetOptions::default() };
         let found = present(self.store.get_opts(&self.path(key), options).await)?;
         found.map(|result| self.info(&result.meta, Self::as_kept(&result))).transpose()
@@ -186,7 +195,7 @@ impl Blobs for ObjectBlobs {
 
     async fn read(&self, key: &BlobKey) -> Result<Option<Blob>> {
         if self.media_type == MediaType::Attribute {
-            let room = self.room().await?;
+            let room = Self::room(&self.reads).await?;
             let found = present(self.store.get_opts(&self.path(key), GetOptions::default()).await)?;
             let Some(result) = found else { return Ok(None) };
             let info = self.info(&result.meta, Self::as_kept(&result))?;
@@ -215,7 +224,7 @@ impl Blobs for ObjectBlobs {
             if_match: Some(format!("\"{}\"", info.etag)),
             ..GetOptions::default()
         };
-        let room = self.room().await?;
+        let room = Self::room(&self.reads).await?;
         let found = present(self.store.get_opts(&self.path(key), options).await)?;
         // Some stores do not know `If-Match`.
         let same = found.filter(|result| etag(&result.meta).as_ref() == Some(&info.etag));
@@ -250,7 +259,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_blob_over_the_limit_waits_until_another_one_is_done() {
+    async fn a_blob_over_the_limit_waits_until_another_one_of_its_kind_is_done() {
         let folder = tempfile::tempdir().expect("a folder");
         let blobs = ObjectBlobs::folder(folder.path()).expect("opens").at_once(1);
         let key = BlobKey::snapshot(
@@ -260,14 +269,17 @@ mod tests {
         let bytes = || stream::iter([Ok(Bytes::from_static(b"{}"))]).boxed();
         blobs.put(&key, "application/json", bytes()).await.expect("stored");
         let reading = blobs.read(&key).await.expect("answers").expect("is there");
-        let mut waiting = [
-            blobs.find(&key).map_ok(drop).boxed(),
-            blobs.read(&key).map_ok(drop).boxed(),
-            blobs.put(&key, "application/json", bytes()).boxed(),
-        ];
+        let mut waiting = [blobs.find(&key).map_ok(drop).boxed(), blobs.read(&key).map_ok(drop).boxed()];
         for waiting in &mut waiting {
             assert!(futures_util::poll!(waiting).is_pending());
         }
+        blobs.put(&key, "application/json", bytes()).await.expect("stored beside what is read");
+        let mut first = blobs.put(&key, "application/json", stream::pending().boxed());
+        assert!(futures_util::poll!(&mut first).is_pending());
+        let mut second = blobs.put(&key, "application/json", bytes());
+        assert!(futures_util::poll!(&mut second).is_pending());
+        drop(first);
+        second.await.expect("its turn has come");
         drop(reading);
         // Together: each holds its place until it is polled again.
         futures_util::future::try_join_all(waiting).await.expect("their turns have come");

@@ -87,6 +87,7 @@ impl ObjectBlobs {
     }
 
     fn over(store: Arc<dyn ObjectStore>, prefix: Path, media_type: MediaType) -> Self {
-        Self { store, prefix, media_type, room: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)) }
+        let any = || Arc::new(Semaphore::new(Semaphore::MAX_PERMITS));
+        Self { store, prefix, media_type, reads: any(), writes: any() }
     }
 }

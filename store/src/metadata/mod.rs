@@ -160,6 +160,10 @@ impl MetadataStore for SqlMetadata {
         tenants::find_key(&self.reader, lookup).await
     }
 
+    async fn mark_key_given(&self, environment: &EnvironmentId, id: &KeyId) -> Result<()> {
+        self.set_given(environment, id).await
+    }
+
     async fn end_key(
         &self,
         environment: &EnvironmentId,

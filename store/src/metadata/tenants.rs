@@ -113,6 +113,16 @@ impl SqlMetadata {
         transaction.commit().await.map_err(fault)
     }
 
+    pub(super) async fn set_given(&self, environment: &EnvironmentId, id: &KeyId) -> Result<()> {
+        let mut update = Query::update();
+        update
+            .table(keys::Entity)
+            .value(keys::Column::Given, true)
+            .and_where(Expr::col(keys::Column::EnvironmentId).eq(environment.as_str()))
+            .and_where(Expr::col(keys::Column::Id).eq(id.as_str()));
+        self.writer.execute(&update).await.map(drop).map_err(fault)
+    }
+
     pub(super) async fn shorten_key(
         &self,
         environment: &EnvironmentId,

@@ -46,6 +46,7 @@ suite!("MetadataStore": [sqlite = Sql::sqlite, postgres = Sql::postgres], [
     a_key_is_found_by_its_lookup_whatever_its_environment,
     the_same_secret_twice_is_a_conflict,
     a_sample_of_keys_holds_the_oldest_and_the_newest_that_live,
+    a_key_is_marked_as_given_in_its_own_environment_only,
     a_key_only_ever_ends_earlier,
     every_change_of_a_key_advances_the_revision_for_every_process,
     the_first_log_to_claim_the_store_keeps_it,
@@ -433,6 +434,21 @@ async fn a_sample_of_keys_holds_the_oldest_and_the_newest_that_live(sql: Sql) {
     };
     assert_eq!(sample(2).await, ["key_2", "key_3", "key_6", "key_5"]);
     assert_eq!(sample(9).await, ["key_2", "key_3", "key_4", "key_5", "key_6"], "each once");
+}
+
+async fn a_key_is_marked_as_given_in_its_own_environment_only(sql: Sql) {
+    for id in ["key_a", "key_b"] {
+        sql.store.insert_key(key(id, &sql.here, 1)).await.expect("stored");
+    }
+    let given = async || {
+        let keys = sql.store.keys(&sql.here).await.expect("answers");
+        keys.iter().filter(|key| key.given).map(|key| key.id.to_string()).collect::<Vec<_>>()
+    };
+    let id = KeyId::from_stored("key_a");
+    sql.store.mark_key_given(&sql.elsewhere, &id).await.expect("answers");
+    assert!(given().await.is_empty());
+    sql.store.mark_key_given(&sql.here, &id).await.expect("marked");
+    assert_eq!(given().await, ["key_a"]);
 }
 
 async fn a_key_only_ever_ends_earlier(sql: Sql) {

@@ -22,5 +22,5 @@ pub use websocket::Socket;
 
 /// A budget that nothing in a test uses up.
 pub fn ample_budget() -> sessiond::domain::ConnectionBudget {
-    sessiond::domain::SendBudget::new(usize::MAX).connection()
+    sessiond::domain::SendBudget::new(usize::MAX, 1).connection()
 }

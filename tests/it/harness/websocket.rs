@@ -29,6 +29,14 @@ impl Socket {
         Self::offering(url, Some(PROTOCOL), headers).await
     }
 
+    /// Connects over a stream of one's own.
+    pub async fn over(stream: TcpStream, url: &str) -> Self {
+        let mut request = url.replacen("http", "ws", 1).into_client_request().expect("a request");
+        request.headers_mut().insert("sec-websocket-protocol", PROTOCOL.parse().expect("a value"));
+        let opened = tokio_tungstenite::client_async(request, MaybeTlsStream::Plain(stream)).await;
+        Self { protocol: Some(PROTOCOL.to_owned()), stream: opened.expect("a handshake").0 }
+    }
+
     /// Connects with any offer of subprotocols.
     pub async fn offering(url: &str, offer: Option<&str>, headers: &[(&str, &str)]) -> Result<Self, u16> {
         let mut request = url.replacen("http", "ws", 1).into_client_request().expect("a request");

@@ -62,6 +62,7 @@ impl Subscription {
             .sessions
             .follow(caller(ctx)?, &by.address()?, &address, options, ctx.data_unchecked())
             .await?;
+        begun(ctx);
         let follower = app.metrics.follower(*ctx.data_unchecked::<Door>());
         let events = ChannelEvents::new(follow, address, size, after, follower);
         if let (Some(handover), Some(selection)) =
@@ -88,7 +89,9 @@ impl Subscription {
         ctx: &Context<'_>,
         #[graphql(desc = "The session, by exactly one of its ids.")] by: SessionBy,
     ) -> Result<impl Stream<Item = Result<SessionNode>> + use<>> {
-        Ok(nodes(app(ctx).sessions.watch(caller(ctx)?, &by.address()?).await?))
+        let watch = app(ctx).sessions.watch(caller(ctx)?, &by.address()?).await?;
+        begun(ctx);
+        Ok(nodes(watch))
     }
 
     /// Every session that is created or changed from now on and matches, for live lists. Changes that follow each
@@ -100,6 +103,7 @@ impl Subscription {
             SessionFilter,
         >,
     ) -> Result<impl Stream<Item = Result<SessionNode>> + use<>> {
+        begun(ctx);
         let filter = filter.unwrap_or_default().read(app(ctx).clock.now())?;
         Ok(nodes(app(ctx).sessions.watch_list(caller(ctx)?, filter)?))
     }
@@ -110,7 +114,16 @@ impl Subscription {
         ctx: &Context<'_>,
         #[graphql(desc = "The id of its node, or `waitpoint_...`.")] id: ID,
     ) -> Result<impl Stream<Item = Result<WaitpointNode>> + use<>> {
-        waitpoint::completed(ctx, &id).await
+        let completed = waitpoint::completed(ctx, &id).await;
+        begun(ctx);
+        completed
+    }
+}
+
+/// Every subscription says so, or the client's next one waits for its first event.
+fn begun(ctx: &Context<'_>) {
+    if let Some(handover) = ctx.data_opt::<Arc<Handover>>() {
+        handover.begun();
     }
 }
 

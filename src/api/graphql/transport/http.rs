@@ -50,21 +50,23 @@ pub(super) async fn answer(app: App, id: RequestId, request: Request) -> Respons
         if is_stranger {
             app.admit_stranger(app.stranger(request.headers(), request.extensions()))?;
         }
-        let (operations, room) = match may_change {
+        // Before the body: what a connection that takes no answer would ask for must not wait here.
+        let room = app.graphql.room(&budget).await;
+        let (operations, body) = match may_change {
             true if is_stranger => from_stranger(&app, request).await?,
             true => (from_body(&app, request).await?, None),
             false => (from_query(request.uri().query())?, None),
         };
-        Ok::<_, Failure>((credentials, budget, operations, room))
+        Ok::<_, Failure>((credentials, budget, room, operations, body))
     };
-    let (credentials, budget, operations, _room) = match read.await {
+    let (credentials, budget, room, operations, _body) = match read.await {
         Ok(read) => read,
         Err(failure) => return refuse(failure, accept, &id),
     };
     let asked = Asked { credentials, id, may_change, door, budget };
     match operations {
-        BatchRequest::Single(operation) => one(&app, operation, asked, accept).await,
-        BatchRequest::Batch(operations) => batch(&app, operations, &asked, accept).await,
+        BatchRequest::Single(operation) => one(&app, operation, asked, accept, room).await,
+        BatchRequest::Batch(operations) => batch(&app, operations, &asked, accept, room).await,
     }
 }
 
@@ -81,8 +83,14 @@ pub(super) async fn credentials(
     Ok(Some(Credentials::new(app, caller, bearer)))
 }
 
-async fn one(app: &App, operation: Operation, asked: Asked, accept: Accept) -> Response {
-    let (id, budget) = (asked.id.clone(), asked.budget.clone());
+async fn one(
+    app: &App,
+    operation: Operation,
+    asked: Asked,
+    accept: Accept,
+    mut room: Reservation,
+) -> Response {
+    let id = asked.id.clone();
     let prepared = match app.graphql.prepare(app, operation, asked) {
         Ok(prepared) => prepared,
         Err(fault) if accept.single() == Some(Media::EventStream) && is_in_document(&fault) => {
@@ -92,10 +100,9 @@ async fn one(app: &App, operation: Operation, asked: Asked, accept: Accept) -> R
     };
     let media = if prepared.is_subscription() { accept.stream() } else { accept.single() };
     match media {
-        Some(Media::EventStream) => sse::response(app.graphql.answers(prepared), id),
-        Some(Media::Multipart) => multipart::response(app.graphql.answers(prepared), id),
+        Some(Media::EventStream) => sse::response(app.graphql.answers(prepared, room), id),
+        Some(Media::Multipart) => multipart::response(app.graphql.answers(prepared, room), id),
         Some(media @ (Media::Json | Media::GraphqlResponse)) => {
-            let mut room = app.graphql.room(&budget).await;
             let reply = app.graphql.execute(prepared, &mut room, 0).await;
             respond(reply, media, Some(room))
         }
@@ -112,12 +119,17 @@ async fn one(app: &App, operation: Operation, asked: Asked, accept: Accept) -> R
 }
 
 /// Several operations, executed one after the other.
-async fn batch(app: &App, operations: Vec<Operation>, asked: &Asked, accept: Accept) -> Response {
+async fn batch(
+    app: &App,
+    operations: Vec<Operation>,
+    asked: &Asked,
+    accept: Accept,
+    mut room: Reservation,
+) -> Response {
     if !(1..=BATCH_MAX).contains(&operations.len()) {
         let message = format!("a batch must hold 1 to {BATCH_MAX} operations");
         return refuse(Failure::bad_request(message), accept, &asked.id);
     }
-    let mut room = app.graphql.room(&asked.budget).await;
     let (mut replies, mut taken) = (Vec::with_capacity(operations.len()), 0);
     // When to come back, if an operation came too early.
     let mut headers = HeaderMap::new();

@@ -15,7 +15,7 @@ use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{FromRequestParts, Request};
 use axum::response::{IntoResponse, Response};
 use futures_util::SinkExt;
-use futures_util::future::{AbortHandle, FutureExt};
+use futures_util::future::{AbortHandle, BoxFuture, FutureExt, pending};
 use futures_util::stream::{self, Abortable, BoxStream, SelectAll, StreamExt};
 use http::StatusCode;
 use http::header::{ORIGIN, SEC_WEBSOCKET_PROTOCOL};
@@ -32,6 +32,7 @@ use crate::api::graphql::error::{Fault, protocol};
 use crate::api::graphql::reply::{self, Text};
 use crate::api::rate_limit::Counted;
 use crate::api::trace::RequestId;
+use crate::domain::send_budget::Reservation;
 use crate::domain::{ConnectionBudget, Cut, Error};
 use crate::telemetry::Door;
 
@@ -127,6 +128,9 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
 /// An answer of one of the operations, or the end of it.
 type Tagged = (Arc<str>, Option<Answer>);
 
+/// The id of an operation, and what it is.
+type Start = (String, Subscribe);
+
 /// Why a connection is over.
 enum Ended {
     /// The client has closed it, or is gone.
@@ -152,6 +156,8 @@ struct Connection {
     /// Whom it is counted with, and what it may send, without credentials.
     stranger: (Counted, Arc<AtomicU64>),
     acknowledged: bool,
+    /// What the client wants to begin, and the room that this waits for. Nothing more is read from it meanwhile.
+    waiting: Option<(Start, BoxFuture<'static, Reservation>)>,
     answers: SelectAll<Abortable<BoxStream<'static, Tagged>>>,
     running: HashMap<Arc<str>, AbortHandle>,
     /// Completes when the credentials end or the server stops.
@@ -180,6 +186,7 @@ impl Connection {
             budget,
             stranger,
             acknowledged: false,
+            waiting: None,
             answers: SelectAll::new(),
             running: HashMap::new(),
             cut: Box::pin(cut),
@@ -198,7 +205,8 @@ impl Connection {
             let step = tokio::select! {
                 cut = &mut self.cut => Err(closed_by(cut).into()),
                 Some(answer) = self.answers.next(), if !self.answers.is_empty() => self.deliver(answer).await,
-                message = self.socket.recv() => match message {
+                (start, room) = begin(&mut self.waiting) => self.subscribe(start, room).await,
+                message = self.socket.recv(), if self.waiting.is_none() => match message {
                     Some(Ok(Message::Close(_))) | None => Err(Ended::ByClient),
                     Some(Err(_)) if self.stranger.1.load(Ordering::Relaxed) == 0 => {
                         Err(Close::too_large(STRANGER_MESSAGE_MAX).into())
@@ -293,7 +301,10 @@ impl Connection {
             ClientMessage::Ping { payload } => self.send(pong(payload)).await,
             ClientMessage::Pong { .. } => Ok(()),
             ClientMessage::Subscribe { .. } if !self.acknowledged => Err(Close::unauthorized().into()),
-            ClientMessage::Subscribe { id, payload } => self.subscribe(&id, payload).await,
+            ClientMessage::Subscribe { id, payload } => {
+                self.waiting = Some(((id, payload), self.app.graphql.room(&self.budget).boxed()));
+                Ok(())
+            }
             ClientMessage::Complete { id } => {
                 self.forget(&id);
                 Ok(())
@@ -325,7 +336,8 @@ impl Connection {
         self.stranger.1.store(bytes, Ordering::Relaxed);
     }
 
-    async fn subscribe(&mut self, id: &str, payload: Subscribe) -> Result<(), Ended> {
+    async fn subscribe(&mut self, (id, payload): Start, room: Reservation) -> Result<(), Ended> {
+        let id = id.as_str();
         if self.running.contains_key(id) {
             return Err(Close::duplicate(id).into());
         }
@@ -355,7 +367,7 @@ impl Connection {
             Ok(prepared) => {
                 let id: Arc<str> = id.into();
                 let (handle, registration) = AbortHandle::new_pair();
-                let tagged = tagged(id.clone(), self.app.graphql.answers(prepared));
+                let tagged = tagged(id.clone(), self.app.graphql.answers(prepared, room));
                 self.answers.push(Abortable::new(tagged, registration));
                 self.running.insert(id, handle);
                 Ok(())
@@ -381,6 +393,11 @@ impl Connection {
         if !self.acknowledged {
             return Err(Close::init_timeout().into());
         }
+        if self.waiting.is_some() {
+            // Its signs of life are not read.
+            self.rest();
+            return Ok(());
+        }
         if self.pinged {
             return Err(Close::dead().into());
         }
@@ -391,6 +408,16 @@ impl Connection {
 
     fn rest(&mut self) {
         self.beat = Box::pin(sleep_until(Instant::now() + self.app.graphql.config().ping_interval));
+    }
+}
+
+/// What is to begin, once it has room. Cancel safe.
+async fn begin(waiting: &mut Option<(Start, BoxFuture<'static, Reservation>)>) -> (Start, Reservation) {
+    let Some((_, room)) = waiting else { return pending().await };
+    let room = room.await;
+    match waiting.take() {
+        Some((start, _)) => (start, room),
+        None => pending().await,
     }
 }
 

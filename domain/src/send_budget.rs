@@ -1,8 +1,10 @@
-//! What waits for clients to read it: bounded in bytes, for each connection and over all.
+//! What waits for clients to read it, and what they have sent and is not answered: bounded in bytes, for each connection and
+//! over all.
 //!
 //! Whoever reads records, or anything else of size, for a client reserves their room first and keeps it until the client
-//! has them, so a client that does not read costs what it was lent and no more. When everything is lent the connection
-//! that has taken nothing for the longest time is cut, so that those that read go on.
+//! has them, so a client that does not read costs what it was lent and no more; and likewise whoever reads a body, until it
+//! is answered. When everything is lent the connection that has moved nothing for the longest time is cut, so that the others
+//! go on.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -33,6 +35,8 @@ const FIRST_PIECE: usize = 16 << 10;
 const PIECE_PART: u64 = 4;
 /// Copies of a record that exist while it waits: as it was read, and as the client gets it.
 const COPIES: usize = 2;
+/// As many bytes as the client likes.
+const UNLIMITED: u64 = u64::MAX;
 /// No moment.
 const NEVER: u64 = u64::MAX;
 /// What a record takes besides its bytes.
@@ -70,9 +74,16 @@ pub struct SendBudget {
 #[derive(Clone)]
 pub struct ConnectionBudget {
     connection: Arc<Connection>,
-    /// Since when one of the streams of the connection waits for room of the connection's own, in milliseconds since the
-    /// budget began; [`NEVER`] while it does not. None where the connection is one stream.
-    waits: Option<Arc<AtomicU64>>,
+    request: Arc<InRequest>,
+}
+
+/// What is known of one request of a connection.
+struct InRequest {
+    /// Since when it waits for room of the connection's own, in milliseconds since the budget began; [`NEVER`] while it does
+    /// not.
+    waits: AtomicU64,
+    /// The room of what was received of it.
+    received: Mutex<Vec<Reservation>>,
 }
 
 struct Connection {
@@ -85,7 +96,9 @@ struct Connection {
     downloads: Arc<Semaphore>,
     /// Bytes that the client has taken.
     taken: AtomicU64,
-    /// What that was when the connection last moved.
+    /// Bytes of its whole bodies.
+    received: AtomicU64,
+    /// What both were when the connection last moved.
     moved_from: AtomicU64,
     /// When it last moved, or something was first lent, in milliseconds since the budget began.
     moved_at: AtomicU64,
@@ -93,6 +106,10 @@ struct Connection {
     sent: AtomicU64,
     /// Bytes of those streams that were given out and are gone: sent, or given up.
     landed: AtomicU64,
+    /// Bytes that the client may still send; [`UNLIMITED`] while nobody has said.
+    may_send: AtomicU64,
+    /// What a large message takes, and its room once it has begun: no [`Reservation`], which would keep the connection.
+    large: Mutex<(usize, Option<OwnedSemaphorePermit>)>,
     is_cut: AtomicBool,
     cut: Notify,
 }
@@ -148,15 +165,18 @@ impl SendBudget {
             held: AtomicUsize::new(0),
             downloads: Arc::new(Semaphore::new(CONNECTION_DOWNLOADS)),
             taken: AtomicU64::new(0),
+            received: AtomicU64::new(0),
             moved_from: AtomicU64::new(0),
             moved_at: AtomicU64::new(0),
             sent: AtomicU64::new(0),
             landed: AtomicU64::new(0),
+            may_send: AtomicU64::new(UNLIMITED),
+            large: Mutex::default(),
             is_cut: AtomicBool::new(false),
             cut: Notify::new(),
         });
         lock(&self.connections).insert(number, Arc::downgrade(&connection));
-        ConnectionBudget { connection, waits: None }
+        ConnectionBudget { connection, request: InRequest::new() }
     }
 
     /// Bytes that are lent at this moment.
@@ -237,14 +257,14 @@ impl SendBudget {
 }
 
 impl ConnectionBudget {
-    /// For one of the streams of the connection, with [`ConnectionBudget::waits_still_since`] of its own.
-    pub fn stream(&self) -> Self {
-        Self { waits: Some(Arc::new(AtomicU64::new(NEVER))), ..self.clone() }
+    /// For one request of the connection.
+    pub fn request(&self) -> Self {
+        Self { connection: self.connection.clone(), request: InRequest::new() }
     }
 
-    /// Since when this stream has waited for room of the connection's while the connection took nothing.
+    /// Since when this request has waited for room of the connection's while the connection took nothing.
     pub fn waits_still_since(&self) -> Option<Instant> {
-        let since = self.waits.as_ref()?.load(Ordering::Relaxed);
+        let since = self.request.waits.load(Ordering::Relaxed);
         let still = since.max(self.connection.moved_at.load(Ordering::Relaxed));
         (since != NEVER).then(|| self.connection.process.began + Duration::from_millis(still))
     }
@@ -263,8 +283,7 @@ impl ConnectionBudget {
         let own = match connection.bytes.clone().try_acquire_many_owned(own) {
             Ok(own) => Some(own),
             Err(_) => {
-                let _waiting =
-                    self.waits.as_deref().map(|waits| Waiting::begin(waits, connection.process.now()));
+                let _waiting = Waiting::begin(&self.request.waits, connection.process.now());
                 // Never closed, so there are always permits.
                 connection.bytes.clone().acquire_many_owned(own).await.ok()
             }
@@ -343,6 +362,82 @@ impl ConnectionBudget {
         Some(Download { _own: own, _shared: shared })
     }
 
+    /// Waits for room for what is to be received. What the connection may have is for what waits for it, and left alone.
+    /// Cancel safe.
+    pub async fn receive(&self, bytes: usize) -> Reservation {
+        let bytes = self.receivable(bytes);
+        let permit = self.connection.process.acquire(Kind::Bytes, bytes).await;
+        self.lent(bytes as usize, None, permit)
+    }
+
+    /// As [`ConnectionBudget::receive`], if there is room at this moment. Otherwise some is made.
+    pub fn try_receive(&self, bytes: usize) -> Option<Reservation> {
+        let (bytes, process) = (self.receivable(bytes), &self.connection.process);
+        match process.bytes.clone().try_acquire_many_owned(bytes) {
+            Ok(permit) => Some(self.lent(bytes as usize, None, Some(permit))),
+            Err(_) => {
+                process.relieve(Kind::Bytes);
+                None
+            }
+        }
+    }
+
+    fn receivable(&self, bytes: usize) -> u32 {
+        u32::try_from(bytes.min(self.connection.process.limit / RELIEF_PART)).unwrap_or(u32::MAX)
+    }
+
+    /// So many bytes were received as a whole.
+    pub fn received(&self, bytes: usize) {
+        let connection = &self.connection;
+        connection.received.fetch_add(bytes as u64, Ordering::Relaxed);
+        connection.may_have_moved();
+    }
+
+    /// The client may send so many bytes more, and up to `large` in room that is taken once they are not enough. Said again
+    /// for every message where a library collects messages before we see any of them.
+    pub fn allow(&self, bytes: usize, large: usize) {
+        let before = std::mem::replace(&mut *lock(&self.connection.large), (large, None));
+        let before = before.1.map_or(0, |permit| permit.num_permits());
+        self.connection.held.fetch_sub(before, Ordering::Relaxed);
+        self.connection.may_send.store(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Whether the client has sent more than it may.
+    pub fn is_spent(&self) -> bool {
+        self.connection.may_send.load(Ordering::Relaxed) == 0
+    }
+
+    /// The client has sent so many bytes. False if it may not, which it may not do again.
+    pub fn spend(&self, bytes: usize) -> bool {
+        let may_send = &self.connection.may_send;
+        let left = may_send.load(Ordering::Relaxed);
+        if left == UNLIMITED {
+            return true;
+        }
+        let left = left.checked_sub(bytes as u64).or_else(|| self.begin_large(bytes));
+        may_send.store(left.unwrap_or(0), Ordering::Relaxed);
+        left.is_some()
+    }
+
+    /// What may be sent after `bytes` of a large message, if there is room for one.
+    fn begin_large(&self, bytes: usize) -> Option<u64> {
+        let mut large = lock(&self.connection.large);
+        let size = std::mem::take(&mut large.0);
+        let left = size.checked_sub(bytes)?;
+        large.1 = self.try_receive(size)?.keep_lent();
+        Some(left as u64)
+    }
+
+    /// Keeps the room of what was received until the request is answered.
+    pub fn keep(&self, room: Reservation) {
+        lock(&self.request.received).push(room);
+    }
+
+    /// The request is answered.
+    pub fn answered(&self) {
+        lock(&self.request.received).clear();
+    }
+
     /// So many bytes have gone to the client: as many more may wait for it.
     pub fn took(&self, bytes: usize) {
         let before = self.connection.taken.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -387,9 +482,15 @@ impl Drop for Waiting<'_> {
     }
 }
 
+impl InRequest {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { waits: AtomicU64::new(NEVER), received: Mutex::default() })
+    }
+}
+
 impl Connection {
     fn moved(&self) {
-        self.moved_from.store(self.taken.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.moved_from.store(self.passed(), Ordering::Relaxed);
         self.moved_at.store(self.process.now(), Ordering::Relaxed);
     }
 
@@ -406,13 +507,22 @@ impl Connection {
         }
     }
 
-    /// The client has taken `taken` bytes, `before` of them before.
-    fn took(&self, before: u64, taken: u64) {
+    /// Bytes both ways.
+    fn passed(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed).saturating_add(self.received.load(Ordering::Relaxed))
+    }
+
+    fn may_have_moved(&self) {
         let held = self.held.load(Ordering::Relaxed);
-        let since = taken.saturating_sub(self.moved_from.load(Ordering::Relaxed));
+        let since = self.passed().saturating_sub(self.moved_from.load(Ordering::Relaxed));
         if held > 0 && since >= held.div_ceil(MOVE_PART) as u64 {
             self.moved();
         }
+    }
+
+    /// The client has taken `taken` bytes, `before` of them before.
+    fn took(&self, before: u64, taken: u64) {
+        self.may_have_moved();
         let bytes = usize::try_from(taken - before).unwrap_or(usize::MAX);
         let grown = |granted: usize| CONNECTION_BYTES.min(granted.saturating_add(bytes));
         let grow = |granted: usize| (granted < CONNECTION_BYTES).then(|| grown(granted));
@@ -442,6 +552,12 @@ impl Reservation {
         for permit in [&mut self.own, &mut self.shared].into_iter().flatten() {
             drop(permit.split(permit.num_permits().saturating_sub(bytes)));
         }
+    }
+
+    /// The permit of what was received, which counts as held until somebody takes that back.
+    fn keep_lent(mut self) -> Option<OwnedSemaphorePermit> {
+        self.bytes = 0;
+        self.shared.take()
     }
 
     /// Waits until it is room for an answer of so many bytes. Of what the connection may have it takes what is free, and waits

@@ -12,8 +12,8 @@ use http::{Extensions, HeaderMap};
 use http_body_util::BodyExt;
 use serde_json::{Map, Value};
 
-use super::App;
 use super::error::Failure;
+use super::{App, received};
 use crate::domain::run::named_run;
 use crate::domain::{
     Caller, ChannelAddress, ChannelName, Direction, Error, RunId, SessionRef, Violation, WaitpointId,
@@ -181,12 +181,30 @@ pub struct LimitedBody<const LIMIT: usize>(pub Bytes);
 impl<const LIMIT: usize> FromRequest<App> for LimitedBody<LIMIT> {
     type Rejection = Failure;
 
-    async fn from_request(request: Request, app: &App) -> Result<Self, Failure> {
-        if announced(request.headers()).is_some_and(|length| length > LIMIT as u64) {
+    async fn from_request(mut request: Request, app: &App) -> Result<Self, Failure> {
+        Self::read(&mut request, app).await
+    }
+}
+
+impl<const LIMIT: usize> LimitedBody<LIMIT> {
+    /// Takes the body of a request, in room that is kept until that is answered.
+    ///
+    /// # Errors
+    /// 400, 408, 413; 503 without room.
+    pub async fn read(request: &mut Request, app: &App) -> Result<Self, Failure> {
+        let announced = announced(request.headers());
+        let length = announced.map_or(LIMIT, |length| usize::try_from(length).unwrap_or(usize::MAX));
+        if length > LIMIT {
             return Err(Failure::body_too_large());
         }
-        let whole = app.config.body_timeout;
-        read_within(request.into_body(), LIMIT, app.config.body_chunk_timeout, whole).await.map(Self)
+        let body = std::mem::take(request.body_mut());
+        let budget = request.extensions().get::<ConnectionBudget>();
+        let budget = budget.ok_or_else(|| Error::internal("a request without a budget"))?;
+        let (pause, whole) = (app.config.body_chunk_timeout, app.config.body_timeout);
+        budget.keep(received::room(budget, length, whole).await?);
+        let bytes = read_within(body, LIMIT, pause, whole).await?;
+        budget.received(bytes.len());
+        Ok(Self(bytes))
     }
 }
 
@@ -242,8 +260,13 @@ pub struct JsonObject<const LIMIT: usize>(pub Map<String, Value>);
 impl<const LIMIT: usize> FromRequest<App> for JsonObject<LIMIT> {
     type Rejection = Failure;
 
-    async fn from_request(request: Request, app: &App) -> Result<Self, Failure> {
-        let LimitedBody(bytes) = LimitedBody::<LIMIT>::from_request(request, app).await?;
+    async fn from_request(mut request: Request, app: &App) -> Result<Self, Failure> {
+        let LimitedBody(bytes) = LimitedBody::<LIMIT>::read(&mut request, app).await?;
+        if let Some(budget) = request.extensions().get::<ConnectionBudget>()
+            && let Some(room) = received::reserve(budget, &bytes, app.config.body_timeout).await?
+        {
+            budget.keep(room);
+        }
         json_object(&bytes).map(Self)
     }
 }

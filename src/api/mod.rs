@@ -14,6 +14,7 @@ pub mod period;
 pub mod playground;
 pub mod rate_limit;
 pub mod realtime;
+mod received;
 pub mod rest;
 pub mod s2;
 pub mod stranger;

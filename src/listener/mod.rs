@@ -14,7 +14,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -39,7 +39,7 @@ use crate::domain::{ConnectionBudget, SendBudget};
 use crate::shutdown::Shutdown;
 use crate::telemetry::Metrics;
 use outgoing::Outgoing;
-use stall::{StallGuard, Traffic, UNLIMITED};
+use stall::{StallGuard, Traffic};
 use streams::Streams;
 
 /// What a client that speaks HTTP/2 without asking sends first (RFC 9113, section 3.4).
@@ -125,7 +125,6 @@ impl Listener {
                 budget: self.budget.connection(),
                 held: Arc::new((permit, self.metrics.connection())),
                 heard: Arc::default(),
-                allowance: Arc::new(AtomicU64::new(UNLIMITED)),
             };
             shutdown.spawn(connection.serve(socket));
         }
@@ -155,8 +154,6 @@ struct Connection {
     held: Arc<dyn Any + Send + Sync>,
     /// Set by the first request.
     heard: Arc<AtomicBool>,
-    /// Bytes that the peer may still send; an upgrade gets this as an extension, and may set it.
-    allowance: Arc<AtomicU64>,
 }
 
 impl Connection {
@@ -219,18 +216,17 @@ impl Connection {
         drive(self.http2(socket, &streams), &self.draining, silent, &self.budget).await;
     }
 
-    fn service(&self, multiplexed: bool) -> impl Handler {
+    fn service(&self) -> impl Handler {
         let (router, held, heard) = (self.router.clone(), self.held.clone(), self.heard.clone());
         let budget = self.budget.clone();
-        let (peer, allowance) = (self.peer, self.allowance.clone());
+        let peer = self.peer;
         service_fn(move |mut request: Request<Incoming>| {
             heard.store(true, Ordering::Relaxed);
             request.extensions_mut().insert(ConnectInfo(peer));
             if request.headers().contains_key(UPGRADE) {
                 request.extensions_mut().insert(held.clone());
-                request.extensions_mut().insert(allowance.clone());
             }
-            let budget = if multiplexed { budget.stream() } else { budget.clone() };
+            let budget = budget.request();
             request.extensions_mut().insert(budget.clone());
             let answer = router.clone().oneshot(request);
             async move {
@@ -246,12 +242,12 @@ impl Connection {
         socket: S,
     ) -> Pin<Box<impl Graceful>> {
         let traffic = Traffic::Taken(self.budget.clone());
-        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, traffic, self.allowance.clone()));
+        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, traffic));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.header_timeout)
             .max_buf_size(READ_BUFFER_MAX)
-            .serve_connection(io, self.service(false))
+            .serve_connection(io, self.service())
             .with_upgrades();
         Box::pin(connection)
     }
@@ -263,7 +259,7 @@ impl Connection {
     ) -> Pin<Box<impl Graceful>> {
         // Frames that carry no answer, such as those that answer pings, are no progress: the streams say what they gave out.
         let traffic = Traffic::Streams(self.budget.clone(), streams.moved());
-        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, traffic, self.allowance.clone()));
+        let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, traffic));
         let connection = http2::Builder::new(streams.clone())
             .timer(TokioTimer::new())
             .keep_alive_interval(self.header_timeout)
@@ -271,7 +267,7 @@ impl Connection {
             .max_concurrent_streams(STREAMS_MAX)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .serve_connection(io, self.service(true));
+            .serve_connection(io, self.service());
         Box::pin(connection)
     }
 }

@@ -144,6 +144,7 @@ pub(super) fn begin(budget: &ConnectionBudget) {
 
 /// An answer that is sent within the budget of its connection.
 pub(super) fn within(budget: ConnectionBudget, mut response: Response) -> http::Response<Outgoing> {
+    budget.answered();
     let reserves = response.extensions_mut().remove::<Reserved>().is_none();
     response.map(|body| {
         let is_small = body.size_hint().upper().is_some_and(|size| size <= SMALL as u64);

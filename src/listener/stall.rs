@@ -13,9 +13,6 @@ use tokio::time::{Sleep, sleep};
 
 use crate::domain::ConnectionBudget;
 
-/// What an allowance is where there is no limit.
-pub(super) const UNLIMITED: u64 = u64::MAX;
-
 /// Who is told what moves on a socket.
 pub(super) enum Traffic {
     /// A budget, of what the peer takes.
@@ -25,18 +22,17 @@ pub(super) enum Traffic {
 }
 
 /// Fails a write that makes no progress for `limit`. Costs a timer only while a write is stuck. Fails a read once the peer
-/// has sent more than `allowance`, which is zero then. Others may change it at any time.
+/// has sent more than the budget of its connection allows.
 pub(super) struct StallGuard<S> {
     socket: S,
     limit: Duration,
     traffic: Traffic,
     stuck: Option<Pin<Box<Sleep>>>,
-    allowance: Arc<AtomicU64>,
 }
 
 impl<S> StallGuard<S> {
-    pub(super) fn new(socket: S, limit: Duration, traffic: Traffic, allowance: Arc<AtomicU64>) -> Self {
-        Self { socket, limit, traffic, stuck: None, allowance }
+    pub(super) fn new(socket: S, limit: Duration, traffic: Traffic) -> Self {
+        Self { socket, limit, traffic, stuck: None }
     }
 
     fn written(
@@ -56,21 +52,16 @@ impl<S> StallGuard<S> {
         self.guard(cx, progress)
     }
 
-    /// Takes what was read from the allowance.
     fn take(&self, read: usize) -> io::Result<()> {
-        if let Traffic::Streams(_, moved) = &self.traffic {
-            moved.fetch_add(read as u64, Ordering::Relaxed);
-        }
-        let left = self.allowance.load(Ordering::Relaxed);
-        if left == UNLIMITED {
-            return Ok(());
-        }
-        let Some(left) = left.checked_sub(read as u64) else {
-            self.allowance.store(0, Ordering::Relaxed);
-            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, "the peer sends more than it may"));
+        let budget = match &self.traffic {
+            Traffic::Taken(budget) => budget,
+            Traffic::Streams(budget, moved) => {
+                moved.fetch_add(read as u64, Ordering::Relaxed);
+                budget
+            }
         };
-        self.allowance.store(left, Ordering::Relaxed);
-        Ok(())
+        let spent = || io::Error::new(io::ErrorKind::QuotaExceeded, "the peer sends more than it may");
+        budget.spend(read).then_some(()).ok_or_else(spent)
     }
 
     fn guard<T>(&mut self, cx: &mut Context<'_>, progress: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -139,8 +130,7 @@ mod tests {
         let limit = Duration::from_millis(200);
         let (ours, mut theirs) = duplex(8);
         let budget = SendBudget::new(0, 1).connection();
-        let mut guarded =
-            StallGuard::new(ours, limit, Traffic::Taken(budget), Arc::new(AtomicU64::new(UNLIMITED)));
+        let mut guarded = StallGuard::new(ours, limit, Traffic::Taken(budget));
         let reader = async {
             let mut byte = [0; 1];
             for _ in 0..8 {
@@ -157,19 +147,20 @@ mod tests {
     #[tokio::test]
     async fn a_peer_that_sends_more_than_it_may_is_given_up() {
         let (ours, mut theirs) = duplex(64);
-        let allowance = Arc::new(AtomicU64::new(UNLIMITED));
+        let budget = SendBudget::new(0, 1).connection();
         let moved = Arc::new(AtomicU64::new(0));
-        let traffic = Traffic::Streams(SendBudget::new(0, 1).connection(), moved.clone());
-        let mut guarded = StallGuard::new(ours, Duration::from_secs(60), traffic, allowance.clone());
+        let traffic = Traffic::Streams(budget.clone(), moved.clone());
+        let mut guarded = StallGuard::new(ours, Duration::from_secs(60), traffic);
         let mut read = [0; 8];
         theirs.write_all(&[1; 32]).await.expect("written");
         guarded.read_exact(&mut read).await.expect("without a limit");
-        allowance.store(12, Ordering::Relaxed);
+        budget.allow(12, 0);
         guarded.read_exact(&mut read).await.expect("within it");
         let error = guarded.read_exact(&mut read).await.expect_err("beyond it");
         assert_eq!(error.kind(), io::ErrorKind::QuotaExceeded);
-        allowance.store(UNLIMITED, Ordering::Relaxed);
-        guarded.read_exact(&mut read).await.expect("lifted");
+        assert!(budget.is_spent());
+        budget.allow(4, 8);
+        guarded.read_exact(&mut read).await.expect("a large one");
         guarded.write_all(&[1; 4]).await.expect("written");
         assert_eq!(moved.load(Ordering::Relaxed), 4 * 8 + 4, "both ways, the refused bytes too");
     }

@@ -1,4 +1,5 @@
-//! Clients that ask for much and do not read it: they cost what they were lent, and hold up nobody.
+//! Clients that ask for much and do not read it, or send much that never ends: they cost what they were lent, and hold up
+//! nobody.
 
 use std::time::Duration;
 
@@ -8,6 +9,8 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::process::Command;
+use tokio::task::JoinSet;
+use tokio_tungstenite::tungstenite::Message;
 
 use crate::harness::s2::Wire;
 use crate::harness::server::KEY;
@@ -237,6 +240,92 @@ async fn a_stream_without_a_window_holds_one_piece_and_is_reset_while_an_idle_on
     assert!(!connection.is_finished(), "the connection lives");
     server.until("sessiond_followers{door=\"Sse\"} ", 1).await;
     drop(idle);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bodies_that_never_end_share_the_budget_and_those_that_end_go_on() {
+    const EACH: usize = 60;
+    const LENGTH: usize = 1_000_000;
+    let server = Server::start(&[("SEND_BUFFER", "16777216")]).await;
+    server.session("s", 1).await;
+    let stream = Wire::new(&server.process.url).open("s", "out").await;
+    let name = percent_encoding::utf8_percent_encode(&stream.name, percent_encoding::NON_ALPHANUMERIC);
+    let heads = [
+        format!("/realtime/v1/sessions/s/in/append HTTP/1.1\r\nAuthorization: Bearer {KEY}"),
+        format!("/graphql HTTP/1.1\r\nContent-Type: application/json\r\nAuthorization: Bearer {KEY}"),
+        format!(
+            "/v1/streams/{name}/records HTTP/1.1\r\ns2-basin: sessiond\r\nAuthorization: Bearer {}",
+            stream.token
+        ),
+    ];
+    let append = async || {
+        let path = "/realtime/v1/sessions/s/in/append";
+        let sent = server.request(Method::POST, path).body("x".repeat(LENGTH)).send();
+        let sent = tokio::time::timeout(PATIENCE, sent).await.expect("an answer in time");
+        assert_eq!(sent.expect("an answer").status().as_u16(), 200);
+    };
+    append().await;
+    let before = server.most_memory();
+    let mut sockets = JoinSet::new();
+    for _ in 0..EACH {
+        for head in &heads {
+            let head = format!("POST {head}\r\nHost: x\r\nContent-Length: {LENGTH}\r\n\r\n");
+            let mut socket = server.stuck(&head).await;
+            // As far as it is taken.
+            sockets.spawn(async move {
+                let _ = socket.write_all(&[b' '; LENGTH - 1]).await;
+                std::future::pending::<()>().await;
+            });
+        }
+    }
+    for _ in 0..5 {
+        append().await;
+    }
+    let grown = server.most_memory() - before;
+    // All of them are 180 MB.
+    assert!(grown < 80, "the process grew by {grown} MiB");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn websocket_messages_that_never_end_share_the_budget_and_those_that_end_go_on() {
+    const SOCKETS: usize = 120;
+    const LENGTH: usize = 1_000_000;
+    const QUERY: &str = "query($s: String!) { session(by: {externalId: $s}) { id } }";
+    let server = Server::start(&[("SEND_BUFFER", "16777216")]).await;
+    let before = server.most_memory();
+    let url = server.url("/graphql");
+    let mut open = Vec::new();
+    for _ in 0..SOCKETS {
+        let mut socket = Socket::open(&url, &[]).await.expect("a socket");
+        socket.init(Some(KEY)).await;
+        // The head of a frame, masked with zeros, and all of it but the end.
+        let mut frame = vec![0x81, 0x80 | 127];
+        frame.extend_from_slice(&(LENGTH as u64).to_be_bytes());
+        frame.extend_from_slice(&[0; 4]);
+        frame.resize(LENGTH, b' ');
+        socket.send_raw(&frame).await;
+        open.push(socket);
+    }
+    let large = async {
+        loop {
+            let mut socket = Socket::open(&url, &[]).await.expect("a socket");
+            socket.init(Some(KEY)).await;
+            socket.subscribe("1", QUERY, json!({"s": "x".repeat(LENGTH / 2)})).await;
+            match socket.frame().await {
+                Some(Message::Text(text)) => return text,
+                Some(Message::Close(Some(close))) => assert_eq!(u16::from(close.code), 1013, "{close:?}"),
+                // Closed while it was still sending.
+                None => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    let answer = tokio::time::timeout(PATIENCE, large).await.expect("room in time");
+    assert!(answer.contains("externalId") && answer.contains(r#""type":"next""#), "{answer}");
+    let grown = server.most_memory() - before;
+    // All of them are 120 MB.
+    assert!(grown < 60, "the process grew by {grown} MiB");
+    drop(open);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

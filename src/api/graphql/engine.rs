@@ -71,6 +71,8 @@ pub(super) struct Asked {
     pub door: Door,
     /// Of the connection that gets the answer.
     pub budget: ConnectionBudget,
+    /// The room that the request takes for as long as it lives; none for a small one.
+    pub received: Option<Arc<Reservation>>,
 }
 
 /// A request that may be executed.
@@ -270,6 +272,7 @@ impl Engine {
             };
         };
         let responses = stream::iter([first]).chain(responses);
+        // With all that was asked: what a large request takes lives as long as what answers it.
         let answers = responses.map(move |response| answer(response, &asked.id, cost.points()));
         until_failed(answers)
     }

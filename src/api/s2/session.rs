@@ -19,13 +19,16 @@ use tokio_util::codec::Decoder;
 use super::append::{outcome, proto_ack};
 use super::batch::BoundedInput;
 use super::target::Target;
-use super::{S2S, error};
+use super::{BODY_MAX, S2S, error};
 use crate::api::App;
 use crate::api::error::Failure;
 use crate::api::trace::{Chain, RequestId};
-use crate::domain::{Appender, DirectBatch, Direction, Error, WriterEnd, WriterEvent};
+use crate::domain::send_budget::Reservation;
+use crate::domain::{Appender, ConnectionBudget, DirectBatch, Direction, Error, WriterEnd, WriterEvent};
 use crate::telemetry::GaugeGuard;
 
+/// What of a frame that is not whole yet is not counted.
+const SMALL: usize = 16 << 10;
 /// Bytes of acks that go out together.
 const PIECE: usize = 8 << 10;
 
@@ -56,12 +59,14 @@ impl Session {
         request: Request,
         id: RequestId,
     ) -> Result<Self, Failure> {
+        let budget = request.extensions().get::<ConnectionBudget>().cloned();
+        let budget = budget.ok_or_else(|| Error::internal("a request without a budget"))?;
         let appender = app.sessions.appender(&target.caller, &target.session, &target.channel).await;
         Ok(Self {
             appender: appender.map_err(error::refusal)?,
             direction: target.channel.direction,
             compression: CompressionAlgorithm::from_accept_encoding(request.headers()),
-            frames: Frames::new(request.into_body()),
+            frames: Frames::new(request.into_body(), budget),
             sent: VecDeque::new(),
             finished: false,
             ending: None,
@@ -193,18 +198,29 @@ impl IntoResponse for Session {
 struct Frames {
     body: Body,
     buffer: BytesMut,
+    budget: ConnectionBudget,
+    /// Of a large frame that has begun.
+    room: Option<Reservation>,
 }
 
 impl Frames {
-    fn new(body: Body) -> Self {
-        Self { body, buffer: BytesMut::new() }
+    fn new(body: Body, budget: ConnectionBudget) -> Self {
+        Self { body, buffer: BytesMut::new(), budget, room: None }
     }
 
     /// The next batch; `None` when the writer is done, or gone. Cancel safe.
     async fn next(&mut self) -> Option<Result<DirectBatch, Failure>> {
         loop {
             match FrameDecoder.decode(&mut self.buffer) {
-                Ok(Some(message)) => return Some(batch(message)),
+                Ok(Some(message)) => {
+                    if let Some(room) = self.room.take() {
+                        self.budget.received(room.bytes());
+                    }
+                    return Some(batch(message));
+                }
+                Ok(None) if self.buffer.len() > SMALL && self.room.is_none() => {
+                    self.room = Some(self.budget.receive(BODY_MAX).await);
+                }
                 Ok(None) => {}
                 Err(fault) => return Some(Err(error::bad("bad_frame", fault.to_string()))),
             }
@@ -245,6 +261,7 @@ mod tests {
 
     use super::super::batch::tests::{batches, check};
     use super::*;
+    use crate::domain::SendBudget;
     use crate::domain::record::BATCH_RECORDS_MAX;
 
     /// Bytes in pieces that end at these places.
@@ -256,7 +273,7 @@ mod tests {
             .windows(2)
             .map(|pair| Ok::<_, Infallible>(Bytes::copy_from_slice(&bytes[pair[0]..pair[1]])))
             .collect();
-        Frames::new(Body::from_stream(stream::iter(pieces)))
+        Frames::new(Body::from_stream(stream::iter(pieces)), SendBudget::new(0, 1).connection())
     }
 
     /// Everything up to the end or the first refusal, as a session would take it.

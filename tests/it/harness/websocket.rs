@@ -5,6 +5,7 @@ use std::time::Duration;
 use futures_util::{SinkExt, StreamExt};
 use http::HeaderName;
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error, Message};
@@ -66,6 +67,11 @@ impl Socket {
     /// Sends a frame. The server may have closed before.
     pub async fn send(&mut self, frame: Message) {
         let _ = self.stream.send(frame).await;
+    }
+
+    /// Sends bytes that need not be a frame.
+    pub async fn send_raw(&mut self, bytes: &[u8]) {
+        let _ = self.stream.get_mut().write_all(bytes).await;
     }
 
     /// Sends a message.

@@ -3,6 +3,8 @@
 //! async-graphql-axum's own service executes mutations over GET and of any content type, has no limits, and puts its
 //! errors into words of its own; so everything around its body extractor is done here (ADR 9).
 
+use std::sync::Arc;
+
 use async_graphql::{BatchRequest, Extensions, ParseRequestError, Request as Operation, Variables};
 use async_graphql_axum::GraphQLBatchRequest;
 use axum::Extension;
@@ -23,8 +25,8 @@ use crate::api::extract::{LimitedBody, announced, authenticate, read_within};
 use crate::api::graphql::engine::{Asked, Credentials};
 use crate::api::graphql::error::{Fault, protocol};
 use crate::api::graphql::reply::Reply;
-use crate::api::stranger;
 use crate::api::trace::RequestId;
+use crate::api::{received, stranger};
 use crate::domain::send_budget::{Reservation, Reserved};
 use crate::domain::{ConnectionBudget, Error};
 use crate::telemetry::Door;
@@ -35,7 +37,7 @@ const BODY_MAX: usize = 1_048_576;
 const BATCH_MAX: usize = 10;
 
 /// Answers one request.
-pub(super) async fn answer(app: App, id: RequestId, request: Request) -> Response {
+pub(super) async fn answer(app: App, id: RequestId, mut request: Request) -> Response {
     let accept = Accept::of(request.headers());
     let may_change = request.method() == Method::POST;
     let door = match accept.stream() {
@@ -50,20 +52,23 @@ pub(super) async fn answer(app: App, id: RequestId, request: Request) -> Respons
         if is_stranger {
             app.admit_stranger(app.stranger(request.headers(), request.extensions()))?;
         }
-        // Before the body: what a connection that takes no answer would ask for must not wait here.
-        let room = app.graphql.room(&budget).await;
-        let (operations, body) = match may_change {
-            true if is_stranger => from_stranger(&app, request).await?,
-            true => (from_body(&app, request).await?, None),
-            false => (from_query(request.uri().query())?, None),
+        let (bytes, body) = match may_change {
+            true if is_stranger => from_stranger(&app, &mut request).await?,
+            true => (from_body(&app, &mut request).await?, None),
+            false => (Bytes::new(), None),
         };
-        Ok::<_, Failure>((credentials, budget, room, operations, body))
+        let received = received::reserve(&budget, &bytes, app.config.body_timeout).await?.map(Arc::new);
+        let operations = if may_change { parse(bytes).await? } else { from_query(request.uri().query())? };
+        // From here on a client that takes no answers is waited for: strangers do not keep what others of them want.
+        drop(body);
+        let room = app.graphql.room(&budget).await;
+        Ok::<_, Failure>((credentials, budget, room, operations, received))
     };
-    let (credentials, budget, room, operations, _body) = match read.await {
+    let (credentials, budget, room, operations, received) = match read.await {
         Ok(read) => read,
         Err(failure) => return refuse(failure, accept, &id),
     };
-    let asked = Asked { credentials, id, may_change, door, budget };
+    let asked = Asked { credentials, id, may_change, door, budget, received };
     match operations {
         BatchRequest::Single(operation) => one(&app, operation, asked, accept, room).await,
         BatchRequest::Batch(operations) => batch(&app, operations, &asked, accept, room).await,
@@ -223,30 +228,31 @@ impl From<Unreadable> for Failure {
     }
 }
 
-async fn from_body(app: &App, request: Request) -> Result<BatchRequest, Failure> {
+async fn from_body(app: &App, request: &mut Request) -> Result<Bytes, Failure> {
     require_json(request.headers())?;
-    let LimitedBody(bytes) = LimitedBody::<BODY_MAX>::from_request(request, app).await?;
-    parse(bytes).await
+    let LimitedBody(bytes) = LimitedBody::<BODY_MAX>::read(request, app).await?;
+    Ok(bytes)
 }
 
-/// The operation of a stranger, whose body is small and soon there; and the room that it takes until it is answered.
+/// The body of a stranger, which is small and soon there; and the room that it takes until it is answered.
 async fn from_stranger(
     app: &App,
-    request: Request,
-) -> Result<(BatchRequest, Option<OwnedSemaphorePermit>), Failure> {
+    request: &mut Request,
+) -> Result<(Bytes, Option<OwnedSemaphorePermit>), Failure> {
     require_json(request.headers())?;
     let announced = announced(request.headers());
     let room = app.strangers.room(announced)?;
     let limit = announced.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(stranger::BODY_MAX);
     let pause = app.config.body_chunk_timeout;
-    let bytes = read_within(request.into_body(), limit, pause, pause).await.map_err(|failure| {
-        let is_large = failure.status == StatusCode::PAYLOAD_TOO_LARGE;
-        if is_large { stranger::too_large() } else { failure }
-    })?;
+    let bytes =
+        read_within(std::mem::take(request.body_mut()), limit, pause, pause).await.map_err(|failure| {
+            let is_large = failure.status == StatusCode::PAYLOAD_TOO_LARGE;
+            if is_large { stranger::too_large() } else { failure }
+        })?;
     if bytes.trim_ascii_start().starts_with(b"[") {
         return Err(Error::Unauthenticated("a batch of operations needs an API key").into());
     }
-    Ok((parse(bytes).await?, Some(room)))
+    Ok((bytes, Some(room)))
 }
 
 fn require_json(headers: &HeaderMap) -> Result<(), Failure> {

@@ -146,6 +146,11 @@ impl Close {
         Self::new(1009, &format!("a message must be at most {limit} bytes"))
     }
 
+    /// There is no room for a large message; clients come back.
+    pub fn busy() -> Self {
+        Self::new(1013, "the server has no room for a large message now")
+    }
+
     /// A message that the protocol does not know.
     pub fn invalid(reason: &str) -> Self {
         Self::new(4400, &format!("Invalid message: {reason}"))

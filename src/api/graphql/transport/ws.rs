@@ -8,7 +8,6 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
@@ -31,6 +30,7 @@ use crate::api::graphql::engine::{ANSWER_MAX, Answer, Asked, Credentials};
 use crate::api::graphql::error::{Fault, protocol};
 use crate::api::graphql::reply::{self, Text};
 use crate::api::rate_limit::Counted;
+use crate::api::received;
 use crate::api::trace::RequestId;
 use crate::domain::send_budget::Reservation;
 use crate::domain::{ConnectionBudget, Cut, Error};
@@ -79,8 +79,6 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
     }
     // What the connection holds until it ends: its place under the cap, its count in the metrics.
     let held = parts.extensions.remove::<Arc<dyn Any + Send + Sync>>();
-    // What the client may send, where the listener counts it.
-    let allowance = parts.extensions.remove::<Arc<AtomicU64>>().unwrap_or_default();
     let offered =
         parts.headers.get(SEC_WEBSOCKET_PROTOCOL).and_then(|value| value.to_str().ok()?.split(',').next());
     let offered = offered.and_then(|first| first.trim().parse().ok());
@@ -106,8 +104,7 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
         tasks.spawn(async move {
             let _held = held;
             let _open = app.metrics.websocket();
-            let mut connection =
-                Connection::new(app, id, socket, credentials, (stranger, allowance), budget.clone());
+            let mut connection = Connection::new(app, id, socket, credentials, stranger, budget.clone());
             connection.allow();
             let serving = async {
                 match connection.serve(spoken).await {
@@ -128,8 +125,13 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
 /// An answer of one of the operations, or the end of it.
 type Tagged = (Arc<str>, Option<Answer>);
 
-/// The id of an operation, and what it is.
-type Start = (String, Subscribe);
+/// An operation that is to begin.
+struct Start {
+    id: String,
+    payload: Subscribe,
+    /// The room that it takes as it was read.
+    received: Option<Arc<Reservation>>,
+}
 
 /// Why a connection is over.
 enum Ended {
@@ -153,8 +155,8 @@ struct Connection {
     socket: WebSocket,
     credentials: Option<Credentials>,
     budget: ConnectionBudget,
-    /// Whom it is counted with, and what it may send, without credentials.
-    stranger: (Counted, Arc<AtomicU64>),
+    /// Whom it is counted with without credentials.
+    stranger: Counted,
     acknowledged: bool,
     /// What the client wants to begin, and the room that this waits for. Nothing more is read from it meanwhile.
     waiting: Option<(Start, BoxFuture<'static, Reservation>)>,
@@ -173,7 +175,7 @@ impl Connection {
         id: RequestId,
         socket: WebSocket,
         credentials: Option<Credentials>,
-        stranger: (Counted, Arc<AtomicU64>),
+        stranger: Counted,
         budget: ConnectionBudget,
     ) -> Self {
         let cut = app.sessions.until_cut(credentials.as_ref().map(|shown| shown.caller.as_ref()));
@@ -208,9 +210,7 @@ impl Connection {
                 (start, room) = begin(&mut self.waiting) => self.subscribe(start, room).await,
                 message = self.socket.recv(), if self.waiting.is_none() => match message {
                     Some(Ok(Message::Close(_))) | None => Err(Ended::ByClient),
-                    Some(Err(_)) if self.stranger.1.load(Ordering::Relaxed) == 0 => {
-                        Err(Close::too_large(STRANGER_MESSAGE_MAX).into())
-                    }
+                    Some(Err(_)) if self.budget.is_spent() => Err(self.spent().into()),
                     Some(Err(_)) => Err(Close::broken().into()),
                     Some(Ok(message)) => self.take(message).await,
                 },
@@ -296,13 +296,19 @@ impl Connection {
             Message::Binary(_) => return Err(Close::invalid("messages are text").into()),
             Message::Ping(_) | Message::Pong(_) | Message::Close(_) => return Ok(()),
         };
+        let received = match received::size_of(text.as_bytes()) {
+            0 => None,
+            size => Some(Arc::new(self.budget.try_receive(size).ok_or_else(Close::busy)?)),
+        };
+        self.budget.received(text.len());
         match ClientMessage::parse(&text)? {
             ClientMessage::ConnectionInit { payload } => self.init(payload.unwrap_or_default()).await,
             ClientMessage::Ping { payload } => self.send(pong(payload)).await,
             ClientMessage::Pong { .. } => Ok(()),
             ClientMessage::Subscribe { .. } if !self.acknowledged => Err(Close::unauthorized().into()),
             ClientMessage::Subscribe { id, payload } => {
-                self.waiting = Some(((id, payload), self.app.graphql.room(&self.budget).boxed()));
+                let start = Start { id, payload, received };
+                self.waiting = Some((start, self.app.graphql.room(&self.budget).boxed()));
                 Ok(())
             }
             ClientMessage::Complete { id } => {
@@ -332,11 +338,18 @@ impl Connection {
     /// Lets the client send its next message, which is a small one until it has shown credentials: the library
     /// collects a message before we see any of it.
     fn allow(&self) {
-        let bytes = if self.credentials.is_some() { u64::MAX } else { STRANGER_MESSAGE_MAX as u64 };
-        self.stranger.1.store(bytes, Ordering::Relaxed);
+        // What is too large is read as well, so that the refusal has a code.
+        let large = if self.credentials.is_some() { 2 * MESSAGE_MAX + STRANGER_MESSAGE_MAX } else { 0 };
+        self.budget.allow(STRANGER_MESSAGE_MAX, large);
     }
 
-    async fn subscribe(&mut self, (id, payload): Start, room: Reservation) -> Result<(), Ended> {
+    /// Why a message cannot be read to its end.
+    fn spent(&self) -> Close {
+        if self.credentials.is_some() { Close::busy() } else { Close::too_large(STRANGER_MESSAGE_MAX) }
+    }
+
+    async fn subscribe(&mut self, start: Start, room: Reservation) -> Result<(), Ended> {
+        let Start { id, payload, received } = start;
         let id = id.as_str();
         if self.running.contains_key(id) {
             return Err(Close::duplicate(id).into());
@@ -351,7 +364,7 @@ impl Connection {
             return self.refuse(id, failure.into()).await;
         }
         if self.credentials.is_none()
-            && let Err(error) = self.app.admit_stranger(self.stranger.0)
+            && let Err(error) = self.app.admit_stranger(self.stranger)
         {
             return self.refuse(id, error.into()).await;
         }
@@ -361,6 +374,7 @@ impl Connection {
             may_change: true,
             door: Door::Websocket,
             budget: self.budget.clone(),
+            received,
         };
         match self.app.graphql.prepare(&self.app, payload.into_request(), asked) {
             Err(fault) => self.refuse(id, fault).await,

@@ -16,7 +16,8 @@ use super::error::Failure;
 use super::{App, received};
 use crate::domain::run::named_run;
 use crate::domain::{
-    Caller, ChannelAddress, ChannelName, Direction, Error, RunId, SessionRef, Violation, WaitpointId,
+    Caller, ChannelAddress, ChannelName, ConnectionBudget, Direction, Error, RunId, SessionRef, Violation,
+    WaitpointId,
 };
 
 /// Who asks, through the realtime routes, which have no rate limit.

@@ -72,7 +72,7 @@ pub(super) struct Asked {
     /// Of the connection that gets the answer.
     pub budget: ConnectionBudget,
     /// The room that the request takes for as long as it lives; none for a small one.
-    pub received: Option<Arc<Reservation>>,
+    pub _received: Option<Arc<Reservation>>,
 }
 
 /// A request that may be executed.
@@ -272,8 +272,12 @@ impl Engine {
             };
         };
         let responses = stream::iter([first]).chain(responses);
-        // With all that was asked: what a large request takes lives as long as what answers it.
-        let answers = responses.map(move |response| answer(response, &asked.id, cost.points()));
+        let Asked { id, _received: received, .. } = asked;
+        let answers = responses.map(move |response| {
+            // What a large request takes lives as long as what answers it.
+            let _kept = &received;
+            answer(response, &id, cost.points())
+        });
         until_failed(answers)
     }
 }

@@ -68,7 +68,7 @@ pub(super) async fn answer(app: App, id: RequestId, mut request: Request) -> Res
         Ok(read) => read,
         Err(failure) => return refuse(failure, accept, &id),
     };
-    let asked = Asked { credentials, id, may_change, door, budget, received };
+    let asked = Asked { credentials, id, may_change, door, budget, _received: received };
     match operations {
         BatchRequest::Single(operation) => one(&app, operation, asked, accept, room).await,
         BatchRequest::Batch(operations) => batch(&app, operations, &asked, accept, room).await,

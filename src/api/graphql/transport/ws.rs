@@ -374,7 +374,7 @@ impl Connection {
             may_change: true,
             door: Door::Websocket,
             budget: self.budget.clone(),
-            received,
+            _received: received,
         };
         match self.app.graphql.prepare(&self.app, payload.into_request(), asked) {
             Err(fault) => self.refuse(id, fault).await,

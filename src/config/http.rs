@@ -37,7 +37,8 @@ pub struct HttpConfig {
     /// Longest time that what we send may stay unread.
     #[serde(with = "humantime_serde")]
     pub write_timeout: Duration,
-    /// Bytes that may wait for all clients together to read them; at least 4 MiB, at most 4 GiB.
+    /// Bytes that may wait for all clients together to read them, and that they may have sent without being answered; at
+    /// least 4 MiB, at most 4 GiB.
     pub send_buffer: usize,
     /// How long everything is still served after a stop was asked for, while `/readyz` says no already.
     #[serde(with = "humantime_serde")]

@@ -839,6 +839,18 @@ mod tests {
         drop(rest);
     }
 
+    #[tokio::test]
+    async fn an_answer_waits_for_the_room_of_its_whole_length() {
+        let budget = SendBudget::new(CONNECTION_BYTES, 1);
+        let (answered, other) = (budget.connection(), budget.connection());
+        let mut room = answered.try_reserve(1).expect("room");
+        let rest = other.try_reserve(CONNECTION_BYTES - 1).expect("room");
+        assert!(room.grow(1000).now_or_never().is_none(), "there is no room");
+        drop(rest);
+        room.grow(1000).await;
+        assert_eq!((room.bytes(), budget.lent()), (COPIES * 1000, COPIES * 1000));
+    }
+
     #[test]
     fn what_is_given_up_counts_as_taken_no_further_than_something_was_sent() {
         let budget = SendBudget::new(64 << 20, 1);

@@ -303,4 +303,14 @@ mod tests {
         let given_up = watched(served, Duration::from_millis(50));
         tokio::time::timeout(Duration::from_secs(30), given_up).await.expect("before the test gives up");
     }
+
+    #[tokio::test]
+    async fn a_body_gives_its_room_back_once_it_is_answered_however_long_that_is_written() {
+        let all = SendBudget::new(usize::MAX, 1);
+        let budget = all.connection().request();
+        budget.keep(budget.receive(1000).await);
+        assert_eq!(all.lent(), 1000);
+        let _unwritten = within(budget, Response::new(Body::empty()));
+        assert_eq!(all.lent(), 0);
+    }
 }

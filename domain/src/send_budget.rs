@@ -791,6 +791,22 @@ mod tests {
         }
     }
 
+    #[test]
+    fn who_has_taken_something_of_late_is_left_alone_however_much_it_holds() {
+        let mut budget = SendBudget::new(CONNECTION_BYTES, 1);
+        // Long ago, so that there is a moment which is out of patience.
+        Arc::get_mut(&mut budget).expect("nobody else has it").began -= 2 * PATIENCE;
+        let (still, reads) = (budget.connection(), budget.connection());
+        let _held = still.try_reserve(1).expect("room");
+        let _read = reads.try_reserve(CONNECTION_BYTES - 1).expect("room");
+        still.connection.moved_at.store(0, Ordering::Relaxed);
+        // Just now, however long this test is held up.
+        reads.connection.moved_at.store(u64::MAX, Ordering::Relaxed);
+        budget.relieve(Kind::Bytes);
+        let is_cut = |budget: &ConnectionBudget| budget.connection.is_cut.load(Ordering::Relaxed);
+        assert_eq!((is_cut(&still), is_cut(&reads)), (true, false));
+    }
+
     #[tokio::test]
     async fn a_download_that_does_not_move_makes_place_for_the_next() {
         let budget = SendBudget::new(CONNECTION_BYTES, 2 * CONNECTION_DOWNLOADS);
@@ -821,6 +837,18 @@ mod tests {
             () = reading => unreachable!("for ever"),
         }
         drop(rest);
+    }
+
+    #[tokio::test]
+    async fn an_answer_waits_for_the_room_of_its_whole_length() {
+        let budget = SendBudget::new(CONNECTION_BYTES, 1);
+        let (answered, other) = (budget.connection(), budget.connection());
+        let mut room = answered.try_reserve(1).expect("room");
+        let rest = other.try_reserve(CONNECTION_BYTES - 1).expect("room");
+        assert!(room.grow(1000).now_or_never().is_none(), "there is no room");
+        drop(rest);
+        room.grow(1000).await;
+        assert_eq!((room.bytes(), budget.lent()), (COPIES * 1000, COPIES * 1000));
     }
 
     #[test]

@@ -281,3 +281,36 @@ async fn unless_still(stream: impl Future<Output = ()>, flight: &Flight, limit: 
     })
     .await;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::SendBudget;
+
+    #[tokio::test]
+    async fn a_stream_that_waits_for_room_while_its_client_takes_nothing_is_given_up() {
+        let connection = SendBudget::new(usize::MAX, 1).connection();
+        // By another stream of the client, which does not read.
+        let _all_there_is = connection.reserve(usize::MAX).await;
+        let served = async {
+            let budget = connection.request();
+            begin(&budget);
+            let answer = Response::new(Body::from(vec![0; 2 * SMALL]));
+            let mut body = pin!(within(budget, answer).into_body());
+            poll_fn(|cx| body.as_mut().poll_frame(cx)).await;
+            panic!("it was given room that there is not");
+        };
+        let given_up = watched(served, Duration::from_millis(50));
+        tokio::time::timeout(Duration::from_secs(30), given_up).await.expect("before the test gives up");
+    }
+
+    #[tokio::test]
+    async fn a_body_gives_its_room_back_once_it_is_answered_however_long_that_is_written() {
+        let all = SendBudget::new(usize::MAX, 1);
+        let budget = all.connection().request();
+        budget.keep(budget.receive(1000).await);
+        assert_eq!(all.lent(), 1000);
+        let _unwritten = within(budget, Response::new(Body::empty()));
+        assert_eq!(all.lent(), 0);
+    }
+}

@@ -11,8 +11,8 @@ use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
+use futures_util::{FutureExt, StreamExt};
 use sessiond::domain::channel::ChannelName;
 use sessiond::domain::port::Followed;
 use sessiond::domain::record::{Chain, Command, PartIds, RESEND_WINDOW, ReadLimit};

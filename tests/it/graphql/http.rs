@@ -1,9 +1,13 @@
 //! GraphQL over HTTP: methods, media types, bodies, batches, persisted queries.
 
+use std::time::Duration;
+
 use data_encoding::HEXLOWER;
 use reqwest::Method;
 use sea_orm::ConnectionTrait;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use crate::harness::graphql::code;
 use crate::harness::{Answer, Graphql, TestServer};
@@ -285,7 +289,7 @@ async fn what_is_wrong_with_a_request_has_a_code_a_place_and_no_internals() {
 #[tokio::test]
 async fn a_fault_of_ours_names_the_request_and_a_result_tells_its_cost() {
     let server = TestServer::start_with(|config| {
-        config.graphql.request_timeout = std::time::Duration::from_millis(50);
+        config.graphql.request_timeout = Duration::from_millis(50);
     });
     let server = server.await;
     let graphql = server.graphql();
@@ -347,6 +351,40 @@ async fn introspection_is_open_to_all_until_it_is_switched_off() {
     }
     let result = server.graphql().result("{ vewer { tokenKind } }", json!({})).await;
     assert!(!result.to_string().contains("viewer"), "no name is suggested: {result}");
+}
+
+#[tokio::test]
+async fn a_token_that_ends_while_its_body_is_sent_is_refused_even_what_is_known_already() {
+    const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+    let known = "{ __schema { queryType { name } } }";
+    let server = TestServer::start().await;
+    server.graphql().data(known, json!({})).await;
+    let ttl = Duration::from_secs(30);
+    let token = server.token(&["read:sessions"], ttl).await;
+    let mut under_way = Vec::new();
+    for query in ["{ viewer { tokenKind } }", known] {
+        let body = json!({"query": query}).to_string();
+        let head = format!(
+            "POST /graphql HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\nExpect: 100-continue\r\n\r\n",
+            body.len()
+        );
+        let mut socket =
+            TcpStream::connect(server.url.trim_start_matches("http://")).await.expect("connected");
+        socket.write_all(head.as_bytes()).await.expect("sent");
+        // The token is accepted: the body is asked for.
+        let mut interim = [0; CONTINUE.len()];
+        socket.read_exact(&mut interim).await.expect("an answer");
+        assert_eq!(interim, CONTINUE);
+        under_way.push((socket, body));
+    }
+    server.clock.advance(ttl);
+    for (mut socket, body) in under_way {
+        socket.write_all(body.as_bytes()).await.expect("sent");
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).await.expect("an answer");
+        assert!(answer.starts_with("HTTP/1.1 401") && answer.contains("UNAUTHENTICATED"), "{body}: {answer}");
+    }
 }
 
 #[tokio::test]

@@ -78,6 +78,8 @@ pub(super) async fn waiting_followers_of_every_channel_see_the_seal(channels: Ch
     for key in &keys {
         let mut follower = channels.follow(key, ReadStart::SeqNum(0)).await;
         follower.caught_up().await;
+        // From here on it waits, and looks again only if it is woken.
+        assert!(follower.0.next().now_or_never().is_none());
         followers.push(follower);
     }
     channels.append(&key, data(&["last"])).await;

@@ -17,6 +17,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::error::Result;
 use crate::record::{BATCH_RECORDS_MAX, METERED_MAX, ReadLimit, Record, RecordBatch, metered_size};
@@ -53,6 +54,8 @@ const RELIEF_EVERY: Duration = Duration::from_millis(100);
 const TELL_EVERY: Duration = Duration::from_secs(10);
 /// Room is made for this part of the whole at a time.
 const RELIEF_PART: usize = 4;
+/// This part of the whole may be lent to connections beyond what they have earned.
+const ADVANCE_PART: usize = 2;
 /// Downloads that one connection may have at once. A reverse proxy has those of many clients.
 const CONNECTION_DOWNLOADS: usize = 16;
 
@@ -60,6 +63,9 @@ const CONNECTION_DOWNLOADS: usize = 16;
 pub struct SendBudget {
     bytes: Arc<Semaphore>,
     limit: usize,
+    /// A part of the bytes, for what connections are lent beyond what they have earned: whoever waits for much of that does
+    /// not hold up those that want little.
+    advances: Arc<Semaphore>,
     downloads: Arc<Semaphore>,
     downloads_limit: usize,
     began: Instant,
@@ -119,6 +125,7 @@ pub struct Reservation {
     connection: Arc<Connection>,
     bytes: usize,
     own: Option<OwnedSemaphorePermit>,
+    advance: Option<OwnedSemaphorePermit>,
     shared: Option<OwnedSemaphorePermit>,
 }
 
@@ -133,6 +140,7 @@ pub struct Download {
 #[derive(Clone, Copy)]
 enum Kind {
     Bytes,
+    Advances,
     Downloads,
 }
 
@@ -144,6 +152,7 @@ impl SendBudget {
         Arc::new(Self {
             bytes: Arc::new(Semaphore::new(limit)),
             limit,
+            advances: Arc::new(Semaphore::new(limit / ADVANCE_PART)),
             downloads: Arc::new(Semaphore::new(downloads)),
             downloads_limit: downloads,
             began: Instant::now(),
@@ -188,10 +197,16 @@ impl SendBudget {
         u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// As much of so many bytes as may be lent at once beyond what a connection has earned.
+    fn advance(&self, bytes: u32) -> u32 {
+        bytes.min(u32::try_from(self.limit / ADVANCE_PART).unwrap_or(u32::MAX))
+    }
+
     /// Waits for so many, and makes room while it does.
     async fn acquire(&self, kind: Kind, count: u32) -> Option<OwnedSemaphorePermit> {
         let all = match kind {
             Kind::Bytes => &self.bytes,
+            Kind::Advances => &self.advances,
             Kind::Downloads => &self.downloads,
         };
         if let Ok(permit) = all.clone().try_acquire_many_owned(count) {
@@ -227,6 +242,7 @@ impl SendBudget {
         stuck.sort_unstable_by_key(|(still, ..)| std::cmp::Reverse(*still));
         let limit = match kind {
             Kind::Bytes => self.limit,
+            Kind::Advances => self.limit / ADVANCE_PART,
             Kind::Downloads => self.downloads_limit,
         };
         let (mut freed, mut cut) = (0, 0);
@@ -278,18 +294,22 @@ impl ConnectionBudget {
     /// Waits for room. More than the connection may have is lent once it has nothing else. Cancel safe. Whoever holds room
     /// must not wait for more of the same connection.
     pub async fn reserve(&self, bytes: usize) -> Reservation {
-        let connection = &self.connection;
-        let (own, shared) = self.permits(bytes);
-        let own = match connection.bytes.clone().try_acquire_many_owned(own) {
-            Ok(own) => Some(own),
-            Err(_) => {
-                let _waiting = Waiting::begin(&self.request.waits, connection.process.now());
-                // Never closed, so there are always permits.
-                connection.bytes.clone().acquire_many_owned(own).await.ok()
-            }
-        };
-        let permit = connection.process.acquire(Kind::Bytes, shared).await;
-        self.lent(shared as usize, own, permit)
+        if let Some(room) = self.try_acquire(bytes) {
+            return room;
+        }
+        let _waiting = Waiting::begin(&self.request.waits, self.connection.process.now());
+        let (this, (own, advance, shared)) = (self.clone(), self.permits(bytes));
+        self.in_own_task(async move {
+            let connection = &this.connection;
+            // Never closed, so there are always permits.
+            let own = connection.bytes.clone().acquire_many_owned(own).await.ok();
+            let advance = connection.process.acquire(Kind::Advances, advance).await;
+            let permit = connection.process.acquire(Kind::Bytes, shared).await;
+            let mut room = this.lent(shared as usize, permit);
+            (room.own, room.advance) = (own, advance);
+            room
+        })
+        .await
     }
 
     /// Room, if there is enough at this moment. A little is always lent to a connection that has taken everything, so that
@@ -297,22 +317,21 @@ impl ConnectionBudget {
     pub fn try_reserve(&self, bytes: usize) -> Option<Reservation> {
         let free = self.try_acquire(bytes);
         let credit = || bytes <= CREDIT_BYTES && self.connection.held.load(Ordering::Relaxed) == 0;
-        free.or_else(|| credit().then(|| self.lent(bytes, None, None)))
+        free.or_else(|| credit().then(|| self.lent(bytes, None)))
     }
 
     fn try_acquire(&self, bytes: usize) -> Option<Reservation> {
-        let (own, shared) = self.permits(bytes);
+        let (own, advance, shared) = self.permits(bytes);
+        let process = &self.connection.process;
         let own = self.connection.bytes.clone().try_acquire_many_owned(own).ok()?;
-        let permit = self.connection.process.bytes.clone().try_acquire_many_owned(shared).ok()?;
-        Some(self.lent(shared as usize, Some(own), Some(permit)))
+        let advance = process.advances.clone().try_acquire_many_owned(advance).ok()?;
+        let permit = process.bytes.clone().try_acquire_many_owned(shared).ok()?;
+        let mut room = self.lent(shared as usize, Some(permit));
+        (room.own, room.advance) = (Some(own), Some(advance));
+        Some(room)
     }
 
-    fn lent(
-        &self,
-        bytes: usize,
-        own: Option<OwnedSemaphorePermit>,
-        shared: Option<OwnedSemaphorePermit>,
-    ) -> Reservation {
+    fn lent(&self, bytes: usize, shared: Option<OwnedSemaphorePermit>) -> Reservation {
         if bytes > 0 {
             // First, or whoever looks for a connection to cut would see what is held and an old moment.
             if self.connection.held.load(Ordering::Relaxed) == 0 {
@@ -320,14 +339,15 @@ impl ConnectionBudget {
             }
             self.connection.held.fetch_add(bytes, Ordering::Relaxed);
         }
-        Reservation { connection: self.connection.clone(), bytes, own, shared }
+        Reservation { connection: self.connection.clone(), bytes, own: None, advance: None, shared }
     }
 
-    /// Permits of the connection and of the process for so many bytes.
-    fn permits(&self, bytes: usize) -> (u32, u32) {
+    /// Permits of the connection, of what is lent beyond those, and of the process for so many bytes.
+    fn permits(&self, bytes: usize) -> (u32, u32, u32) {
         let shared = u32::try_from(bytes.min(CONNECTION_BYTES)).unwrap_or(u32::MAX);
         let granted = u32::try_from(self.connection.granted.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
-        (shared.min(granted), shared)
+        let own = shared.min(granted);
+        (own, self.connection.process.advance(shared - own), shared)
     }
 
     /// Reads the next piece in room that is waited for. `read` gets the limit of a read, and is asked a second time when
@@ -365,21 +385,41 @@ impl ConnectionBudget {
     /// Waits for room for what is to be received. What the connection may have is for what waits for it, and left alone.
     /// Cancel safe.
     pub async fn receive(&self, bytes: usize) -> Reservation {
-        let bytes = self.receivable(bytes);
-        let permit = self.connection.process.acquire(Kind::Bytes, bytes).await;
-        self.lent(bytes as usize, None, permit)
+        let free = self.try_free(bytes);
+        if let Some(room) = free {
+            return room;
+        }
+        let (this, bytes) = (self.clone(), self.receivable(bytes));
+        self.in_own_task(async move {
+            let permit = this.connection.process.acquire(Kind::Bytes, bytes).await;
+            this.lent(bytes as usize, permit)
+        })
+        .await
     }
 
     /// As [`ConnectionBudget::receive`], if there is room at this moment. Otherwise some is made.
     pub fn try_receive(&self, bytes: usize) -> Option<Reservation> {
-        let (bytes, process) = (self.receivable(bytes), &self.connection.process);
-        match process.bytes.clone().try_acquire_many_owned(bytes) {
-            Ok(permit) => Some(self.lent(bytes as usize, None, Some(permit))),
-            Err(_) => {
-                process.relieve(Kind::Bytes);
-                None
-            }
+        let room = self.try_free(bytes);
+        if room.is_none() {
+            self.connection.process.relieve(Kind::Bytes);
         }
+        room
+    }
+
+    fn try_free(&self, bytes: usize) -> Option<Reservation> {
+        let bytes = self.receivable(bytes);
+        let permit = self.connection.process.bytes.clone().try_acquire_many_owned(bytes).ok()?;
+        Some(self.lent(bytes as usize, Some(permit)))
+    }
+
+    /// Waits in a task of its own: whoever polls this may stop for as long as its client likes not to read, and what it is lent
+    /// meanwhile must count as held.
+    async fn in_own_task(
+        &self,
+        reserving: impl Future<Output = Reservation> + Send + 'static,
+    ) -> Reservation {
+        let room = AbortOnDropHandle::new(tokio::spawn(reserving)).await;
+        room.unwrap_or_else(|_| self.lent(0, None))
     }
 
     fn receivable(&self, bytes: usize) -> u32 {
@@ -502,7 +542,7 @@ impl Connection {
 
     fn lent(&self, kind: Kind) -> usize {
         match kind {
-            Kind::Bytes => self.held.load(Ordering::Relaxed),
+            Kind::Bytes | Kind::Advances => self.held.load(Ordering::Relaxed),
             Kind::Downloads => CONNECTION_DOWNLOADS.saturating_sub(self.downloads.available_permits()),
         }
     }
@@ -549,7 +589,7 @@ impl Reservation {
         let bytes = bytes.min(self.bytes);
         self.connection.held.fetch_sub(self.bytes - bytes, Ordering::Relaxed);
         self.bytes = bytes;
-        for permit in [&mut self.own, &mut self.shared].into_iter().flatten() {
+        for permit in [&mut self.own, &mut self.advance, &mut self.shared].into_iter().flatten() {
             drop(permit.split(permit.num_permits().saturating_sub(bytes)));
         }
     }
@@ -565,14 +605,17 @@ impl Reservation {
     pub async fn grow(&mut self, bytes: usize) {
         let wanted = (COPIES * bytes).min(self.connection.process.limit / RELIEF_PART);
         let more = wanted.saturating_sub(self.bytes);
-        if let (1.., Some(own)) = (more, &mut self.own) {
+        if more > 0 && self.own.is_some() {
             let free = more.min(self.connection.bytes.available_permits());
             let free = u32::try_from(free).unwrap_or(u32::MAX);
-            if let Ok(permit) = self.connection.bytes.clone().try_acquire_many_owned(free) {
-                own.merge(permit);
-            }
+            let earned = self.connection.bytes.clone().try_acquire_many_owned(free).ok();
             let more = u32::try_from(more).unwrap_or(u32::MAX);
-            let permit = self.connection.process.acquire(Kind::Bytes, more).await;
+            let process = &self.connection.process;
+            let beyond = more - earned.as_ref().map_or(0, |_| free);
+            let advance = process.acquire(Kind::Advances, process.advance(beyond)).await;
+            let permit = process.acquire(Kind::Bytes, more).await;
+            merge(&mut self.own, earned);
+            merge(&mut self.advance, advance);
             self.add(permit);
         }
     }
@@ -582,7 +625,8 @@ impl Reservation {
         let more = u32::try_from(bytes.saturating_sub(self.bytes)).unwrap_or(u32::MAX);
         let permit = (more > 0 && self.own.is_some())
             .then(|| self.connection.process.bytes.clone().try_acquire_many_owned(more).ok())??;
-        let mut extra = Self { connection: self.connection.clone(), bytes: 0, own: None, shared: None };
+        let mut extra =
+            Self { connection: self.connection.clone(), bytes: 0, own: None, advance: None, shared: None };
         extra.add(Some(permit));
         Some(extra)
     }
@@ -591,10 +635,7 @@ impl Reservation {
         let Some(permit) = permit else { return };
         self.bytes += permit.num_permits();
         self.connection.held.fetch_add(permit.num_permits(), Ordering::Relaxed);
-        match &mut self.shared {
-            Some(shared) => shared.merge(permit),
-            None => self.shared = Some(permit),
-        }
+        merge(&mut self.shared, Some(permit));
     }
 
     /// Bytes that keep what they need of this room until they are dropped.
@@ -602,6 +643,14 @@ impl Reservation {
         self.shrink(COPIES * bytes.len());
         let extra = self.overdraw(bytes.len());
         holding(bytes, (self, extra))
+    }
+}
+
+fn merge(kept: &mut Option<OwnedSemaphorePermit>, more: Option<OwnedSemaphorePermit>) {
+    match (kept, more) {
+        (Some(kept), Some(more)) => kept.merge(more),
+        (kept, more @ Some(_)) => *kept = more,
+        (_, None) => {}
     }
 }
 
@@ -709,8 +758,8 @@ mod tests {
     use super::*;
     use futures_util::future::FutureExt;
 
-    #[test]
-    fn a_connection_has_little_and_gets_more_as_it_takes() {
+    #[tokio::test]
+    async fn a_connection_has_little_and_gets_more_as_it_takes() {
         let budget = SendBudget::new(64 << 20, 1);
         let connection = budget.connection();
         assert_eq!(connection.piece(), FIRST_PIECE);
@@ -761,11 +810,15 @@ mod tests {
         let budget = SendBudget::new(CONNECTION_BYTES, 1);
         let (oldest, old, reads) = (budget.connection(), budget.connection(), budget.connection());
         let part = CONNECTION_BYTES / 4;
+        for connection in [&oldest, &old, &reads] {
+            connection.took(2 * part);
+        }
         let held = oldest.try_reserve(part).expect("room");
         sleep(Duration::from_millis(5)).await;
         let dripping = old.try_reserve(part).expect("room");
         let _read = reads.try_reserve(2 * part).expect("room");
         let live = budget.connection();
+        live.took(2 * part);
         assert!(live.try_reserve(CREDIT_BYTES).is_some(), "a little is lent to one that takes everything");
         let reading = async {
             // The last one goes on reading, all that it holds in ten seconds. The younger one takes a byte now and then.
@@ -805,6 +858,42 @@ mod tests {
         budget.relieve(Kind::Bytes);
         let is_cut = |budget: &ConnectionBudget| budget.connection.is_cut.load(Ordering::Relaxed);
         assert_eq!((is_cut(&still), is_cut(&reads)), (true, false));
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_much_does_not_hold_up_who_wants_little() {
+        let budget = SendBudget::new(64 << 20, 1);
+        let connections: Vec<_> = (0..9).map(|_| budget.connection()).collect();
+        let mut large: Vec<_> =
+            connections.iter().map(|connection| Box::pin(connection.reserve(CONNECTION_BYTES))).collect();
+        let lent: Vec<_> = large.iter_mut().map(FutureExt::now_or_never).collect();
+        assert_eq!(
+            lent.iter().flatten().count(),
+            8,
+            "as many as fit into half of it, with what each has earned"
+        );
+        let little = budget.connection();
+        assert!(little.reserve(FIRST_BYTES).now_or_never().is_some());
+    }
+
+    #[tokio::test]
+    async fn what_is_lent_to_whom_nobody_polls_counts_as_held() {
+        let budget = SendBudget::new(CONNECTION_BYTES, 1);
+        let [first, stopped, third] = [(); 3].map(|()| budget.connection());
+        let held = first.try_reserve(CONNECTION_BYTES).expect("room");
+        let mut waiting = Box::pin(stopped.reserve(CONNECTION_BYTES));
+        assert!(futures_util::poll!(&mut waiting).is_pending());
+        drop(held);
+        while budget.lent() == 0 || stopped.connection.held.load(Ordering::Relaxed) == 0 {
+            tokio::task::yield_now().await;
+        }
+        let cut = async {
+            stopped.cut().await;
+            drop(waiting);
+        };
+        let both = futures_util::future::join(third.reserve(CONNECTION_BYTES), cut);
+        let (room, ()) = tokio::time::timeout(Duration::from_secs(60), both).await.expect("room is made");
+        assert_eq!(room.bytes(), CONNECTION_BYTES);
     }
 
     #[tokio::test]

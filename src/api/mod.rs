@@ -2,6 +2,7 @@
 //!
 //! Knows [`Sessions`] and [`Auth`]; never a store.
 
+mod ahead;
 mod answers;
 pub mod blobs;
 pub mod cors;

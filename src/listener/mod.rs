@@ -54,6 +54,8 @@ const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 2 << 20;
 /// Longest pause between two looks at a socket that has sent part of the preface.
 const PREFACE_PAUSE_MAX: Duration = Duration::from_millis(250);
+/// This part of what may wait for clients is what it costs besides its bytes: tasks, heads, what the allocator rounds up.
+const OVERHEAD_PART: usize = 8;
 /// Bytes that the kernel keeps of a connection beyond what the peer has room for.
 const UNSENT_MAX: u32 = 128 * 1024;
 /// How long an HTTP/2 client without a stream may be silent after it was told to go. One that lives answers in a round trip,
@@ -85,7 +87,7 @@ impl Listener {
             .await
             .map_err(|error| anyhow::anyhow!("cannot listen on {}: {error}", config.listen))?;
         let permits = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
-        let budget = SendBudget::new(config.send_buffer, downloads);
+        let budget = SendBudget::new(config.send_buffer - config.send_buffer / OVERHEAD_PART, downloads);
         Ok(Self { socket, tls, permits, budget, config, metrics })
     }
 

@@ -148,6 +148,35 @@ async fn a_websocket_that_is_never_read_ends_at_the_first_write_that_fails() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn websockets_that_are_never_read_keep_no_turn_that_others_wait_for() {
+    // Nothing is cut within the time of this test: there is room for all, and patience.
+    let server = Server::start(&[("WRITE_TIMEOUT", "1h")]).await;
+    server.session("s", 80).await;
+    let mut open = Vec::new();
+    for _ in 0..100 {
+        let mut socket = Socket::open(&server.url("/graphql"), &[]).await.expect("a socket");
+        socket.init(Some(KEY)).await;
+        open.push(socket);
+    }
+    let mut sockets = JoinSet::new();
+    for mut socket in open {
+        sockets.spawn(async move {
+            for index in 0..20 {
+                socket.subscribe(&index.to_string(), RECORDS, json!({"s": "s"})).await;
+            }
+            std::future::pending::<()>().await;
+        });
+    }
+    for _ in 0..10 {
+        assert_eq!(server.read_all("s").await, 80);
+        let list = server.request(Method::GET, "/api/v1/sessions").send();
+        let list = tokio::time::timeout(PATIENCE, list).await.expect("an answer in time").expect("an answer");
+        assert_eq!(list.status().as_u16(), 200);
+    }
+    drop(sockets);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readers_of_every_door_that_do_not_read_share_one_budget_and_those_that_read_go_on() {
     const EACH: usize = 10;
     // Room for a few of them only.

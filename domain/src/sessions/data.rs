@@ -7,7 +7,7 @@ use futures_util::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use tracing::instrument;
 
 use super::appender::may_write;
-use super::{Appended, FollowOptions, Sessions};
+use super::{Appended, FollowOptions, Sessions, in_own_task};
 use crate::access::{Action, Caller, UNAUTHORIZED};
 use crate::channel::{ChannelAddress, ChannelKey, Direction};
 use crate::envelope::{self, Content, NewPayload};
@@ -408,7 +408,7 @@ impl Sessions {
             let session = this.rows.wait_for(&environment, &external).await?;
             this.attached(session, channel, start, &budget).await
         };
-        Ok(stream::once(waiting).try_flatten().boxed())
+        Ok(stream::once(in_own_task(waiting)).try_flatten().boxed())
     }
 
     async fn attached(

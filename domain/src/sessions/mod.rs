@@ -17,6 +17,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
 use super::access::{Action, Caller, Resource, UNAUTHORIZED, Verdict};
@@ -98,6 +99,12 @@ pub struct Appended {
 /// without the other.
 async fn detached<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
     tokio::spawn(work.in_current_span()).await.map_err(Error::internal)?
+}
+
+/// Runs what takes a turn, or a place in a pool, in a task of its own: whoever polls it may stop for as long as a client likes
+/// not to read, and must not keep that from others meanwhile. It ends when it is dropped.
+async fn in_own_task<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    AbortOnDropHandle::new(tokio::spawn(work.in_current_span())).await.map_err(Error::internal)?
 }
 
 /// What the use cases stand on.

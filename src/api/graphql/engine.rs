@@ -25,6 +25,7 @@ use super::persisted::{Lookup, PersistedQueries};
 use super::reply::{Reply, Text};
 use super::schema::{self, Schema};
 use crate::api::App;
+use crate::api::ahead::ahead;
 use crate::api::answers::{Answers, FIRST_BYTES};
 use crate::api::error::Failure;
 use crate::api::rate_limit::{Counted, Exceeded};
@@ -231,16 +232,22 @@ impl Engine {
         reply
     }
 
-    /// Executes any operation as a stream of answers, which begins in `room`. A query begins at once, anything else when it is
-    /// polled.
+    /// Executes any operation as a stream of answers, which begins in `room`. A mutation begins when it is polled, anything
+    /// else at once.
     pub(super) fn answers(
         self: &Arc<Self>,
         prepared: Prepared,
         mut room: Reservation,
     ) -> BoxStream<'static, Answer> {
         let this = self.clone();
+        let failed = |fault| Answer::Failed(vec![Failure::from(Error::internal(fault)).into()]);
+        // Tasks of their own: whoever polls the answers may wait for its client for long, and a query has a turn, or a place in
+        // a pool, that others wait for.
         if prepared.is_subscription() {
-            stream::once(async move { this.subscribe(prepared, room).await }).flatten().boxed()
+            let begin = async move { this.subscribe(prepared, room).await };
+            let begun = AbortOnDropHandle::new(tokio::spawn(begin.in_current_span()));
+            let failed = move |fault| stream::iter([failed(fault)]).boxed();
+            stream::once(async move { begun.await.unwrap_or_else(failed) }).flatten().boxed()
         } else {
             let is_query = prepared.kind == OperationType::Query;
             let execution = async move {
@@ -250,10 +257,7 @@ impl Engine {
             if !is_query {
                 return stream::once(execution).boxed();
             }
-            // A task of its own: whoever polls the answers may wait for its client for long, and a query has a turn that others
-            // wait for.
             let executed = AbortOnDropHandle::new(tokio::spawn(execution.in_current_span()));
-            let failed = |fault| Answer::Failed(vec![Failure::from(Error::internal(fault)).into()]);
             stream::once(async move { executed.await.unwrap_or_else(failed) }).boxed()
         }
     }
@@ -278,7 +282,7 @@ impl Engine {
             let _kept = &received;
             answer(response, &id, cost.points())
         });
-        until_failed(answers)
+        ahead(until_failed(answers)).boxed()
     }
 }
 

@@ -1,7 +1,7 @@
 //! A duplex append session: frames of batches in, frames of acks out, in the same order.
 //!
-//! One task, driven by whoever reads the acks: it takes the next batch only while the writer has room, so neither a fast
-//! writer nor a slow reader costs more than the batches on their way.
+//! One task, a piece of acks ahead of whoever reads them: it takes the next batch only while the writer has room, so neither a
+//! fast writer nor a slow reader costs more than the batches on their way.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -10,7 +10,7 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
-use futures_util::{FutureExt, stream};
+use futures_util::{FutureExt, StreamExt, stream};
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use http_body_util::BodyExt;
 use s2_api::v1::stream::s2s::{CompressionAlgorithm, FrameDecoder, SessionMessage};
@@ -21,6 +21,7 @@ use super::batch::BoundedInput;
 use super::target::Target;
 use super::{BODY_MAX, S2S, error};
 use crate::api::App;
+use crate::api::ahead::ahead;
 use crate::api::error::Failure;
 use crate::api::trace::{Chain, RequestId};
 use crate::domain::send_budget::Reservation;
@@ -185,7 +186,7 @@ impl IntoResponse for Session {
             let frame = session.next().await?;
             Some((Ok::<_, std::convert::Infallible>(frame), session))
         });
-        let mut response = Response::new(Body::from_stream(frames));
+        let mut response = Response::new(Body::from_stream(ahead(frames.boxed())));
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(S2S));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));

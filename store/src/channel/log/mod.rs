@@ -26,6 +26,7 @@ use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::stream::BoxStream;
 use quick_cache::sync::Cache;
 use tokio::sync::{Semaphore, oneshot};
+use tokio_util::task::AbortOnDropHandle;
 
 use self::queue::{Append, Queue, Request, gone};
 use self::space::Space;
@@ -134,13 +135,23 @@ impl Shared {
         self: &Arc<Self>,
         read: impl FnOnce(&Self) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let permit = self.readers.clone().acquire_owned().await.map_err(Error::internal)?;
-        let shared = self.clone();
-        let task = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
-            read(&shared)
-        });
-        task.await.map_err(Error::internal)?
+        let (shared, readers) = (self.clone(), self.readers.clone());
+        let begin = |permit| {
+            tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                read(&shared)
+            })
+        };
+        if let Ok(permit) = readers.clone().try_acquire_owned() {
+            return begin(permit).await.map_err(Error::internal)?;
+        }
+        // In a task of its own: whoever polls this may stop for as long as a client likes not to read, and must not have the
+        // turn meanwhile.
+        let turn = async move {
+            let permit = readers.acquire_owned().await.map_err(Error::internal)?;
+            begin(permit).await.map_err(Error::internal)?
+        };
+        AbortOnDropHandle::new(tokio::spawn(turn)).await.map_err(Error::internal)?
     }
 
     async fn read(
@@ -373,6 +384,25 @@ mod tests {
         assert_eq!(log.condition(), Condition::Broken);
         let read = log.read(&key, ReadStart::SeqNum(0), ReadLimit::BATCH).await.expect("reads");
         assert_eq!(read.records.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_read_that_nobody_polls_keeps_no_turn_of_others() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let log =
+            LogChannels::open(folder.path(), LogOptions::default(), Arc::new(SystemClock)).expect("opens");
+        let key = ChannelKey::main(SessionId::from_stored("session_a"), Direction::In);
+        log.append(&key, AppendInput::one(NewRecord::data("a")).expect("fits")).await.expect("appends");
+        let read = || log.read(&key, ReadStart::SeqNum(0), ReadLimit::BATCH);
+        let turns = log.shared.readers.clone().acquire_many_owned(READERS as u32).await.expect("all turns");
+        let mut waiting: Vec<_> = (0..2 * READERS).map(|_| read()).collect();
+        for read in &mut waiting {
+            assert!(futures_util::poll!(read).is_pending());
+        }
+        drop(turns);
+        let mine = tokio::time::timeout(Duration::from_secs(60), read()).await.expect("a turn");
+        assert_eq!(mine.expect("reads").records.len(), 1);
+        drop(waiting);
     }
 
     #[tokio::test]

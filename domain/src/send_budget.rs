@@ -63,15 +63,16 @@ const CONNECTION_DOWNLOADS: usize = 16;
 pub struct SendBudget {
     bytes: Arc<Semaphore>,
     limit: usize,
-    /// A part of the bytes, for what connections are lent beyond what they have earned: whoever waits for much of that does
-    /// not hold up those that want little.
+    /// A part of the bytes, for what connections are lent beyond what they have earned, and for large bodies: whoever waits for
+    /// much does not hold up those that want little.
     advances: Arc<Semaphore>,
     downloads: Arc<Semaphore>,
     downloads_limit: usize,
     began: Instant,
     connections: Mutex<HashMap<u64, Weak<Connection>>>,
     next: AtomicU64,
-    relieved_at: Mutex<Option<Instant>>,
+    /// When room was last made, of each kind.
+    relieved_at: Mutex<[Option<Instant>; 3]>,
     /// Connections that were cut and not told yet, and when the last were.
     told: Mutex<(usize, Option<Instant>)>,
 }
@@ -99,10 +100,14 @@ struct Connection {
     /// Bytes that were put into `bytes`.
     granted: AtomicUsize,
     held: AtomicUsize,
+    /// Bytes of advances.
+    advanced: AtomicUsize,
+    /// What it may send at once.
+    receives: Arc<Semaphore>,
     downloads: Arc<Semaphore>,
     /// Bytes that the client has taken.
     taken: AtomicU64,
-    /// Bytes of its whole bodies.
+    /// Bytes of bodies and messages that it has sent.
     received: AtomicU64,
     /// What both were when the connection last moved.
     moved_from: AtomicU64,
@@ -115,7 +120,7 @@ struct Connection {
     /// Bytes that the client may still send; [`UNLIMITED`] while nobody has said.
     may_send: AtomicU64,
     /// What a large message takes, and its room once it has begun: no [`Reservation`], which would keep the connection.
-    large: Mutex<(usize, Option<OwnedSemaphorePermit>)>,
+    large: Mutex<(usize, Permits)>,
     is_cut: AtomicBool,
     cut: Notify,
 }
@@ -124,6 +129,12 @@ struct Connection {
 pub struct Reservation {
     connection: Arc<Connection>,
     bytes: usize,
+    permits: Permits,
+}
+
+/// Of one reservation.
+#[derive(Debug, Default)]
+struct Permits {
     own: Option<OwnedSemaphorePermit>,
     advance: Option<OwnedSemaphorePermit>,
     shared: Option<OwnedSemaphorePermit>,
@@ -134,6 +145,7 @@ pub struct Reservation {
 pub struct Download {
     _own: OwnedSemaphorePermit,
     _shared: OwnedSemaphorePermit,
+    _held: Reservation,
 }
 
 /// What a budget lends.
@@ -158,7 +170,7 @@ impl SendBudget {
             began: Instant::now(),
             connections: Mutex::default(),
             next: AtomicU64::new(0),
-            relieved_at: Mutex::new(None),
+            relieved_at: Mutex::default(),
             told: Mutex::default(),
         })
     }
@@ -172,6 +184,8 @@ impl SendBudget {
             bytes: Arc::new(Semaphore::new(FIRST_BYTES)),
             granted: AtomicUsize::new(FIRST_BYTES),
             held: AtomicUsize::new(0),
+            advanced: AtomicUsize::new(0),
+            receives: Arc::new(Semaphore::new(self.limit / RELIEF_PART)),
             downloads: Arc::new(Semaphore::new(CONNECTION_DOWNLOADS)),
             taken: AtomicU64::new(0),
             received: AtomicU64::new(0),
@@ -226,6 +240,7 @@ impl SendBudget {
     /// Cuts the connections that have not moved for the longest time, until enough of the whole is free.
     fn relieve(&self, kind: Kind) {
         let mut relieved_at = lock(&self.relieved_at);
+        let relieved_at = &mut relieved_at[kind as usize];
         if relieved_at.is_some_and(|at| at.elapsed() < RELIEF_EVERY) {
             return;
         }
@@ -265,7 +280,7 @@ impl SendBudget {
         let mut told = lock(&self.told);
         told.0 += cut;
         if told.0 > 0 && told.1.is_none_or(|at| at.elapsed() >= TELL_EVERY) {
-            let message = "cut connections that do not read, to make room for those that do";
+            let message = "cut connections that neither read nor send, to make room for those that do";
             tracing::warn!(connections = told.0, "{message}");
             *told = (0, Some(Instant::now()));
         }
@@ -304,10 +319,8 @@ impl ConnectionBudget {
             // Never closed, so there are always permits.
             let own = connection.bytes.clone().acquire_many_owned(own).await.ok();
             let advance = connection.process.acquire(Kind::Advances, advance).await;
-            let permit = connection.process.acquire(Kind::Bytes, shared).await;
-            let mut room = this.lent(shared as usize, permit);
-            (room.own, room.advance) = (own, advance);
-            room
+            let shared = connection.process.acquire(Kind::Bytes, shared).await;
+            this.lent(Permits { own, advance, shared })
         })
         .await
     }
@@ -317,7 +330,7 @@ impl ConnectionBudget {
     pub fn try_reserve(&self, bytes: usize) -> Option<Reservation> {
         let free = self.try_acquire(bytes);
         let credit = || bytes <= CREDIT_BYTES && self.connection.held.load(Ordering::Relaxed) == 0;
-        free.or_else(|| credit().then(|| self.lent(bytes, None)))
+        free.or_else(|| credit().then(|| self.lend(bytes, Permits::default())))
     }
 
     fn try_acquire(&self, bytes: usize) -> Option<Reservation> {
@@ -325,21 +338,19 @@ impl ConnectionBudget {
         let process = &self.connection.process;
         let own = self.connection.bytes.clone().try_acquire_many_owned(own).ok()?;
         let advance = process.advances.clone().try_acquire_many_owned(advance).ok()?;
-        let permit = process.bytes.clone().try_acquire_many_owned(shared).ok()?;
-        let mut room = self.lent(shared as usize, Some(permit));
-        (room.own, room.advance) = (Some(own), Some(advance));
-        Some(room)
+        let shared = process.bytes.clone().try_acquire_many_owned(shared).ok()?;
+        Some(self.lent(Permits { own: Some(own), advance: Some(advance), shared: Some(shared) }))
     }
 
-    fn lent(&self, bytes: usize, shared: Option<OwnedSemaphorePermit>) -> Reservation {
-        if bytes > 0 {
-            // First, or whoever looks for a connection to cut would see what is held and an old moment.
-            if self.connection.held.load(Ordering::Relaxed) == 0 {
-                self.connection.moved();
-            }
-            self.connection.held.fetch_add(bytes, Ordering::Relaxed);
-        }
-        Reservation { connection: self.connection.clone(), bytes, own: None, advance: None, shared }
+    fn lent(&self, permits: Permits) -> Reservation {
+        let bytes = permits.shared.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        self.lend(bytes, permits)
+    }
+
+    fn lend(&self, bytes: usize, permits: Permits) -> Reservation {
+        self.connection.hold(bytes);
+        self.connection.advanced.fetch_add(permits.advanced(), Ordering::Relaxed);
+        Reservation { connection: self.connection.clone(), bytes, permits }
     }
 
     /// Permits of the connection, of what is lent beyond those, and of the process for so many bytes.
@@ -379,37 +390,31 @@ impl ConnectionBudget {
         // Neither is ever closed, so there are always permits.
         let own = connection.downloads.clone().acquire_owned().await.ok()?;
         let shared = connection.process.acquire(Kind::Downloads, 1).await?;
-        Some(Download { _own: own, _shared: shared })
+        // A byte, so that one which takes nothing of what is sent uncounted can be told from one that has nothing open.
+        Some(Download { _own: own, _shared: shared, _held: self.lend(1, Permits::default()) })
     }
 
-    /// Waits for room for what is to be received. What the connection may have is for what waits for it, and left alone.
-    /// Cancel safe.
-    pub async fn receive(&self, bytes: usize) -> Reservation {
-        let free = self.try_free(bytes);
-        if let Some(room) = free {
-            return room;
-        }
-        let (this, bytes) = (self.clone(), self.receivable(bytes));
-        self.in_own_task(async move {
-            let permit = this.connection.process.acquire(Kind::Bytes, bytes).await;
-            this.lent(bytes as usize, permit)
-        })
-        .await
-    }
-
-    /// As [`ConnectionBudget::receive`], if there is room at this moment. Otherwise some is made.
-    pub fn try_receive(&self, bytes: usize) -> Option<Reservation> {
-        let room = self.try_free(bytes);
-        if room.is_none() {
-            self.connection.process.relieve(Kind::Bytes);
-        }
-        room
-    }
-
-    fn try_free(&self, bytes: usize) -> Option<Reservation> {
-        let bytes = self.receivable(bytes);
-        let permit = self.connection.process.bytes.clone().try_acquire_many_owned(bytes).ok()?;
-        Some(self.lent(bytes as usize, Some(permit)))
+    /// Room for so many bytes that are being received, `has` of which have some, if there is any at this moment; otherwise some
+    /// is made for the next one. Little comes out of the whole, so that who sends much holds up no other.
+    /// Nobody waits: what is not read fills the window that all streams of an HTTP/2 connection share, and those that have
+    /// room then never get what is theirs.
+    pub fn try_receive(&self, bytes: usize, has: usize) -> Option<Reservation> {
+        let process = &self.connection.process;
+        let bytes = bytes.min(process.limit / RELIEF_PART);
+        let large = bytes.saturating_sub(FIRST_BYTES) - has.min(bytes).saturating_sub(FIRST_BYTES);
+        let [count, large] =
+            [bytes - has.min(bytes), large].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
+        let own = self.connection.receives.clone().try_acquire_many_owned(count).ok()?;
+        let rest = || {
+            let advance = process.advances.clone().try_acquire_many_owned(large).ok()?;
+            Some((advance, process.bytes.clone().try_acquire_many_owned(count).ok()?))
+        };
+        let Some((advance, shared)) = rest() else {
+            process.relieve(Kind::Advances);
+            process.relieve(Kind::Bytes);
+            return None;
+        };
+        Some(self.lent(Permits { own: Some(own), advance: Some(advance), shared: Some(shared) }))
     }
 
     /// Waits in a task of its own: whoever polls this may stop for as long as its client likes not to read, and what it is lent
@@ -419,14 +424,16 @@ impl ConnectionBudget {
         reserving: impl Future<Output = Reservation> + Send + 'static,
     ) -> Reservation {
         let room = AbortOnDropHandle::new(tokio::spawn(reserving)).await;
-        room.unwrap_or_else(|_| self.lent(0, None))
+        room.unwrap_or_else(|_| self.lent(Permits::default()))
     }
 
-    fn receivable(&self, bytes: usize) -> u32 {
-        u32::try_from(bytes.min(self.connection.process.limit / RELIEF_PART)).unwrap_or(u32::MAX)
+    /// A reservation again, of permits whose bytes count as held.
+    fn retaken(&self, permits: Permits) -> Reservation {
+        let bytes = permits.shared.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        Reservation { connection: self.connection.clone(), bytes, permits }
     }
 
-    /// So many bytes were received as a whole.
+    /// So many bytes were received.
     pub fn received(&self, bytes: usize) {
         let connection = &self.connection;
         connection.received.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -436,9 +443,9 @@ impl ConnectionBudget {
     /// The client may send so many bytes more, and up to `large` in room that is taken once they are not enough. Said again
     /// for every message where a library collects messages before we see any of them.
     pub fn allow(&self, bytes: usize, large: usize) {
-        let before = std::mem::replace(&mut *lock(&self.connection.large), (large, None));
-        let before = before.1.map_or(0, |permit| permit.num_permits());
-        self.connection.held.fetch_sub(before, Ordering::Relaxed);
+        let before = std::mem::replace(&mut *lock(&self.connection.large), (large, Permits::default()));
+        // What it holds counts as held until here.
+        drop(self.retaken(before.1));
         self.connection.may_send.store(bytes as u64, Ordering::Relaxed);
     }
 
@@ -456,7 +463,15 @@ impl ConnectionBudget {
         }
         let left = left.checked_sub(bytes as u64).or_else(|| self.begin_large(bytes));
         may_send.store(left.unwrap_or(0), Ordering::Relaxed);
+        self.received(bytes);
         left.is_some()
+    }
+
+    /// So many of the bytes that the client has sent were none of its message.
+    pub fn give_back(&self, bytes: usize) {
+        let more = |left: u64| (left != UNLIMITED && left > 0).then(|| left.saturating_add(bytes as u64));
+        // Nothing to give back where there is no limit, or where it is reached.
+        let _ = self.connection.may_send.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
     }
 
     /// What may be sent after `bytes` of a large message, if there is room for one.
@@ -464,7 +479,7 @@ impl ConnectionBudget {
         let mut large = lock(&self.connection.large);
         let size = std::mem::take(&mut large.0);
         let left = size.checked_sub(bytes)?;
-        large.1 = self.try_receive(size)?.keep_lent();
+        large.1 = self.try_receive(size, 0)?.into_permits();
         Some(left as u64)
     }
 
@@ -534,6 +549,17 @@ impl Connection {
         self.moved_at.store(self.process.now(), Ordering::Relaxed);
     }
 
+    /// Holds so many bytes more.
+    fn hold(&self, bytes: usize) {
+        if bytes > 0 {
+            // First, or whoever looks for a connection to cut would see what is held and an old moment.
+            if self.held.load(Ordering::Relaxed) == 0 {
+                self.moved();
+            }
+            self.held.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
     /// For how many milliseconds it has not moved; none while nothing waits for it.
     fn still(&self, now: u64) -> Option<u64> {
         let holds = self.held.load(Ordering::Relaxed) > 0;
@@ -542,7 +568,8 @@ impl Connection {
 
     fn lent(&self, kind: Kind) -> usize {
         match kind {
-            Kind::Bytes | Kind::Advances => self.held.load(Ordering::Relaxed),
+            Kind::Bytes => self.held.load(Ordering::Relaxed),
+            Kind::Advances => self.advanced.load(Ordering::Relaxed),
             Kind::Downloads => CONNECTION_DOWNLOADS.saturating_sub(self.downloads.available_permits()),
         }
     }
@@ -589,53 +616,84 @@ impl Reservation {
         let bytes = bytes.min(self.bytes);
         self.connection.held.fetch_sub(self.bytes - bytes, Ordering::Relaxed);
         self.bytes = bytes;
-        for permit in [&mut self.own, &mut self.advance, &mut self.shared].into_iter().flatten() {
+        let advance = self.permits.advanced();
+        let Permits { own, advance: lent, shared } = &mut self.permits;
+        for permit in [own, lent, shared].into_iter().flatten() {
             drop(permit.split(permit.num_permits().saturating_sub(bytes)));
         }
+        self.connection.advanced.fetch_sub(advance - self.permits.advanced(), Ordering::Relaxed);
     }
 
-    /// The permit of what was received, which counts as held until somebody takes that back.
-    fn keep_lent(mut self) -> Option<OwnedSemaphorePermit> {
+    /// The permits of what was received, which count as held until somebody takes that back.
+    fn into_permits(mut self) -> Permits {
         self.bytes = 0;
-        self.shared.take()
+        std::mem::take(&mut self.permits)
+    }
+
+    /// Room for what the server works on: nothing waits for the client until it [grows](Self::grow).
+    #[must_use]
+    pub fn at_work(mut self) -> Self {
+        self.connection.held.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.bytes = 0;
+        self
     }
 
     /// Waits until it is room for an answer of so many bytes. Of what the connection may have it takes what is free, and waits
     /// for nothing: others of the same connection, which have answers too, may wait likewise.
     pub async fn grow(&mut self, bytes: usize) {
         let wanted = (COPIES * bytes).min(self.connection.process.limit / RELIEF_PART);
-        let more = wanted.saturating_sub(self.bytes);
-        if more > 0 && self.own.is_some() {
+        let Some(shared) = &self.permits.shared else { return };
+        let more = wanted.saturating_sub(shared.num_permits());
+        if more > 0 {
             let free = more.min(self.connection.bytes.available_permits());
             let free = u32::try_from(free).unwrap_or(u32::MAX);
-            let earned = self.connection.bytes.clone().try_acquire_many_owned(free).ok();
+            let own = self.connection.bytes.clone().try_acquire_many_owned(free).ok();
             let more = u32::try_from(more).unwrap_or(u32::MAX);
             let process = &self.connection.process;
-            let beyond = more - earned.as_ref().map_or(0, |_| free);
+            let beyond = more - own.as_ref().map_or(0, |_| free);
             let advance = process.acquire(Kind::Advances, process.advance(beyond)).await;
-            let permit = process.acquire(Kind::Bytes, more).await;
-            merge(&mut self.own, earned);
-            merge(&mut self.advance, advance);
-            self.add(permit);
+            let shared = process.acquire(Kind::Bytes, more).await;
+            self.absorb(Permits { own, advance, shared });
         }
+        self.count();
+    }
+
+    /// Adds the room of another one of the same connection.
+    pub fn merge(&mut self, mut other: Self) {
+        self.absorb(other.into_permits_uncounted());
+        self.count();
+    }
+
+    fn into_permits_uncounted(&mut self) -> Permits {
+        self.connection.held.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
+        let permits = std::mem::take(&mut self.permits);
+        self.connection.advanced.fetch_sub(permits.advanced(), Ordering::Relaxed);
+        permits
+    }
+
+    fn absorb(&mut self, more: Permits) {
+        self.connection.advanced.fetch_add(more.advanced(), Ordering::Relaxed);
+        merge(&mut self.permits.own, more.own);
+        merge(&mut self.permits.advance, more.advance);
+        merge(&mut self.permits.shared, more.shared);
+    }
+
+    /// From now on all of it is held.
+    fn count(&mut self) {
+        let bytes = self.permits.shared.as_ref().map_or(self.bytes, OwnedSemaphorePermit::num_permits);
+        self.connection.hold(bytes.saturating_sub(self.bytes));
+        self.bytes = self.bytes.max(bytes);
     }
 
     /// Room for as many bytes more, as far as there is any: what is written may be longer than what was read.
     fn overdraw(&self, bytes: usize) -> Option<Self> {
         let more = u32::try_from(bytes.saturating_sub(self.bytes)).unwrap_or(u32::MAX);
-        let permit = (more > 0 && self.own.is_some())
+        let permit = (more > 0 && self.permits.own.is_some())
             .then(|| self.connection.process.bytes.clone().try_acquire_many_owned(more).ok())??;
-        let mut extra =
-            Self { connection: self.connection.clone(), bytes: 0, own: None, advance: None, shared: None };
-        extra.add(Some(permit));
+        let permits = Permits { shared: Some(permit), ..Permits::default() };
+        let mut extra = Self { connection: self.connection.clone(), bytes: 0, permits };
+        extra.count();
         Some(extra)
-    }
-
-    fn add(&mut self, permit: Option<OwnedSemaphorePermit>) {
-        let Some(permit) = permit else { return };
-        self.bytes += permit.num_permits();
-        self.connection.held.fetch_add(permit.num_permits(), Ordering::Relaxed);
-        merge(&mut self.shared, Some(permit));
     }
 
     /// Bytes that keep what they need of this room until they are dropped.
@@ -656,7 +714,13 @@ fn merge(kept: &mut Option<OwnedSemaphorePermit>, more: Option<OwnedSemaphorePer
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.connection.held.fetch_sub(self.bytes, Ordering::Relaxed);
+        drop(self.into_permits_uncounted());
+    }
+}
+
+impl Permits {
+    fn advanced(&self) -> usize {
+        self.advance.as_ref().map_or(0, OwnedSemaphorePermit::num_permits)
     }
 }
 

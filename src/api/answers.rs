@@ -19,8 +19,8 @@ use crate::domain::{ConnectionBudget, Error};
 const MADE_AT_ONCE: usize = 32;
 
 /// What an answer takes of the connection's budget before it is known how long it is: a connection that has taken nothing
-/// yet has four made at once.
-pub const FIRST_BYTES: usize = 16 << 10;
+/// yet has eight made at once.
+pub const FIRST_BYTES: usize = 8 << 10;
 
 /// Whose turn it is to make an answer.
 #[derive(Clone)]
@@ -48,7 +48,7 @@ impl Answers {
         made: impl Future<Output = Result<T, Failure>>,
     ) -> Result<Response, Failure> {
         // Before the turn: nobody may hold one for as long as a client likes not to read.
-        let mut room = budget.reserve(FIRST_BYTES).await;
+        let mut room = budget.reserve(FIRST_BYTES).await.at_work();
         let _turn = self.turn().await;
         let text = serde_json::to_vec(&made.await?).map_err(Error::internal)?;
         room.grow(text.len()).await;

@@ -12,8 +12,9 @@ use http::{Extensions, HeaderMap};
 use http_body_util::BodyExt;
 use serde_json::{Map, Value};
 
+use super::App;
 use super::error::Failure;
-use super::{App, received};
+use super::received::{self, Received};
 use crate::domain::run::named_run;
 use crate::domain::{
     Caller, ChannelAddress, ChannelName, ConnectionBudget, Direction, Error, RunId, SessionRef, Violation,
@@ -201,10 +202,13 @@ impl<const LIMIT: usize> LimitedBody<LIMIT> {
         let body = std::mem::take(request.body_mut());
         let budget = request.extensions().get::<ConnectionBudget>();
         let budget = budget.ok_or_else(|| Error::internal("a request without a budget"))?;
+        let mut received = Received::default();
+        let count = |bytes| received.add(budget, bytes, length);
         let (pause, whole) = (app.config.body_chunk_timeout, app.config.body_timeout);
-        budget.keep(received::room(budget, length, whole).await?);
-        let bytes = read_within(body, LIMIT, pause, whole).await?;
-        budget.received(bytes.len());
+        let bytes = read_within(body, LIMIT, pause, whole, count).await?;
+        if let Some(room) = received.into_room() {
+            budget.keep(room);
+        }
         Ok(Self(bytes))
     }
 }
@@ -214,21 +218,27 @@ pub(super) fn announced(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok())
 }
 
-/// A body of at most `limit` bytes, with no pause longer than `pause`, within `whole`.
+/// A body of at most `limit` bytes, with no pause longer than `pause`, within `whole`. `count` is told of each piece.
 ///
 /// # Errors
-/// 400, 408, 413.
+/// 400, 408, 413; those of `count`.
 pub(super) async fn read_within(
     body: Body,
     limit: usize,
     pause: Duration,
     whole: Duration,
+    count: impl FnMut(usize) -> Result<(), Failure>,
 ) -> Result<Bytes, Failure> {
-    let read = tokio::time::timeout(whole, read(body, limit, pause)).await;
+    let read = tokio::time::timeout(whole, read(body, limit, pause, count)).await;
     read.unwrap_or_else(|_| Err(Failure::body_timeout()))
 }
 
-async fn read(mut body: Body, limit: usize, chunk: Duration) -> Result<Bytes, Failure> {
+async fn read(
+    mut body: Body,
+    limit: usize,
+    chunk: Duration,
+    mut count: impl FnMut(usize) -> Result<(), Failure>,
+) -> Result<Bytes, Failure> {
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
     loop {
@@ -239,6 +249,7 @@ async fn read(mut body: Body, limit: usize, chunk: Duration) -> Result<Bytes, Fa
         if first.len() + rest.len() + data.len() > limit {
             return Err(Failure::body_too_large());
         }
+        count(data.len())?;
         if first.is_empty() {
             first = data;
         } else {
@@ -263,9 +274,9 @@ impl<const LIMIT: usize> FromRequest<App> for JsonObject<LIMIT> {
 
     async fn from_request(mut request: Request, app: &App) -> Result<Self, Failure> {
         let LimitedBody(bytes) = LimitedBody::<LIMIT>::read(&mut request, app).await?;
-        if let Some(budget) = request.extensions().get::<ConnectionBudget>()
-            && let Some(room) = received::reserve(budget, &bytes, app.config.body_timeout).await?
-        {
+        let budget = request.extensions().get::<ConnectionBudget>();
+        let room = budget.map_or(Ok(None), |budget| received::weigh(budget, &bytes))?;
+        if let (Some(budget), Some(room)) = (budget, room) {
             budget.keep(room);
         }
         json_object(&bytes).map(Self)
@@ -325,14 +336,14 @@ mod tests {
         let chunks =
             |n: usize| Body::from_stream(stream::iter((0..n).map(|_| Ok::<_, std::io::Error>("ab"))));
         let wait = Duration::from_secs(5);
-        assert_eq!(read(chunks(3), 6, wait).await.expect("fits"), "ababab");
-        assert_eq!(read(chunks(4), 6, wait).await.expect_err("over").status.as_u16(), 413);
+        assert_eq!(read(chunks(3), 6, wait, |_| Ok(())).await.expect("fits"), "ababab");
+        assert_eq!(read(chunks(4), 6, wait, |_| Ok(())).await.expect_err("over").status.as_u16(), 413);
     }
 
     #[tokio::test]
     async fn a_body_that_stalls_is_given_up() {
         let stalled = Body::from_stream(stream::pending::<Result<Bytes, std::io::Error>>());
-        let refused = read(stalled, 6, Duration::from_millis(5)).await.expect_err("stalled");
+        let refused = read(stalled, 6, Duration::from_millis(5), |_| Ok(())).await.expect_err("stalled");
         assert_eq!(refused.status.as_u16(), 408);
     }
 }

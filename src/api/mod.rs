@@ -2,7 +2,6 @@
 //!
 //! Knows [`Sessions`] and [`Auth`]; never a store.
 
-mod ahead;
 mod answers;
 pub mod blobs;
 pub mod cors;
@@ -11,6 +10,7 @@ pub mod extract;
 pub mod graphql;
 pub mod openapi;
 pub mod origin;
+mod own_task;
 pub mod period;
 pub mod playground;
 pub mod rate_limit;

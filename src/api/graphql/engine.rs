@@ -25,9 +25,9 @@ use super::persisted::{Lookup, PersistedQueries};
 use super::reply::{Reply, Text};
 use super::schema::{self, Schema};
 use crate::api::App;
-use crate::api::ahead::ahead;
 use crate::api::answers::{Answers, FIRST_BYTES};
 use crate::api::error::Failure;
+use crate::api::own_task::in_own_task;
 use crate::api::rate_limit::{Counted, Exceeded};
 use crate::api::trace::RequestId;
 use crate::config::GraphqlConfig;
@@ -196,7 +196,7 @@ impl Engine {
         budget: &ConnectionBudget,
     ) -> impl Future<Output = Reservation> + Send + 'static {
         let budget = budget.clone();
-        async move { budget.reserve(FIRST_BYTES).await }
+        async move { budget.reserve(FIRST_BYTES).await.at_work() }
     }
 
     /// Executes a query or a mutation, whose answer gets room behind the first `taken` bytes of `room`.
@@ -282,7 +282,7 @@ impl Engine {
             let _kept = &received;
             answer(response, &id, cost.points())
         });
-        ahead(until_failed(answers)).boxed()
+        in_own_task(until_failed(answers)).boxed()
     }
 }
 

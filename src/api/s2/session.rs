@@ -1,6 +1,6 @@
 //! A duplex append session: frames of batches in, frames of acks out, in the same order.
 //!
-//! One task, a piece of acks ahead of whoever reads them: it takes the next batch only while the writer has room, so neither a
+//! One task, which works on the next acks once they are asked for: it takes the next batch only while the writer has room, so neither a
 //! fast writer nor a slow reader costs more than the batches on their way.
 
 use std::collections::VecDeque;
@@ -21,15 +21,13 @@ use super::batch::BoundedInput;
 use super::target::Target;
 use super::{BODY_MAX, S2S, error};
 use crate::api::App;
-use crate::api::ahead::ahead;
 use crate::api::error::Failure;
+use crate::api::own_task::in_own_task;
+use crate::api::received::Received;
 use crate::api::trace::{Chain, RequestId};
-use crate::domain::send_budget::Reservation;
 use crate::domain::{Appender, ConnectionBudget, DirectBatch, Direction, Error, WriterEnd, WriterEvent};
 use crate::telemetry::GaugeGuard;
 
-/// What of a frame that is not whole yet is not counted.
-const SMALL: usize = 16 << 10;
 /// Bytes of acks that go out together.
 const PIECE: usize = 8 << 10;
 
@@ -186,7 +184,7 @@ impl IntoResponse for Session {
             let frame = session.next().await?;
             Some((Ok::<_, std::convert::Infallible>(frame), session))
         });
-        let mut response = Response::new(Body::from_stream(ahead(frames.boxed())));
+        let mut response = Response::new(Body::from_stream(in_own_task(frames.boxed())));
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(S2S));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
@@ -200,13 +198,13 @@ struct Frames {
     body: Body,
     buffer: BytesMut,
     budget: ConnectionBudget,
-    /// Of a large frame that has begun.
-    room: Option<Reservation>,
+    /// Of the frame that has begun.
+    received: Received,
 }
 
 impl Frames {
     fn new(body: Body, budget: ConnectionBudget) -> Self {
-        Self { body, buffer: BytesMut::new(), budget, room: None }
+        Self { body, buffer: BytesMut::new(), budget, received: Received::default() }
     }
 
     /// The next batch; `None` when the writer is done, or gone. Cancel safe.
@@ -214,13 +212,8 @@ impl Frames {
         loop {
             match FrameDecoder.decode(&mut self.buffer) {
                 Ok(Some(message)) => {
-                    if let Some(room) = self.room.take() {
-                        self.budget.received(room.bytes());
-                    }
+                    self.received = Received::default();
                     return Some(batch(message));
-                }
-                Ok(None) if self.buffer.len() > SMALL && self.room.is_none() => {
-                    self.room = Some(self.budget.receive(BODY_MAX).await);
                 }
                 Ok(None) => {}
                 Err(fault) => return Some(Err(error::bad("bad_frame", fault.to_string()))),
@@ -228,6 +221,9 @@ impl Frames {
             match self.body.frame().await {
                 Some(Ok(frame)) => {
                     if let Ok(data) = frame.into_data() {
+                        if let Err(failure) = self.received.add(&self.budget, data.len(), BODY_MAX) {
+                            return Some(Err(error::reshaped(failure)));
+                        }
                         self.buffer.extend_from_slice(&data);
                     }
                 }

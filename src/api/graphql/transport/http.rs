@@ -57,7 +57,9 @@ pub(super) async fn answer(app: App, id: RequestId, mut request: Request) -> Res
             true => (from_body(&app, &mut request).await?, None),
             false => (Bytes::new(), None),
         };
-        let received = received::reserve(&budget, &bytes, app.config.body_timeout).await?.map(Arc::new);
+        let query = request.uri().query().unwrap_or_default();
+        let text = if may_change { &bytes } else { query.as_bytes() };
+        let received = received::weigh(&budget, text)?.map(Arc::new);
         let operations = if may_change { parse(bytes).await? } else { from_query(request.uri().query())? };
         // From here on a client that takes no answers is waited for: strangers do not keep what others of them want.
         drop(body);
@@ -244,8 +246,9 @@ async fn from_stranger(
     let room = app.strangers.room(announced)?;
     let limit = announced.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(stranger::BODY_MAX);
     let pause = app.config.body_chunk_timeout;
-    let bytes =
-        read_within(std::mem::take(request.body_mut()), limit, pause, pause).await.map_err(|failure| {
+    let bytes = read_within(std::mem::take(request.body_mut()), limit, pause, pause, |_| Ok(()))
+        .await
+        .map_err(|failure| {
             let is_large = failure.status == StatusCode::PAYLOAD_TOO_LARGE;
             if is_large { stranger::too_large() } else { failure }
         })?;

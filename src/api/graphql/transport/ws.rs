@@ -294,13 +294,15 @@ impl Connection {
                 text
             }
             Message::Binary(_) => return Err(Close::invalid("messages are text").into()),
-            Message::Ping(_) | Message::Pong(_) | Message::Close(_) => return Ok(()),
+            Message::Ping(payload) | Message::Pong(payload) => {
+                // With the head of its frame, and the mask.
+                self.budget.give_back(payload.len() + 6);
+                return Ok(());
+            }
+            Message::Close(_) => return Ok(()),
         };
-        let received = match received::size_of(text.as_bytes()) {
-            0 => None,
-            size => Some(Arc::new(self.budget.try_receive(size).ok_or_else(Close::busy)?)),
-        };
-        self.budget.received(text.len());
+        let received = received::weigh(&self.budget, text.as_bytes()).map_err(|_| Close::busy())?;
+        let received = received.map(Arc::new);
         match ClientMessage::parse(&text)? {
             ClientMessage::ConnectionInit { payload } => self.init(payload.unwrap_or_default()).await,
             ClientMessage::Ping { payload } => self.send(pong(payload)).await,

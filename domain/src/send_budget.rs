@@ -660,11 +660,11 @@ impl Reservation {
 
     /// Adds the room of another one of the same connection.
     pub fn merge(&mut self, mut other: Self) {
-        self.absorb(other.into_permits_uncounted());
+        self.absorb(other.take_permits());
         self.count();
     }
 
-    fn into_permits_uncounted(&mut self) -> Permits {
+    fn take_permits(&mut self) -> Permits {
         self.connection.held.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
         let permits = std::mem::take(&mut self.permits);
         self.connection.advanced.fetch_sub(permits.advanced(), Ordering::Relaxed);
@@ -714,7 +714,7 @@ fn merge(kept: &mut Option<OwnedSemaphorePermit>, more: Option<OwnedSemaphorePer
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        drop(self.into_permits_uncounted());
+        drop(self.take_permits());
     }
 }
 

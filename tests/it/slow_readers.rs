@@ -291,7 +291,8 @@ async fn bodies_that_never_end_share_the_budget_and_those_that_end_go_on() {
         let path = "/realtime/v1/sessions/s/in/append";
         let sent = server.request(Method::POST, path).body("x".repeat(length)).send();
         let sent = tokio::time::timeout(PATIENCE, sent).await.expect("an answer in time");
-        sent.expect("an answer").status().as_u16()
+        // Who is refused in the middle of a body may see no more than the end of the connection.
+        sent.map_or(503, |answer| answer.status().as_u16())
     };
     assert_eq!(append(LENGTH).await, 200);
     let before = server.most_memory();

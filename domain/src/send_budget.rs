@@ -54,7 +54,9 @@ const RELIEF_EVERY: Duration = Duration::from_millis(100);
 const TELL_EVERY: Duration = Duration::from_secs(10);
 /// Room is made for this part of the whole at a time.
 const RELIEF_PART: usize = 4;
-/// This part of the whole may be lent to connections beyond what they have earned.
+/// The most of the whole that one answer takes, or all that one connection sends at once.
+const SHARE_PART: usize = 4;
+/// This part of the whole may be lent to connections beyond what they have earned, and to large bodies.
 const ADVANCE_PART: usize = 2;
 /// Downloads that one connection may have at once. A reverse proxy has those of many clients.
 const CONNECTION_DOWNLOADS: usize = 16;
@@ -86,8 +88,7 @@ pub struct ConnectionBudget {
 
 /// What is known of one request of a connection.
 struct InRequest {
-    /// Since when it waits for room of the connection's own, in milliseconds since the budget began; [`NEVER`] while it does
-    /// not.
+    /// Since when it waits for room, in milliseconds since the budget began; [`NEVER`] while it does not.
     waits: AtomicU64,
     /// The room of what was received of it.
     received: Mutex<Vec<Reservation>>,
@@ -185,7 +186,7 @@ impl SendBudget {
             granted: AtomicUsize::new(FIRST_BYTES),
             held: AtomicUsize::new(0),
             advanced: AtomicUsize::new(0),
-            receives: Arc::new(Semaphore::new(self.limit / RELIEF_PART)),
+            receives: Arc::new(Semaphore::new(self.limit / SHARE_PART)),
             downloads: Arc::new(Semaphore::new(CONNECTION_DOWNLOADS)),
             taken: AtomicU64::new(0),
             received: AtomicU64::new(0),
@@ -293,7 +294,7 @@ impl ConnectionBudget {
         Self { connection: self.connection.clone(), request: InRequest::new() }
     }
 
-    /// Since when this request has waited for room of the connection's while the connection took nothing.
+    /// Since when this request has waited for room while the connection did not move.
     pub fn waits_still_since(&self) -> Option<Instant> {
         let since = self.request.waits.load(Ordering::Relaxed);
         let still = since.max(self.connection.moved_at.load(Ordering::Relaxed));
@@ -400,7 +401,7 @@ impl ConnectionBudget {
     /// room then never get what is theirs.
     pub fn try_receive(&self, bytes: usize, has: usize) -> Option<Reservation> {
         let process = &self.connection.process;
-        let bytes = bytes.min(process.limit / RELIEF_PART);
+        let bytes = bytes.min(process.limit / SHARE_PART);
         let large = bytes.saturating_sub(FIRST_BYTES) - has.min(bytes).saturating_sub(FIRST_BYTES);
         let [count, large] =
             [bytes - has.min(bytes), large].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
@@ -521,7 +522,7 @@ impl ConnectionBudget {
     }
 }
 
-/// A stream waits for as long as this lives.
+/// A request waits for as long as this lives.
 struct Waiting<'a>(&'a AtomicU64);
 
 impl<'a> Waiting<'a> {
@@ -641,7 +642,7 @@ impl Reservation {
     /// Waits until it is room for an answer of so many bytes. Of what the connection may have it takes what is free, and waits
     /// for nothing: others of the same connection, which have answers too, may wait likewise.
     pub async fn grow(&mut self, bytes: usize) {
-        let wanted = (COPIES * bytes).min(self.connection.process.limit / RELIEF_PART);
+        let wanted = (COPIES * bytes).min(self.connection.process.limit / SHARE_PART);
         let Some(shared) = &self.permits.shared else { return };
         let more = wanted.saturating_sub(shared.num_permits());
         if more > 0 {
@@ -938,6 +939,63 @@ mod tests {
         );
         let little = budget.connection();
         assert!(little.reserve(FIRST_BYTES).now_or_never().is_some());
+    }
+
+    /// Lets so much time pass that whoever holds something and has not moved is stuck.
+    async fn patience_ends() {
+        sleep(PATIENCE + Duration::from_millis(50)).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_server_works_on_is_not_stuck_before_its_answer_waits_for_the_client() {
+        let budget = SendBudget::new(CONNECTION_BYTES, 1);
+        let connection = budget.connection();
+        let mut room = connection.try_reserve(FIRST_BYTES).expect("room").at_work();
+        patience_ends().await;
+        budget.relieve(Kind::Bytes);
+        assert!(connection.cut().now_or_never().is_none(), "it is the server that takes its time");
+        room.grow(1000).await;
+        patience_ends().await;
+        budget.relieve(Kind::Bytes);
+        assert!(connection.cut().now_or_never().is_some(), "the client does not take the answer");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_no_advance_is_not_cut_to_make_room_for_one() {
+        let budget = SendBudget::new(CONNECTION_BYTES, 1);
+        let [little, large] = [(); 2].map(|()| budget.connection());
+        let _little = little.try_reserve(FIRST_BYTES).expect("room");
+        sleep(Duration::from_millis(5)).await;
+        let _large = large.try_reserve(CONNECTION_BYTES / 2).expect("room");
+        patience_ends().await;
+        budget.relieve(Kind::Advances);
+        assert!(little.cut().now_or_never().is_none(), "it would free none");
+        assert!(large.cut().now_or_never().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_download_of_which_nothing_is_counted_can_be_cut() {
+        let budget = SendBudget::new(CONNECTION_BYTES, 1);
+        let connection = budget.connection();
+        let _place = connection.download().await.expect("a place");
+        patience_ends().await;
+        budget.relieve(Kind::Downloads);
+        assert!(connection.cut().now_or_never().is_some());
+    }
+
+    #[test]
+    fn pings_do_not_use_up_what_a_client_may_send() {
+        let connection = SendBudget::new(64 << 20, 1).connection();
+        connection.give_back(6);
+        assert!(connection.spend(1 << 30), "nobody has set a limit");
+        connection.allow(100, 0);
+        for _ in 0..1000 {
+            assert!(connection.spend(6));
+            connection.give_back(6);
+        }
+        assert!(connection.spend(100) && connection.is_spent());
+        connection.give_back(6);
+        assert!(connection.is_spent() && !connection.spend(1), "what is over is over");
     }
 
     #[tokio::test]

@@ -241,8 +241,8 @@ impl Engine {
     ) -> BoxStream<'static, Answer> {
         let this = self.clone();
         let failed = |fault| Answer::Failed(vec![Failure::from(Error::internal(fault)).into()]);
-        // Tasks of their own: whoever polls the answers may wait for its client for long, and a query has a turn, or a place in
-        // a pool, that others wait for.
+        // Tasks of their own: whoever polls the answers may wait for its client for long, and a query has a turn, a subscription
+        // that begins a place in a pool, that others wait for.
         if prepared.is_subscription() {
             let begin = async move { this.subscribe(prepared, room).await };
             let begun = AbortOnDropHandle::new(tokio::spawn(begin.in_current_span()));

@@ -11,7 +11,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     CONNECTION_BYTES, CONNECTION_DOWNLOADS, CREDIT_BYTES, Connection, ConnectionBudget, Download,
-    FIRST_PIECE, InRequest, Kind, MOVE_PART, NEVER, PIECE_PART, Permits, Reservation, lock,
+    FIRST_PIECE, InRequest, Kind, LARGE_ADVANCE, MOVE_PART, NEVER, PIECE_PART, Permits, Reservation,
+    UNREAD_BYTES, lock,
 };
 use crate::record::METERED_MAX;
 
@@ -28,9 +29,9 @@ impl ConnectionBudget {
         (since != NEVER).then(|| self.connection.process.began + Duration::from_millis(still))
     }
 
-    /// Metered bytes that are to be read at once for this connection: few at first, more as it takes them.
+    /// Metered bytes that are to be read at once for this connection: few at first, more as it earns them.
     pub fn piece(&self) -> usize {
-        let part = self.connection.taken.load(Ordering::Relaxed) / PIECE_PART;
+        let part = earned(self.connection.taken.load(Ordering::Relaxed)) / PIECE_PART;
         usize::try_from(part).unwrap_or(METERED_MAX).clamp(FIRST_PIECE, METERED_MAX)
     }
 
@@ -46,9 +47,9 @@ impl ConnectionBudget {
             let connection = &this.connection;
             // Never closed, so there are always permits.
             let own = connection.bytes.clone().acquire_many_owned(own).await.ok();
-            let advance = connection.process.acquire(Kind::Advances, advance).await;
+            let advance = connection.process.acquire_advance(advance).await;
             let shared = connection.process.acquire(Kind::Bytes, shared).await;
-            this.lent(Permits { own, advance, shared })
+            this.lent(Permits { own, shared, ..advance })
         })
         .await
     }
@@ -65,9 +66,9 @@ impl ConnectionBudget {
         let (own, advance, shared) = self.permits(bytes);
         let process = &self.connection.process;
         let own = self.connection.bytes.clone().try_acquire_many_owned(own).ok()?;
-        let advance = process.advances.clone().try_acquire_many_owned(advance).ok()?;
+        let advance = process.try_acquire_advance(advance)?;
         let shared = process.bytes.clone().try_acquire_many_owned(shared).ok()?;
-        Some(self.lent(Permits { own: Some(own), advance: Some(advance), shared: Some(shared) }))
+        Some(self.lent(Permits { own: Some(own), shared: Some(shared), ..advance }))
     }
 
     pub(super) fn lent(&self, permits: Permits) -> Reservation {
@@ -109,7 +110,7 @@ impl ConnectionBudget {
         room.unwrap_or_else(|_| self.lent(Permits::default()))
     }
 
-    /// So many bytes have gone to the client: as many more may wait for it.
+    /// So many bytes have gone to the client: as many more may wait for it, but for those that nobody need have read.
     pub fn took(&self, bytes: usize) {
         let before = self.connection.taken.fetch_add(bytes as u64, Ordering::Relaxed);
         self.connection.took(before, before + bytes as u64);
@@ -135,6 +136,11 @@ impl ConnectionBudget {
     pub async fn cut(&self) {
         self.connection.cut.notified().await;
     }
+}
+
+/// Bytes that a connection which has taken so many may have beyond its first.
+fn earned(taken: u64) -> u64 {
+    taken.saturating_sub(UNREAD_BYTES)
 }
 
 /// A request waits for as long as this lives.
@@ -186,6 +192,9 @@ impl Connection {
         match kind {
             Kind::Bytes => self.held.load(Ordering::Relaxed),
             Kind::Advances => self.advanced.load(Ordering::Relaxed),
+            Kind::LargeAdvances => Some(self.advanced.load(Ordering::Relaxed))
+                .filter(|bytes| *bytes > LARGE_ADVANCE)
+                .unwrap_or(0),
             Kind::Downloads => CONNECTION_DOWNLOADS.saturating_sub(self.downloads.available_permits()),
         }
     }
@@ -206,7 +215,7 @@ impl Connection {
     /// The client has taken `taken` bytes, `before` of them before.
     pub(super) fn took(&self, before: u64, taken: u64) {
         self.may_have_moved();
-        let bytes = usize::try_from(taken - before).unwrap_or(usize::MAX);
+        let bytes = usize::try_from(earned(taken) - earned(before)).unwrap_or(usize::MAX);
         let grown = |granted: usize| CONNECTION_BYTES.min(granted.saturating_add(bytes));
         let grow = |granted: usize| (granted < CONNECTION_BYTES).then(|| grown(granted));
         if let Ok(before) = self.granted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, grow) {

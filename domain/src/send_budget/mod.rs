@@ -28,15 +28,18 @@ pub use self::reservation::{holding, holding_room};
 
 /// Most bytes that may wait for one connection.
 pub const CONNECTION_BYTES: usize = 4 << 20;
-/// Bytes that may wait for a connection that has taken nothing yet; as many more as it takes are added.
-const FIRST_BYTES: usize = 64 << 10;
+/// Bytes that may wait for a connection that has taken nothing yet, the first piece and what is said around it; as many more as
+/// it earns are added.
+const FIRST_BYTES: usize = 48 << 10;
+/// So much the kernels on both sides take of what no client reads, so it earns nothing.
+const UNREAD_BYTES: u64 = 256 << 10;
 /// Largest budget.
 pub const BUDGET_MAX: usize = u32::MAX as usize;
 /// What is lent to a connection that has taken everything when there is no room.
 const CREDIT_BYTES: usize = 8 << 10;
 /// Metered bytes of the first piece that is read for a connection.
 const FIRST_PIECE: usize = 16 << 10;
-/// A piece is this part of what the connection has taken so far.
+/// A piece is this part of what the connection has earned so far.
 const PIECE_PART: u64 = 4;
 /// Copies of a record that exist while it waits: as it was read, and as the client gets it.
 const COPIES: usize = 2;
@@ -60,8 +63,13 @@ const TELL_EVERY: Duration = Duration::from_secs(10);
 const RELIEF_PART: usize = 4;
 /// The most of the whole that one answer takes, or all that one connection sends at once.
 const SHARE_PART: usize = 4;
-/// This part of the whole may be lent to connections beyond what they have earned, and to large bodies.
+/// This part of the whole may be lent to connections beyond what they have earned, and to large bodies. With it and their first
+/// bytes 2000 connections that take nothing leave a twelfth of the default to those that do.
 const ADVANCE_PART: usize = 2;
+/// What is lent beyond that at once is large: of the advances, so many quarters may be large ones, behind which nobody who wants
+/// little waits.
+const LARGE_ADVANCE: usize = 256 << 10;
+const LARGE_QUARTERS: usize = 3;
 /// Downloads that one connection may have at once. A reverse proxy has those of many clients.
 const CONNECTION_DOWNLOADS: usize = 16;
 
@@ -72,13 +80,15 @@ pub struct SendBudget {
     /// A part of the bytes, for what connections are lent beyond what they have earned, and for large bodies: whoever waits for
     /// much does not hold up those that want little.
     advances: Arc<Semaphore>,
+    /// A part of the advances, for those that are [large](LARGE_ADVANCE) each.
+    large: Arc<Semaphore>,
     downloads: Arc<Semaphore>,
     downloads_limit: usize,
     began: Instant,
     connections: Mutex<HashMap<u64, Weak<Connection>>>,
     next: AtomicU64,
     /// When room was last made, of each kind.
-    relieved_at: Mutex<[Option<Instant>; 3]>,
+    relieved_at: Mutex<[Option<Instant>; 4]>,
     /// Connections that were cut and not told yet, and when the last were.
     told: Mutex<(usize, Option<Instant>)>,
 }
@@ -141,6 +151,7 @@ pub struct Reservation {
 #[derive(Debug, Default)]
 struct Permits {
     own: Option<OwnedSemaphorePermit>,
+    large: Option<OwnedSemaphorePermit>,
     advance: Option<OwnedSemaphorePermit>,
     shared: Option<OwnedSemaphorePermit>,
 }
@@ -158,6 +169,7 @@ pub struct Download {
 enum Kind {
     Bytes,
     Advances,
+    LargeAdvances,
     Downloads,
 }
 
@@ -170,6 +182,7 @@ impl SendBudget {
             bytes: Arc::new(Semaphore::new(limit)),
             limit,
             advances: Arc::new(Semaphore::new(limit / ADVANCE_PART)),
+            large: Arc::new(Semaphore::new(large_limit(limit))),
             downloads: Arc::new(Semaphore::new(downloads)),
             downloads_limit: downloads,
             began: Instant::now(),
@@ -218,7 +231,23 @@ impl SendBudget {
 
     /// As much of so many bytes as may be lent at once beyond what a connection has earned.
     fn advance(&self, bytes: u32) -> u32 {
-        bytes.min(u32::try_from(self.limit / ADVANCE_PART).unwrap_or(u32::MAX))
+        bytes.min(u32::try_from(large_limit(self.limit)).unwrap_or(u32::MAX))
+    }
+
+    /// Waits for an advance, which is no more than [`Self::advance`] allows.
+    async fn acquire_advance(&self, bytes: u32) -> Permits {
+        let large = match is_large(bytes) {
+            true => self.acquire(Kind::LargeAdvances, bytes).await,
+            false => None,
+        };
+        Permits { large, advance: self.acquire(Kind::Advances, bytes).await, ..Permits::default() }
+    }
+
+    fn try_acquire_advance(&self, bytes: u32) -> Option<Permits> {
+        let large =
+            is_large(bytes).then(|| self.large.clone().try_acquire_many_owned(bytes)).transpose().ok()?;
+        let advance = self.advances.clone().try_acquire_many_owned(bytes).ok()?;
+        Some(Permits { large, advance: Some(advance), ..Permits::default() })
     }
 
     /// Waits for so many, and makes room while it does.
@@ -226,6 +255,7 @@ impl SendBudget {
         let all = match kind {
             Kind::Bytes => &self.bytes,
             Kind::Advances => &self.advances,
+            Kind::LargeAdvances => &self.large,
             Kind::Downloads => &self.downloads,
         };
         if let Ok(permit) = all.clone().try_acquire_many_owned(count) {
@@ -263,6 +293,7 @@ impl SendBudget {
         let limit = match kind {
             Kind::Bytes => self.limit,
             Kind::Advances => self.limit / ADVANCE_PART,
+            Kind::LargeAdvances => large_limit(self.limit),
             Kind::Downloads => self.downloads_limit,
         };
         let (mut freed, mut cut) = (0, 0);
@@ -295,6 +326,15 @@ impl SendBudget {
 /// Marks an answer whose bytes hold the room that they take, so that nobody reserves it again.
 #[derive(Clone, Copy, Debug)]
 pub struct Reserved;
+
+fn is_large(advance: u32) -> bool {
+    advance as usize > LARGE_ADVANCE
+}
+
+/// How much of a budget may be lent in large advances.
+fn large_limit(limit: usize) -> usize {
+    limit / ADVANCE_PART / 4 * LARGE_QUARTERS
+}
 
 /// No guarded section leaves its value half changed, so a panic elsewhere does not spoil it.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

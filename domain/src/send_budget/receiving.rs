@@ -27,7 +27,7 @@ impl ConnectionBudget {
             process.relieve(Kind::Bytes);
             return None;
         };
-        Some(self.lent(Permits { own: Some(own), advance: Some(advance), shared: Some(shared) }))
+        Some(self.lent(Permits { own: Some(own), large: None, advance: Some(advance), shared: Some(shared) }))
     }
 
     /// A reservation again, of permits whose bytes count as held.

@@ -21,8 +21,8 @@ impl Reservation {
         self.connection.held.fetch_sub(self.bytes - bytes, Ordering::Relaxed);
         self.bytes = bytes;
         let advance = self.permits.advanced();
-        let Permits { own, advance: lent, shared } = &mut self.permits;
-        for permit in [own, lent, shared].into_iter().flatten() {
+        let Permits { own, large, advance: lent, shared } = &mut self.permits;
+        for permit in [own, large, lent, shared].into_iter().flatten() {
             drop(permit.split(permit.num_permits().saturating_sub(bytes)));
         }
         self.connection.advanced.fetch_sub(advance - self.permits.advanced(), Ordering::Relaxed);
@@ -55,9 +55,9 @@ impl Reservation {
             let more = u32::try_from(more).unwrap_or(u32::MAX);
             let process = &self.connection.process;
             let beyond = more - own.as_ref().map_or(0, |_| free);
-            let advance = process.acquire(Kind::Advances, process.advance(beyond)).await;
+            let advance = process.acquire_advance(process.advance(beyond)).await;
             let shared = process.acquire(Kind::Bytes, more).await;
-            self.absorb(Permits { own, advance, shared });
+            self.absorb(Permits { own, shared, ..advance });
         }
         self.count();
     }
@@ -78,6 +78,7 @@ impl Reservation {
     fn absorb(&mut self, more: Permits) {
         self.connection.advanced.fetch_add(more.advanced(), Ordering::Relaxed);
         merge(&mut self.permits.own, more.own);
+        merge(&mut self.permits.large, more.large);
         merge(&mut self.permits.advance, more.advance);
         merge(&mut self.permits.shared, more.shared);
     }

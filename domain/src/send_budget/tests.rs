@@ -5,7 +5,7 @@ use super::*;
 use crate::record::{METERED_MAX, ReadLimit, Record, RecordBatch};
 
 #[tokio::test]
-async fn a_connection_has_little_and_gets_more_as_it_takes() {
+async fn a_connection_has_little_and_gets_more_as_it_earns() {
     let budget = SendBudget::new(64 << 20, 1);
     let connection = budget.connection();
     assert_eq!(connection.piece(), FIRST_PIECE);
@@ -13,10 +13,15 @@ async fn a_connection_has_little_and_gets_more_as_it_takes() {
     assert!(connection.try_reserve(CREDIT_BYTES + 1).is_none(), "more than it may have");
     assert!(connection.reserve(1).now_or_never().is_none(), "more than it may have");
     drop(first);
+    connection.took(UNREAD_BYTES as usize);
+    assert_eq!(connection.piece(), FIRST_PIECE, "nobody need have read that");
+    let little = connection.try_reserve(1).expect("room");
+    assert!(connection.try_reserve(FIRST_BYTES).is_none(), "nobody need have read that");
+    drop(little);
     connection.took(1 << 20);
     assert_eq!(connection.piece(), 256 << 10);
     let both = [connection.try_reserve(1 << 20), connection.try_reserve(FIRST_BYTES)];
-    assert!(both.iter().all(Option::is_some), "as much as it has taken");
+    assert!(both.iter().all(Option::is_some), "as much as it has earned");
     assert_eq!(budget.lent(), (1 << 20) + FIRST_BYTES);
     drop(both);
     connection.took(1 << 30);
@@ -57,14 +62,14 @@ async fn when_all_is_lent_the_one_that_has_taken_nothing_for_longest_is_cut() {
     let (oldest, old, reads) = (budget.connection(), budget.connection(), budget.connection());
     let part = CONNECTION_BYTES / 4;
     for connection in [&oldest, &old, &reads] {
-        connection.took(2 * part);
+        connection.took(UNREAD_BYTES as usize + 2 * part);
     }
     let held = oldest.try_reserve(part).expect("room");
     sleep(Duration::from_millis(5)).await;
     let dripping = old.try_reserve(part).expect("room");
     let _read = reads.try_reserve(2 * part).expect("room");
     let live = budget.connection();
-    live.took(2 * part);
+    live.took(UNREAD_BYTES as usize + 2 * part);
     assert!(live.try_reserve(CREDIT_BYTES).is_some(), "a little is lent to one that takes everything");
     let reading = async {
         // The last one goes on reading, all that it holds in ten seconds. The younger one takes a byte now and then.
@@ -113,9 +118,38 @@ async fn who_waits_for_much_does_not_hold_up_who_wants_little() {
     let mut large: Vec<_> =
         connections.iter().map(|connection| Box::pin(connection.reserve(CONNECTION_BYTES))).collect();
     let lent: Vec<_> = large.iter_mut().map(FutureExt::now_or_never).collect();
-    assert_eq!(lent.iter().flatten().count(), 8, "as many as fit into half of it, with what each has earned");
+    assert_eq!(
+        lent.iter().flatten().count(),
+        6,
+        "as many as fit into three eighths, with what each has anyway"
+    );
     let little = budget.connection();
     assert!(little.reserve(FIRST_BYTES).now_or_never().is_some());
+}
+
+#[tokio::test]
+async fn two_thousand_that_take_nothing_leave_room_for_those_that_do() {
+    let budget = SendBudget::new(224 << 20, 1);
+    let healthy = budget.connection();
+    healthy.took(8 << 20);
+    let stuck: Vec<_> = (0..2000).map(|_| budget.connection()).collect();
+    let held: Vec<_> = stuck
+        .iter()
+        .filter_map(|connection| {
+            // What the kernel takes. Every fifth waits for a large answer, the others for a piece each.
+            connection.took(UNREAD_BYTES as usize);
+            let most = if connection.connection.number % 5 == 0 { CONNECTION_BYTES } else { FIRST_BYTES };
+            connection.reserve(most).now_or_never()
+        })
+        .collect();
+    assert!(held.len() > 1600 && budget.large.available_permits() < CONNECTION_BYTES);
+    for (fresh, bytes) in [(budget.connection(), FIRST_BYTES), (budget.connection(), LARGE_ADVANCE)] {
+        assert!(
+            fresh.reserve(bytes).now_or_never().is_some(),
+            "one that begins, with a large record or without"
+        );
+    }
+    assert!(healthy.reserve(2 * METERED_MAX).now_or_never().is_some(), "one that reads on");
 }
 
 /// Lets so much time pass that whoever holds something and has not moved is stuck.
@@ -245,7 +279,8 @@ fn what_is_given_up_counts_as_taken_no_further_than_something_was_sent() {
     let connection = budget.connection();
     let room = |bytes: usize| connection.try_reserve(bytes).is_some();
     let _holds = connection.try_reserve(1).expect("room");
-    connection.landed(1 << 20);
+    connection.sent(UNREAD_BYTES as usize);
+    connection.landed(UNREAD_BYTES as usize + (1 << 20));
     assert!(!room(FIRST_BYTES), "nothing was sent");
     connection.sent(100);
     connection.landed(1);

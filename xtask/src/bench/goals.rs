@@ -72,7 +72,7 @@ fn goals(samples: &Samples, floor: Spread) -> Vec<Goal> {
     };
     let bound = |text: &str, value: f64| Some((text.to_owned(), value));
     let floor_bound = floor.p50 + 0.15;
-    let per_follower = rows::MEMORY.iter().map(|row| ours(Table::Memory, row, Metric::KibPerFollower));
+    let per_follower = rows::MEMORY.iter().map(|(row, ..)| ours(Table::Memory, row, Metric::KibPerFollower));
     let per_follower = per_follower.flatten().reduce(f64::max);
     let mut goals = vec![
         Goal::new(
@@ -162,7 +162,7 @@ fn graphql_goals(samples: &Samples) -> Vec<Goal> {
     };
     let weight = |row: &str| value(Table::Memory, row, GRAPHQL, Metric::KibPerFollower);
     let subscribed =
-        |pace| rows::MEMORY.iter().filter_map(|row| weight(&weighed(row, pace))).reduce(f64::max);
+        |pace| rows::MEMORY.iter().filter_map(|(row, ..)| weight(&weighed(row, pace))).reduce(f64::max);
     let memory = |what, most: f64, measured| {
         Goal::new(what, Some((format!("<= {most} KiB"), most)), measured, "KiB", at_most)
     };

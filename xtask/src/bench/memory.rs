@@ -5,8 +5,8 @@ use std::thread;
 use std::time::Duration;
 
 use super::delivery::{Followers, Pace};
-use super::report::{Metric, Sample, Table};
-use super::rows::{Bench, MEMORY, names};
+use super::report::{Metric, OURS, Sample, Table};
+use super::rows::{Bench, CROWD, MEMORY, names};
 use super::server::Server;
 use super::target::Target;
 
@@ -27,15 +27,17 @@ pub(crate) struct Idle {
 }
 
 impl Bench<'_> {
-    /// 1000 followers of one channel, and of a channel each.
+    /// 1000 followers of one channel, 10,000 of ours, and 1000 of a channel each.
     pub(crate) fn memory(&mut self, targets: &[Box<dyn Target>], pace: Pace) -> anyhow::Result<()> {
-        for (row, (channels, followers)) in MEMORY.into_iter().zip([(1, 1000), (1000, 1)]) {
-            for target in targets {
-                let target = target.as_ref();
+        for (row, channels, followers) in MEMORY {
+            for target in targets.iter().map(AsRef::as_ref) {
+                if row == CROWD && target.name() != OURS {
+                    continue;
+                }
                 let idle = self.idle(target, channels)?;
                 let follow = Followers::follow(target, &idle.server, &idle.channels, followers, pace);
                 let grown = self.growth(&idle.server, follow)?;
-                self.weigh(target, &weighed(row, pace), &idle, grown / 1000.0);
+                self.weigh(target, &weighed(row, pace), &idle, grown / (channels * followers) as f64);
             }
         }
         Ok(())

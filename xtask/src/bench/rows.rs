@@ -26,8 +26,13 @@ pub(crate) const DELIVERIES: [Delivery; 4] =
     [(1, 1, 50.0), (1, 100, 50.0), (1, 1000, 10.0), (1000, 1, 500.0)];
 /// Records of the catch-up row.
 const RECORDS: u64 = 100_000;
+/// A memory row: its name, channels, followers of each.
+type Memory = (&'static str, usize, usize);
 /// The memory rows.
-pub(crate) const MEMORY: [&str; 2] = ["1 channel x 1000", "1000 channels x 1"];
+pub(crate) const MEMORY: [Memory; 3] =
+    [("1 channel x 1000", 1, 1000), (CROWD, 1, 10_000), ("1000 channels x 1", 1000, 1)];
+/// The one that only ours is measured by: Redis serves fewer connections as it is installed.
+pub(crate) const CROWD: &str = "1 channel x 10000";
 /// The catch-up row.
 pub(crate) const CATCH_UP: &str = "100,000 records";
 

@@ -9,7 +9,7 @@ use async_graphql::parser::types::{
     BaseType, DocumentOperations, ExecutableDocument, FragmentDefinition, OperationDefinition, OperationType,
     Selection, SelectionSet, VariableDefinition,
 };
-use async_graphql::{Name, Positioned, Request, Response, Value, Variables};
+use async_graphql::{Name, Positioned, Request, Response, ServerError, Value, Variables};
 use futures_util::stream::{self, BoxStream, StreamExt};
 use http::StatusCode;
 use tokio_util::task::AbortOnDropHandle;
@@ -300,8 +300,9 @@ fn answer(response: Response, id: &RequestId, cost: usize) -> Answer {
     if response.errors.iter().any(|error| error.source::<schema::Stopping>().is_some()) {
         return Answer::Stopping;
     }
-    let fails = response.is_err() && response.data == Value::Null;
-    if fails {
+    // What the events come from fails in the root field; a field within one of them fails alone.
+    let in_event = |error: &ServerError| error.path.len() > 1;
+    if response.is_err() && response.data == Value::Null && !response.errors.iter().any(in_event) {
         let faults: Vec<Fault> = response.errors.into_iter().map(Fault::from).collect();
         super::reply::log(&faults, id);
         return Answer::Failed(faults);

@@ -55,6 +55,8 @@ pub enum ErrorCode {
     GraphqlParseFailed,
     /// The document or its variables do not fit the schema.
     GraphqlValidationFailed,
+    /// A variable, which the message names, cannot be read.
+    BadUserInput,
     /// The document is longer, deeper or wider than the server reads.
     QueryTooLarge,
     /// The operation would do more work than one request may.

@@ -16,6 +16,7 @@ mod reply;
 mod schema;
 mod selection;
 mod transport;
+mod unreadable;
 
 pub use engine::Engine;
 pub use schema::sdl;

@@ -271,6 +271,25 @@ async fn a_session_is_shown_as_it_is_then_after_every_change_until_it_is_closed(
 }
 
 #[tokio::test]
+async fn a_field_that_fails_in_an_event_does_not_end_the_subscription() {
+    let server = TestServer::start().await;
+    server.create(json!({"externalId": "s"})).await;
+    let changes = "subscription { sessionChanged(by: {externalId: \"s\"}) { tags out { records(after: \"no cursor\") { nodes { text } } } } }";
+    let fails = |result: &Value| {
+        assert_eq!(result["errors"][0]["path"], json!(["sessionChanged", "out", "records"]), "{result}");
+        assert_eq!(result["data"], Value::Null, "{result}");
+    };
+    let mut socket = server.graphql().socket().await;
+    socket.subscribe("1", changes, json!({})).await;
+    fails(&socket.result("1").await);
+    server.json(Method::PATCH, "/api/v1/sessions/s", &json!({"tags": ["a"]})).await.expect(200);
+    fails(&socket.result("1").await);
+    server.post("/api/v1/sessions/s/close", &json!({})).await.expect(200);
+    fails(&socket.result("1").await);
+    socket.completed("1").await;
+}
+
+#[tokio::test]
 async fn a_live_list_shows_what_matches_after_the_change_and_nothing_of_other_environments() {
     let server = TestServer::start().await;
     server.create(json!({"externalId": "before", "tags": ["x"]})).await;

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -115,6 +116,28 @@ async fn every_breach_of_the_protocol_closes_with_its_code() {
         let (code, reason) = socket.closed().await;
         assert_eq!(code, expected, "{breach}: {reason}");
         assert!((1..=123).contains(&reason.len()), "{breach}: {reason}");
+    }
+}
+
+#[tokio::test]
+async fn half_an_emoji_in_a_variable_is_a_fault_of_its_operation_at_every_door() {
+    let server = TestServer::start().await;
+    let graphql = server.graphql();
+    let operation = r#"{"query":"query($by: SessionBy!) { session(by: $by) { id } }","variables":{"by":{"externalId":"\ud83d"}}}"#;
+    let message = "variables.by must not contain half of a surrogate pair";
+    let told = |error: &Value| {
+        assert_eq!(error["message"], message);
+        assert_eq!(error["extensions"]["code"], "BAD_USER_INPUT");
+    };
+    let mut socket = graphql.socket().await;
+    socket.subscribe("lives", QUIET, json!({})).await;
+    let text = format!(r#"{{"type":"subscribe","id":"1","payload":{operation}}}"#);
+    socket.send(Message::text(text)).await;
+    told(&socket.refused("1").await[0]);
+    socket.silent().await;
+    for body in [operation.to_owned(), format!(r#"[{{"query":"{{ __typename }}"}},{operation}]"#)] {
+        let request = graphql.request(Method::POST).header("content-type", "application/json");
+        told(&graphql.send(request.body(body)).await.json()["errors"][0]);
     }
 }
 

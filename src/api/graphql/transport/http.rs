@@ -15,6 +15,7 @@ use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
 use http::{Extensions as Attached, HeaderMap, Method, StatusCode};
 use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::accept::{Accept, Media};
@@ -25,6 +26,7 @@ use crate::api::extract::{LimitedBody, announced, authenticate, read_within};
 use crate::api::graphql::engine::{Asked, Credentials};
 use crate::api::graphql::error::{Fault, protocol};
 use crate::api::graphql::reply::Reply;
+use crate::api::graphql::unreadable;
 use crate::api::trace::RequestId;
 use crate::api::{received, stranger};
 use crate::domain::send_budget::{Reservation, Reserved};
@@ -267,10 +269,22 @@ fn require_json(headers: &HeaderMap) -> Result<(), Failure> {
 }
 
 async fn parse(bytes: Bytes) -> Result<BatchRequest, Failure> {
-    let request =
-        Request::post(super::super::PATH).header(CONTENT_TYPE, "application/json").body(Body::from(bytes));
+    let body = Body::from(bytes.clone());
+    let request = Request::post(super::super::PATH).header(CONTENT_TYPE, "application/json").body(body);
     let request = request.map_err(|_| Failure::from(Unreadable))?;
-    Ok(GraphQLBatchRequest::<Unreadable>::from_request(request, &()).await?.into_inner())
+    match GraphQLBatchRequest::<Unreadable>::from_request(request, &()).await {
+        Ok(request) => Ok(request.into_inner()),
+        Err(unreadable) => Err(unreadable_part(&bytes).unwrap_or_else(|| unreadable.into())),
+    }
+}
+
+/// What cannot be read in a body of the right shape.
+fn unreadable_part(body: &[u8]) -> Option<Failure> {
+    let body = std::str::from_utf8(body).ok()?;
+    unreadable::part_of(body).or_else(|| {
+        let batch: Vec<&RawValue> = serde_json::from_str(body).ok()?;
+        batch.into_iter().find_map(|request| unreadable::part_of(request.get()))
+    })
 }
 
 /// Nothing else, because a browser sends other types across origins without asking.
@@ -291,7 +305,11 @@ fn from_query(query: Option<&str>) -> Result<BatchRequest, Failure> {
         match name.as_ref() {
             "query" => operation.query = value.into_owned(),
             "operationName" if !value.is_empty() => operation.operation_name = Some(value.into_owned()),
-            "variables" => operation.variables = json::<Variables>("variables", &value)?,
+            "variables" => {
+                let read = json::<Variables>("variables", &value);
+                operation.variables =
+                    read.map_err(|failure| unreadable::variable_of(&value).unwrap_or(failure))?;
+            }
             "extensions" => {
                 operation.extensions = json::<Option<Extensions>>("extensions", &value)?.unwrap_or_default();
             }

@@ -1,19 +1,26 @@
 //! The messages of `graphql-transport-ws` and its close codes:
 //! <https://github.com/enisdenjo/graphql-ws/blob/master/PROTOCOL.md>.
 
+use std::borrow::Cow;
+
 use async_graphql::{Extensions, Request, Variables};
 use axum::extract::ws::CloseFrame;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
+
+use crate::api::error::Failure;
+use crate::api::graphql::unreadable;
 
 /// The subprotocol.
 pub(super) const PROTOCOL: &str = "graphql-transport-ws";
+/// Longest id of an operation.
+pub(super) const ID_MAX: usize = 256;
 /// Longest reason of a close frame: 125 bytes of payload less two of code.
 const REASON_MAX: usize = 123;
 
 /// What a client says.
-#[derive(Debug, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[derive(Debug)]
 pub(super) enum ClientMessage {
     ConnectionInit {
         payload: Option<Map<String, Value>>,
@@ -21,17 +28,25 @@ pub(super) enum ClientMessage {
     Ping {
         payload: Option<Map<String, Value>>,
     },
-    Pong {
-        #[serde(rename = "payload")]
-        _payload: Option<Map<String, Value>>,
-    },
+    Pong,
     Subscribe {
         id: String,
-        payload: Subscribe,
+        /// Or what in it cannot be read, which is a fault of this operation alone.
+        payload: Result<Subscribe, Failure>,
     },
     Complete {
         id: String,
     },
+}
+
+/// A message whose payload is not looked at.
+#[derive(Deserialize)]
+struct Frame<'a> {
+    #[serde(borrow)]
+    r#type: Cow<'a, str>,
+    id: Option<String>,
+    #[serde(borrow)]
+    payload: Option<&'a RawValue>,
 }
 
 /// An operation.
@@ -51,26 +66,53 @@ impl ClientMessage {
     /// # Errors
     /// [`Close::invalid`] for anything that is not a message.
     pub fn parse(text: &str) -> Result<Self, Close> {
-        let message: Self = serde_json::from_str(text).map_err(|error| Close::invalid(&reason(&error)))?;
-        match &message {
-            Self::Subscribe { id, .. } | Self::Complete { id } if id.is_empty() => {
-                Err(Close::invalid("the id must not be empty"))
+        let Frame { r#type, id, payload } = serde_json::from_str(text).map_err(|error| invalid(&error))?;
+        let id = || match id {
+            None => Err(Close::invalid("missing field `id`")),
+            Some(id) if id.is_empty() => Err(Close::invalid("the id must not be empty")),
+            Some(id) if id.len() > ID_MAX => {
+                Err(Close::invalid(&format!("the id must be at most {ID_MAX} bytes")))
             }
-            Self::Subscribe { payload, .. } if payload.query.is_none() && !payload.is_persisted() => {
-                Err(Close::invalid("the payload has no query"))
+            Some(id) => Ok(id),
+        };
+        let object = || {
+            let read = |payload: &RawValue| serde_json::from_str(payload.get());
+            payload.map(read).transpose().map_err(|error| invalid(&error))
+        };
+        Ok(match &*r#type {
+            "connection_init" => Self::ConnectionInit { payload: object()? },
+            "ping" => Self::Ping { payload: object()? },
+            "pong" => {
+                object()?;
+                Self::Pong
             }
-            _ => Ok(message),
-        }
+            "complete" => Self::Complete { id: id()? },
+            "subscribe" => {
+                let payload = payload.ok_or_else(|| Close::invalid("missing field `payload`"))?;
+                Self::Subscribe { id: id()?, payload: Subscribe::parse(payload.get())? }
+            }
+            other => return Err(Close::invalid(&format!("unknown type {other:?}"))),
+        })
     }
 }
 
-/// What is wrong, without the place, which means nothing to who has not written the JSON by hand.
-fn reason(error: &serde_json::Error) -> String {
-    let text = error.to_string();
-    text.split(" at line ").next().unwrap_or_default().to_owned()
+fn invalid(error: &serde_json::Error) -> Close {
+    Close::invalid(unreadable::reason(&error.to_string()))
 }
 
 impl Subscribe {
+    /// Reads a payload.
+    fn parse(text: &str) -> Result<Result<Self, Failure>, Close> {
+        let read: Self = match serde_json::from_str(text) {
+            Ok(read) => read,
+            Err(error) => return unreadable::part_of(text).map(Err).ok_or_else(|| invalid(&error)),
+        };
+        if read.query.is_none() && !read.is_persisted() {
+            return Err(Close::invalid("the payload has no query"));
+        }
+        Ok(Ok(read))
+    }
+
     fn is_persisted(&self) -> bool {
         self.extensions.as_ref().is_some_and(|extensions| extensions.contains_key("persistedQuery"))
     }
@@ -221,8 +263,32 @@ mod tests {
             r#"{"type":"complete"}"#,
             r#"{"type":"connection_init","payload":"x"}"#,
             r#"{"type":"ping","payload":1}"#,
+            r#"{"type":"pong","payload":1}"#,
+            r#"{"type":"subscribe","id":"\ud83d","payload":{"query":"{a}"}}"#,
         ] {
             assert_eq!(ClientMessage::parse(text).expect_err(text).code, 4400);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_a_fault_of_its_operation() {
+        for (payload, message) in [
+            (
+                r#"{"query":"{a}","variables":{"a":"b","text":["\ud83d"]}}"#,
+                "variables.text must not contain half of a surrogate pair",
+            ),
+            (r#"{"query":"{a \ude00}"}"#, "query must not contain half of a surrogate pair"),
+            (
+                r#"{"query":"{a}","extensions":{"a":"\ud83d!"}}"#,
+                "extensions must not contain half of a surrogate pair",
+            ),
+        ] {
+            let text = format!(r#"{{"type":"subscribe","id":"1","payload":{payload}}}"#);
+            let message_of = |message| match message {
+                ClientMessage::Subscribe { payload: Err(failure), .. } => failure.message,
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(message_of(ClientMessage::parse(&text).expect("a message")), message);
         }
     }
 

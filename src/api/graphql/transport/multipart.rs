@@ -6,7 +6,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::response::Response;
 use bytes::Bytes;
-use futures_util::stream::BoxStream;
+use futures_util::stream::{self, BoxStream, StreamExt};
 use http::header::{CONTENT_TYPE, HeaderValue};
 
 use super::sse::{cut, framed, streaming};
@@ -17,7 +17,10 @@ use crate::domain::send_budget::Reserved;
 
 /// The protocol asks for a heartbeat in every silence of five seconds.
 const HEARTBEAT: Duration = Duration::from_secs(5);
-const END: Bytes = Bytes::from_static(b"\r\n--graphql--\r\n");
+/// What stands between two parts, and ahead of the first.
+const DELIMITER: Bytes = Bytes::from_static(b"\r\n--graphql");
+/// What makes the delimiter behind the last part the end.
+const END: Bytes = Bytes::from_static(b"--\r\n");
 
 /// The answers as parts.
 pub(super) fn response(answers: BoxStream<'static, Answer>, id: RequestId) -> Response {
@@ -35,7 +38,9 @@ pub(super) fn response(answers: BoxStream<'static, Answer>, id: RequestId) -> Re
         Some(Answer::Stopping) => Err(cut()),
         None => Ok((END, true)),
     };
-    let mut response = Response::new(Body::from_stream(framed(answers, HEARTBEAT, part("{}"), frame)));
+    let parts = framed(answers, HEARTBEAT, part("{}"), frame);
+    let delimited = stream::once(async { Ok(DELIMITER) }).chain(parts);
+    let mut response = Response::new(Body::from_stream(delimited));
     response.extensions_mut().insert(Reserved);
     let headers = response.headers_mut();
     let kind = "multipart/mixed;boundary=\"graphql\";subscriptionSpec=\"1.0\"";
@@ -44,6 +49,7 @@ pub(super) fn response(answers: BoxStream<'static, Answer>, id: RequestId) -> Re
     response
 }
 
+/// A part, and the delimiter right behind it: Apollo Client shows a part only when it has seen that.
 fn part(json: &str) -> Bytes {
-    Bytes::from(format!("\r\n--graphql\r\ncontent-type: application/json\r\n\r\n{json}"))
+    Bytes::from(format!("\r\ncontent-type: application/json\r\n\r\n{json}\r\n--graphql"))
 }

@@ -22,7 +22,7 @@ use serde_json::{Map, Value};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::http::credentials;
-use super::messages::{ACK, ClientMessage, Close, PROTOCOL, Subscribe, complete, message, pong};
+use super::messages::{ACK, ClientMessage, Close, ID_MAX, PROTOCOL, Subscribe, complete, message, pong};
 use crate::api::App;
 use crate::api::cors;
 use crate::api::error::Failure;
@@ -48,8 +48,6 @@ const WRITE_BUFFER: usize = 16 * 1024;
 const BURST: usize = 64;
 /// How long a closing connection may take.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// Longest id of an operation.
-const ID_MAX: usize = 256;
 /// Bytes that one byte of an id takes in JSON.
 const ESCAPED_MAX: usize = 6;
 /// Room for what a message says besides its id and its payload, and for the frame around it.
@@ -306,9 +304,10 @@ impl Connection {
         match ClientMessage::parse(&text)? {
             ClientMessage::ConnectionInit { payload } => self.init(payload.unwrap_or_default()).await,
             ClientMessage::Ping { payload } => self.send(pong(payload)).await,
-            ClientMessage::Pong { .. } => Ok(()),
+            ClientMessage::Pong => Ok(()),
             ClientMessage::Subscribe { .. } if !self.acknowledged => Err(Close::unauthorized().into()),
-            ClientMessage::Subscribe { id, payload } => {
+            ClientMessage::Subscribe { id, payload: Err(failure) } => self.refuse(&id, failure.into()).await,
+            ClientMessage::Subscribe { id, payload: Ok(payload) } => {
                 let start = Start { id, payload, received };
                 self.waiting = Some((start, self.app.graphql.room(&self.budget).boxed()));
                 Ok(())
@@ -355,9 +354,6 @@ impl Connection {
         let id = id.as_str();
         if self.running.contains_key(id) {
             return Err(Close::duplicate(id).into());
-        }
-        if id.len() > ID_MAX {
-            return Err(Close::invalid(&format!("the id must be at most {ID_MAX} bytes")).into());
         }
         let most = self.app.graphql.config().max_subscriptions;
         if self.running.len() >= most {

@@ -43,6 +43,7 @@ const CRATE_ROOMS: &[(&str, &[&str])] = &[
     ("reqwest", &["cli"]),
     ("figment", &["config"]),
     ("clap", &["cli", "main"]),
+    ("listenfd", &["listener"]),
     ("tikv_jemallocator", &["main"]),
     // Everyone else says `crate::domain` and `crate::store`, which the rule above sees.
     ("sessiond_domain", &["store"]),

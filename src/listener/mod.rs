@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use anyhow::{Context, ensure};
 use axum::Router;
 use axum::extract::ConnectInfo;
 use http::header::UPGRADE;
@@ -25,6 +26,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use listenfd::ListenFd;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -66,6 +68,18 @@ const FAREWELL_HEARD: Duration = Duration::from_secs(3);
 /// How long to wait before accepting again when the process is out of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// The socket that whoever started the process listens on, by `LISTEN_FDS` (sd_listen_fds(3)): while no process runs, clients
+/// wait in the kernel and are not refused.
+fn given() -> anyhow::Result<Option<TcpListener>> {
+    let mut sockets = ListenFd::from_env();
+    ensure!(sockets.len() <= 1, "LISTEN_FDS names {} sockets; one is served", sockets.len());
+    let Some(socket) = sockets.take_tcp_listener(0).context("LISTEN_FDS names no TCP socket")? else {
+        return Ok(None);
+    };
+    socket.set_nonblocking(true)?;
+    Ok(Some(TcpListener::from_std(socket)?))
+}
+
 /// A bound listener.
 pub struct Listener {
     socket: TcpListener,
@@ -77,15 +91,18 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Binds the configured address. Of blobs, `downloads` are sent at once.
+    /// Takes the socket that the process was given, or binds the configured address. Of blobs, `downloads` are sent at once.
     ///
     /// # Errors
-    /// If the address is taken or a TLS file cannot be used.
+    /// If the address is taken, what was given is no listening TCP socket, or a TLS file cannot be used.
     pub async fn bind(config: HttpConfig, downloads: usize, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
         let tls = tls::acceptor(&config.tls)?;
-        let socket = TcpListener::bind(config.listen)
-            .await
-            .map_err(|error| anyhow::anyhow!("cannot listen on {}: {error}", config.listen))?;
+        let socket = match given()? {
+            Some(socket) => socket,
+            None => TcpListener::bind(config.listen)
+                .await
+                .with_context(|| format!("cannot listen on {}", config.listen))?,
+        };
         let permits = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
         let budget = SendBudget::new(config.send_buffer - config.send_buffer / OVERHEAD_PART, downloads);
         Ok(Self { socket, tls, permits, budget, config, metrics })

@@ -2,11 +2,12 @@
 
 import { execFile, spawn } from "node:child_process";
 import { randomUUID } from "node:crypto";
-import { once } from "node:events";
+import { EventEmitter, once } from "node:events";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
+import { PassThrough } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
@@ -28,17 +29,73 @@ function engine() {
   return endpoint ? { SESSIOND_LOG__URL: `s2://test-${randomUUID()}`, SESSIOND_LOG__ENDPOINT: endpoint } : {};
 }
 
+/** Binds a socket as fd 3, and for every line that it is told starts its arguments on it, one after the other. */
+const HOLDER = `
+use Socket; use POSIX;
+$^F = 255; $| = 1;
+socket(my $socket, PF_INET, SOCK_STREAM, 0) or die $!;
+bind($socket, sockaddr_in(0, INADDR_LOOPBACK)) or die $!;
+listen($socket, 128) or die $!;
+POSIX::dup2(fileno($socket), 3) or die $!;
+while (<STDIN>) {
+  my $pid = fork() // die $!;
+  if ($pid == 0) { @ENV{"LISTEN_FDS", "LISTEN_PID"} = (1, $$); exec @ARGV or die $! }
+  print "pid $pid\\n";
+  waitpid $pid, 0;
+  print "ended $?\\n";
+}`;
+
+/** Processes on a socket that outlives them, as an operator's supervisor starts them. */
+class Holder {
+  #perl;
+  #lines;
+
+  constructor(command, options) {
+    this.#perl = spawn("perl", ["-e", HOLDER, ...command], { ...options, stdio: ["pipe", "pipe", "inherit"] });
+    this.#lines = createInterface(this.#perl.stdout);
+  }
+
+  /** The next process, with what of a child the harness uses. */
+  next() {
+    const child = new EventEmitter();
+    Object.assign(child, { stdout: new PassThrough(), exitCode: null, signalCode: null });
+    let pid;
+    const listen = (line) => {
+      const [, what, number] = line.match(/^(pid|ended) (\d+)$/) ?? [];
+      if (what === "pid") pid = Number(number);
+      else if (what === "ended") {
+        this.#lines.off("line", listen);
+        child.exitCode = Number(number) >> 8;
+        child.emit("exit", child.exitCode, null);
+      } else child.stdout.write(`${line}\n`);
+    };
+    this.#lines.on("line", listen);
+    child.kill = (signal) => process.kill(pid, signal);
+    this.#perl.stdin.write("\n");
+    return child;
+  }
+
+  end() {
+    this.#perl.kill("SIGKILL");
+  }
+}
+
 export class Server {
   #child;
   #stderr = "";
   #settings;
+  #holder;
   baseUrl;
 
-  /** `settings` are further variables, such as `{ SESSIOND_LOG__RETENTION: "1d" }`. */
-  static async start(settings = {}) {
+  /**
+   * `settings` are further variables, such as `{ SESSIOND_LOG__RETENTION: "1d" }`. If the socket is `held`, connections wait
+   * while no process runs.
+   */
+  static async start({ held = false, ...settings } = {}) {
     const server = new Server();
     server.#settings = { ...engine(), ...settings };
     server.data = await mkdtemp(join(tmpdir(), "sessiond-node-"));
+    if (held) server.#holder = new Holder([BINARY, "serve", "--data", server.data], { env: server.#environment() });
     await server.#launch("127.0.0.1:0");
     return server;
   }
@@ -61,6 +118,7 @@ export class Server {
   /** Stops for good and forgets the data. */
   async remove() {
     await this.kill();
+    this.#holder?.end();
     await rm(this.data, { recursive: true, force: true });
   }
 
@@ -93,12 +151,8 @@ export class Server {
   }
 
   async #launch(listen) {
-    const child = spawn(BINARY, ["serve", "--listen", listen, "--data", this.data], {
-      env: this.#environment(),
-      stdio: ["ignore", "pipe", "pipe"],
-    });
+    const child = this.#holder?.next() ?? this.#spawn(listen);
     this.#child = child;
-    child.stderr.setEncoding("utf8").on("data", (text) => (this.#stderr += text));
     const gone = once(child, "exit").then(
       ([code, signal]) => {
         throw new Error(`the server ended with ${code ?? signal}:\n${this.#stderr}`);
@@ -110,6 +164,15 @@ export class Server {
     gone.catch(() => {});
     this.baseUrl = await Promise.race([gone, this.#announced(child)]);
     await Promise.race([gone, this.#ready()]);
+  }
+
+  #spawn(listen) {
+    const child = spawn(BINARY, ["serve", "--listen", listen, "--data", this.data], {
+      env: this.#environment(),
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    child.stderr.setEncoding("utf8").on("data", (text) => (this.#stderr += text));
+    return child;
   }
 
   #announced(child) {

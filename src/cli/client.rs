@@ -1,8 +1,11 @@
 //! `tail` and `send`: small clients of a running server, over its public wire.
 
 use std::collections::VecDeque;
+use std::io::Write;
+use std::time::Duration;
+use std::{fmt, io};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use bytes::{Buf, BytesMut};
 use clap::{Args, ValueEnum};
 use reqwest::{RequestBuilder, Response, StatusCode, Url};
@@ -135,9 +138,32 @@ impl Client {
         }
         let text = response.text().await.unwrap_or_default();
         let body: Value = serde_json::from_str(&text).unwrap_or(Value::Null);
-        bail!("the server says {status}: {}", body["error"].as_str().unwrap_or(&text));
+        let message = body["error"].as_str().unwrap_or(&text).to_owned();
+        Err(Refused { status, message }.into())
     }
 }
+
+/// An answer that is none.
+#[derive(Debug)]
+struct Refused {
+    status: StatusCode,
+    message: String,
+}
+
+impl Refused {
+    /// Whether another attempt may help.
+    fn is_passing(&self) -> bool {
+        self.status.is_server_error() || self.status == StatusCode::TOO_MANY_REQUESTS
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the server says {}: {}", self.status, self.message)
+    }
+}
+
+impl std::error::Error for Refused {}
 
 /// The configured secret key, or the one that a local server generated.
 async fn local_key(common: &Common) -> anyhow::Result<String> {
@@ -173,40 +199,141 @@ pub(super) async fn send(common: &Common, args: SendArgs) -> anyhow::Result<()> 
 pub(super) async fn tail(common: &Common, args: TailArgs) -> anyhow::Result<()> {
     let client = Client::new(common, &args.server).await?;
     let url = client.channel_url(&args.session, &args.server, args.io, None)?;
-    let mut last = args.after;
+    let mut tail = Tail { client, url, last: args.after, args, followed: false };
+    let mut pauses = Backoff::default();
     loop {
-        let mut request = client.http.get(url.clone()).header("Timeout-Seconds", "600");
-        if let Some(last) = last {
+        let before = tail.last;
+        match tail.follow().await? {
+            Left::Idle => pauses = Backoff::default(),
+            Left::Ended => {
+                eprintln!("the session has ended");
+                return Ok(());
+            }
+            Left::TokenExpired => {
+                bail!("the token has expired; go on with a new one and --after {}", tail.place())
+            }
+            Left::Unheard => return Ok(()),
+            Left::Lost(error) if !tail.followed => return Err(error),
+            Left::Lost(error) => {
+                if tail.last != before {
+                    pauses = Backoff::default();
+                }
+                eprintln!("{error:#}; going on behind record {}", tail.place());
+                tokio::time::sleep(pauses.next()).await;
+            }
+        }
+    }
+}
+
+/// A follower that knows how far it has come.
+struct Tail {
+    client: Client,
+    url: Url,
+    args: TailArgs,
+    /// The last record that was printed.
+    last: Option<u64>,
+    /// It has followed before, so that it knows the way.
+    followed: bool,
+}
+
+/// Why a stream was left.
+enum Left {
+    /// There was no record for as long as a stream may wait.
+    Idle,
+    /// The session is closed or has expired.
+    Ended,
+    /// The server wants another token.
+    TokenExpired,
+    /// Nobody reads what is printed any more.
+    Unheard,
+    /// The server or the way to it is gone, for now.
+    Lost(anyhow::Error),
+}
+
+impl Tail {
+    fn place(&self) -> String {
+        self.last.map_or_else(|| "-".to_owned(), |last| last.to_string())
+    }
+
+    /// Follows one stream to its end.
+    async fn follow(&mut self) -> anyhow::Result<Left> {
+        let mut request = self.client.http.get(self.url.clone()).header("Timeout-Seconds", "600");
+        if let Some(last) = self.last {
             request = request.header("Last-Event-ID", last.to_string());
-        } else if args.latest {
+        } else if self.args.latest {
             request = request.header("X-Trigger-Stream-Start", "latest");
         }
-        let response = client.send(request).await?;
-        if response.status() != StatusCode::OK {
-            bail!("unexpected answer {}", response.status());
-        }
+        let response = match self.client.send(request).await {
+            Ok(response) if response.status() == StatusCode::OK => response,
+            Ok(response) => bail!("unexpected answer {}", response.status()),
+            Err(error) if error.downcast_ref::<Refused>().is_none_or(Refused::is_passing) => {
+                return Ok(Left::Lost(error));
+            }
+            Err(error) => return Err(error),
+        };
+        self.followed = true;
         let mut events = Events { response, buffer: BytesMut::new(), ready: VecDeque::new() };
-        while let Some(event) = events.next().await? {
+        loop {
+            let event = match events.next().await {
+                Ok(Some(event)) => event,
+                Ok(None) => return Ok(Left::Lost(anyhow!("the stream ended without a reason"))),
+                Err(error) => return Ok(Left::Lost(error)),
+            };
             match event.name.as_str() {
                 "batch" => {
                     let batch: Batch = serde_json::from_str(&event.data)?;
-                    for record in batch.records {
-                        last = Some(record.seq_num);
-                        println!("{}", record.line(args.json));
+                    if !self.print(&batch)? {
+                        return Ok(Left::Unheard);
                     }
                 }
-                "error" => bail!("the stream ended: {}", event.data),
+                "end" => {
+                    let End { reason } = serde_json::from_str(&event.data)?;
+                    return Ok(match reason.as_str() {
+                        "closed" | "expired" => Left::Ended,
+                        "token_expired" => Left::TokenExpired,
+                        _ => Left::Idle,
+                    });
+                }
+                "error" => return Ok(Left::Lost(anyhow!("the stream ended: {}", event.data))),
                 _ => {}
             }
         }
-        // A clean end is either the idle limit or the end of the session; only the first is worth going on.
-        let session = client.url(&["api", "v1", "sessions", &args.session])?;
-        let session: Value = client.send(client.http.get(session)).await?.json().await?;
-        if !session["closedAt"].is_null() || session["status"] == "EXPIRED" {
-            eprintln!("the session has ended");
-            return Ok(());
-        }
     }
+
+    /// Prints records. False once nobody reads them.
+    fn print(&mut self, batch: &Batch) -> io::Result<bool> {
+        let mut out = io::stdout().lock();
+        for record in &batch.records {
+            match writeln!(out, "{}", record.line(self.args.json)) {
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(false),
+                written => written?,
+            }
+            self.last = Some(record.seq_num);
+        }
+        Ok(true)
+    }
+}
+
+/// Pauses between attempts: twice as long each time, up to a limit.
+struct Backoff(Duration);
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self(Duration::from_millis(100))
+    }
+}
+
+impl Backoff {
+    fn next(&mut self) -> Duration {
+        let pause = self.0;
+        self.0 = (2 * pause).min(Duration::from_secs(5));
+        pause
+    }
+}
+
+#[derive(Deserialize)]
+struct End {
+    reason: String,
 }
 
 #[derive(Deserialize)]

@@ -135,6 +135,45 @@ async fn two_terminals_hold_a_conversation() {
     assert_eq!(record["seqNum"], 1);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tail_goes_on_where_it_was_when_the_server_is_back_and_ends_quietly_when_nobody_reads() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path();
+    let process = Process::serve(data).await;
+    let url = process.url.clone();
+    let client = |args: &[&str]| {
+        let mut command = command(data, args);
+        command.env("SESSIOND_URL", &url);
+        command
+    };
+    let send = async |text: &str| {
+        let sent = client(&["send", "talk", text, "--create"]).output().await.expect("runs");
+        assert!(sent.status.success(), "{}", String::from_utf8_lossy(&sent.stderr));
+    };
+    send("one").await;
+    let mut tail =
+        client(&["tail", "talk", "in"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("runs");
+    let mut lines = BufReader::new(tail.stdout.take().expect("a pipe")).lines();
+    let mut said = BufReader::new(tail.stderr.take().expect("a pipe")).lines();
+    assert_eq!(lines.next_line().await.expect("output").as_deref(), Some("one"));
+    process.kill().await;
+    let lost = said.next_line().await.expect("output").expect("a line");
+    assert!(lost.ends_with("going on behind record 0"), "{lost}");
+    let address = url.strip_prefix("http://").expect("an address");
+    let process = Process::serve_at(data, address).await;
+    send("two").await;
+    assert_eq!(lines.next_line().await.expect("output").as_deref(), Some("two"));
+
+    // As `tail | head -1` leaves it.
+    drop(lines);
+    send("three").await;
+    assert!(tail.wait().await.expect("a status").success());
+    while let Some(line) = said.next_line().await.expect("output") {
+        assert!(!line.contains("panicked"), "{line}");
+    }
+    drop(process);
+}
+
 #[tokio::test]
 async fn settings_come_from_defaults_file_environment_and_flags_in_that_order() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -29,11 +29,20 @@ impl Process {
         Self::start(&mut command, data).await
     }
 
+    /// Starts `serve` where another one was.
+    pub async fn serve_at(data: &Path, address: &str) -> Self {
+        Self::start_at(&mut Command::new(Self::binary()), data, address).await
+    }
+
     /// Starts `serve` through a prepared command, which may be a wrapper that takes the binary's arguments.
     pub async fn start(command: &mut Command, data: &Path) -> Self {
+        Self::start_at(command, data, "127.0.0.1:0").await
+    }
+
+    async fn start_at(command: &mut Command, data: &Path, address: &str) -> Self {
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         command
-            .args(["serve", "--listen", "127.0.0.1:0", "--data"])
+            .args(["serve", "--listen", address, "--data"])
             .arg(data)
             .env("SESSIOND_SECRET_KEY", super::server::KEY)
             .env("SESSIOND_HTTP__RATE_LIMIT__KEY_PER_10S", "0")

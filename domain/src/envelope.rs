@@ -18,10 +18,12 @@ use serde_json::value::RawValue;
 
 use super::channel::Direction;
 use super::error::{Error, Result};
-use super::record::{Header, NewRecord, PART_ID_MAX, PartIds, Record};
+use super::record::{Header, NewRecord, PART_ID_MAX, PartIds, Record, SeqNum};
 
 /// First header of a control record; its value is the subtype.
 const CONTROL_HEADER: &[u8] = b"trigger-control";
+/// Header of a `turn-complete`: the last record of `.in` that the turn has seen.
+const SEEN_INPUT_HEADER: &[u8] = b"session-in-event-id";
 
 /// A data record's body, borrowed from its bytes.
 #[derive(Debug, Deserialize, Serialize)]
@@ -290,6 +292,31 @@ pub(super) fn is_data(record: &Record) -> bool {
 /// True for the control record that ends an agent's turn.
 pub(super) fn is_turn_complete(record: &Record) -> bool {
     control(&record.headers) == Some("turn-complete")
+}
+
+/// The last record of `.in` that the agent had seen when its turn was complete, if the control record says so.
+pub(super) fn seen_input(record: &Record) -> Option<SeqNum> {
+    let (_, value) = record.headers.iter().find(|(name, _)| name == SEEN_INPUT_HEADER)?;
+    std::str::from_utf8(value).ok()?.parse().ok()
+}
+
+/// True for a data record of a client that asks the agent for a turn, and not for a stop or an action: what it carries is
+/// of the kind `message`.
+pub(super) fn is_message(record: &Record) -> bool {
+    #[derive(Deserialize)]
+    struct Chunk<'a> {
+        #[serde(borrow)]
+        kind: Cow<'a, str>,
+    }
+    let Some(Envelope { data, .. }) = unwrap(record) else { return false };
+    // Written as a text by the append route, as a value by others.
+    let text: String;
+    let mut chunk = data.get();
+    if chunk.starts_with('"') {
+        text = serde_json::from_str(chunk).unwrap_or_default();
+        chunk = &text;
+    }
+    serde_json::from_str(chunk).is_ok_and(|Chunk { kind }| kind == "message")
 }
 
 #[cfg(test)]

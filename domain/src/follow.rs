@@ -63,6 +63,7 @@ pub struct Follow {
     session: Option<SharedSession>,
     caught_up: bool,
     demands: Demands,
+    is_settled: bool,
 }
 
 impl Follow {
@@ -70,15 +71,17 @@ impl Follow {
         stream: BoxStream<'static, Result<Item>>,
         caller: &Caller,
         demands: Demands,
+        is_settled: bool,
         bounds: Bounds,
     ) -> Self {
         let lifeline = Lifeline::new(Some(caller), bounds);
-        Self { stream, lifeline, session: None, caught_up: false, demands }
+        Self { stream, lifeline, session: None, caught_up: false, demands, is_settled }
     }
 
-    /// True if the channel's last turn was complete when the follower began and the caller asked to know.
+    /// True if nothing was to be expected any more when the follower began: the session was closed or had expired, or the
+    /// channel's last turn was complete and the caller asked to know.
     pub fn is_settled(&self) -> bool {
-        self.demands.settled
+        self.is_settled
     }
 
     /// The session, as it was when the follower was attached to it; known with the first event.

@@ -188,10 +188,10 @@ impl SessionRef {
     /// [`Error::Malformed`] when no session could ever have this address.
     pub fn parse(text: &str) -> Result<Self> {
         if text.starts_with(SESSION_PREFIX) {
-            if text.len() > SESSION_ID_MAX || !text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
-                return Err(Error::malformed("session", "is not a session id"));
-            }
-            return Ok(Self::Id(SessionId::from_stored(text)));
+            let is_id =
+                text.len() <= SESSION_ID_MAX && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+            // What is no id names no session, as an unknown one does, and no store need look at it.
+            return Ok(Self::Id(SessionId::from_stored(if is_id { text } else { SESSION_PREFIX })));
         }
         match ExternalId::parse(text) {
             Ok(id) if id.as_str() == text => Ok(Self::External(id)),
@@ -232,8 +232,15 @@ mod tests {
         assert!(matches!(SessionRef::parse("session_x"), Ok(SessionRef::Id(_))));
         assert!(matches!(SessionRef::parse("Session_x"), Ok(SessionRef::External(_))));
         assert!(matches!(SessionRef::parse("a/b ü"), Ok(SessionRef::External(_))));
-        for text in ["", " a", "a\0", "session_\u{fc}", &"x".repeat(257)] {
+        for text in ["", " a", "a\0", &"x".repeat(257)] {
             assert!(SessionRef::parse(text).is_err(), "{text:?}");
+        }
+        for text in ["session_", "session_\u{fc}", "session_\0", &format!("session_{}", "x".repeat(9000))] {
+            assert_eq!(
+                SessionRef::parse(text).expect("an address").as_str(),
+                SESSION_PREFIX,
+                "names no session"
+            );
         }
     }
 

@@ -193,6 +193,12 @@ impl Failure {
         Self { retry: Some(false), ..Self::new(StatusCode::NOT_FOUND, Code::NotFound.as_str(), "Not found") }
     }
 
+    /// A path of the run engine, which is another program.
+    pub fn no_run_engine() -> Self {
+        let message = "This server has no run engine: it keeps sessions, and runs no tasks. Call this route where your tasks run";
+        Self { retry: Some(false), ..Self::new(StatusCode::NOT_FOUND, "no_run_engine", message) }
+    }
+
     /// A path that does not know the method.
     pub fn method_not_allowed() -> Self {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Method not allowed")

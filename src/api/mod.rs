@@ -29,8 +29,8 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Extension, Json, Router, middleware};
-use http::StatusCode;
 use http::header::{CONTENT_TYPE, HeaderValue};
+use http::{StatusCode, Uri};
 use ipnet::IpNet;
 use serde_json::json;
 
@@ -185,10 +185,47 @@ pub fn router(state: ApiState) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/openapi.json", get(document_json))
-        .fallback(|| async { Failure::no_route() })
+        .fallback(unrouted)
         .method_not_allowed_fallback(|| async { Failure::method_not_allowed() })
         .layer(middleware::from_fn_with_state(app.clone(), trace::observe))
         .with_state(app)
+}
+
+/// What the SDK calls beside sessions, by the version in the path and what follows: the routes of its run engine.
+const RUN_ENGINE: [&str; 18] = [
+    "batches",
+    "bulk-actions",
+    "concurrency-limits",
+    "deployments",
+    "idempotencyKeys",
+    "packets",
+    "projects",
+    "prompts",
+    "query",
+    "queues",
+    "reports",
+    "runs",
+    "schedules",
+    "streams",
+    "tasks",
+    "waitpoints",
+    "webhooks",
+    "workers",
+];
+
+async fn unrouted(uri: Uri) -> Failure {
+    let mut segments = uri.path().trim_start_matches('/').split('/');
+    let (kind, version, what) = (segments.next(), segments.next(), segments.next());
+    let is_versioned = version
+        .and_then(|version| version.strip_prefix('v'))
+        .is_some_and(|number| number.parse::<u8>().is_ok());
+    match (kind, what) {
+        (Some("engine"), _) if is_versioned => Failure::no_run_engine(),
+        (Some("api" | "realtime"), Some(what)) if is_versioned && RUN_ENGINE.contains(&what) => {
+            Failure::no_run_engine()
+        }
+        _ => Failure::no_route(),
+    }
 }
 
 async fn index() -> Response {

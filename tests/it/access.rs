@@ -155,6 +155,7 @@ async fn listing_and_creating_follow_the_tasks_of_the_scopes() {
     };
     assert_eq!(status(&["read:tasks:a"], "?filter[taskIdentifier]=a").await, 200);
     assert_eq!(status(&["read:tasks:a"], "?filter[taskIdentifier]=a,b").await, 403);
+    assert_eq!(status(&["read:tasks:a", "read:tasks:b"], "?filter[taskIdentifier]=a,b").await, 200);
     assert_eq!(status(&["read:tasks:a"], "").await, 403);
     assert_eq!(status(&["read:tasks"], "").await, 200);
     assert_eq!(status(&["read:sessions:of-a"], "").await, 403);
@@ -282,11 +283,22 @@ async fn a_stream_ends_when_its_token_does() {
     let server = TestServer::start().await;
     server.create(json!({"externalId": "t"})).await;
     let token = server.token(&["read:sessions:t"], Duration::from_secs(30)).await;
-    let mut follower = server.follow_as(&token, "t", "out", &[("Timeout-Seconds", "600")]).await.ok();
+    let patient = ("Timeout-Seconds", "600");
+    let mut follower = server.follow_as(&token, "t", "out", &[patient]).await.ok();
+    // As the SDK's own reader, which renews its token when a stream breaks.
+    let renewing = [patient, ("trigger-version", "4.8.3")];
+    let mut renewing = server.follow_as(&token, "t", "out", &renewing).await.ok();
     server.append("t", "out", "one").await;
     follower.records(1).await;
+    renewing.records(1).await;
     server.clock.advance(Duration::from_secs(30));
     let (events, end) = follower.rest().await;
+    let [last] = events.as_slice() else { panic!("{events:?}") };
+    assert_eq!(
+        (last.name.as_str(), last.json(), end),
+        ("end", json!({"reason": "token_expired"}), End::Clean)
+    );
+    let (events, end) = renewing.rest().await;
     assert_eq!(events.len(), 1);
     assert_eq!((events[0].name.as_str(), end), ("error", End::Broken));
 }

@@ -208,6 +208,39 @@ async fn a_turn_is_settled_when_its_last_record_that_is_no_command_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_turn_is_not_settled_when_another_one_has_been_asked_for_since() {
+    let core = Core::open().await;
+    let input = ChannelAddress::main(Direction::In);
+    let send = async |body: &str| {
+        let body = serde_json::json!({"data": body, "id": "p"}).to_string();
+        core.append(&core.root, &input, NewRecord::data(body)).await.expect("appended")
+    };
+    let complete = async |seen: u64| {
+        let mut record = with_header("trigger-control", "turn-complete");
+        record.headers.push((Bytes::from("session-in-event-id"), Bytes::from(seen.to_string())));
+        core.append(&core.root, &core.out, record).await.expect("appended");
+    };
+    let first = send(r#"{"kind":"message","payload":{"trigger":"submit-message"}}"#).await;
+    complete(first).await;
+    assert!(core.is_settled().await, "it has seen all there is");
+    send(r#"{"kind":"stop"}"#).await;
+    send(r#"{"kind":"action","payload":{"kind":"message"}}"#).await;
+    send("message").await;
+    assert!(core.is_settled().await, "nobody has asked for a turn");
+    let second = send(r#"{"kind":"message","payload":{"trigger":"submit-message"}}"#).await;
+    assert!(!core.is_settled().await, "it has not seen the last message");
+    complete(second).await;
+    assert!(core.is_settled().await);
+    let written = r#"{"data":{"kind":"message","payload":{}},"id":"q"}"#;
+    core.append(&core.root, &input, NewRecord::data(written)).await.expect("appended");
+    assert!(!core.is_settled().await, "nor one that was written as a value");
+    core.append(&core.root, &core.out, with_header("trigger-control", "turn-complete"))
+        .await
+        .expect("appended");
+    assert!(core.is_settled().await, "a turn that does not say what it has seen");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_trim_hides_what_is_below_it_from_every_reader_at_once() {
     let core = Core::open().await;
     for body in ["a", "b", "c"] {

@@ -168,9 +168,10 @@ async fn a_follower_waits_for_a_session_that_does_not_exist_yet() {
     assert_eq!(unknown.response.status().as_u16(), 404);
 }
 
-async fn ends_clean(follower: &mut SseReader) {
+async fn ends_clean(follower: &mut SseReader, reason: &str) {
     let (events, end) = follower.rest().await;
-    let last = events.last().expect("an event");
+    let [.., why, last] = events.as_slice() else { panic!("{events:?}") };
+    assert_eq!((why.name.as_str(), why.json()), ("end", json!({"reason": reason})));
     assert_eq!((last.data.as_str(), end), ("[DONE]", End::Clean));
 }
 
@@ -185,11 +186,12 @@ async fn a_close_gives_followers_the_rest_and_then_a_clean_end() {
     server.append("s", "out", "two").await;
     server.post("/api/v1/sessions/s/close", &json!({"reason": "over"})).await.expect(200);
     live.records(1).await;
-    ends_clean(&mut live).await;
-    ends_clean(&mut unwritten).await;
+    ends_clean(&mut live, "closed").await;
+    ends_clean(&mut unwritten, "closed").await;
     let mut late = server.follow("s", "out", &[]).await.ok();
+    assert_eq!(late.response.headers()["x-session-settled"], "true");
     late.records(2).await;
-    ends_clean(&mut late).await;
+    ends_clean(&mut late, "closed").await;
     for (io, status) in [("in", 409), ("out", 400)] {
         let answer =
             server.send(server.request(Method::POST, &format!("{}/append", path("s", io))).body("x")).await;
@@ -208,11 +210,13 @@ async fn an_expiry_ends_followers_cleanly() {
     let mut follower = server.follow("s", "out", &[("Timeout-Seconds", "600")]).await.ok();
     server.append("s", "out", "one").await;
     follower.records(1).await;
+    assert!(!follower.response.headers().contains_key("x-session-settled"));
     server.clock.advance(Duration::from_secs(30));
-    ends_clean(&mut follower).await;
+    ends_clean(&mut follower, "expired").await;
     let mut late = server.follow("s", "out", &[]).await.ok();
+    assert_eq!(late.response.headers()["x-session-settled"], "true");
     late.records(1).await;
-    ends_clean(&mut late).await;
+    ends_clean(&mut late, "expired").await;
 }
 
 #[tokio::test]
@@ -228,7 +232,7 @@ async fn the_timeout_bounds_the_gap_between_records_and_pings_do_not_count() {
         follower.records(1).await;
     }
     server.clock.advance(Duration::from_secs(61));
-    ends_clean(&mut follower).await;
+    ends_clean(&mut follower, "idle").await;
     for value in ["0", "601", "abc", "-1", "1.5", ""] {
         let refused = server.follow("s", "out", &[("Timeout-Seconds", value)]).await;
         assert_eq!(refused.response.status().as_u16(), 400, "{value:?}");

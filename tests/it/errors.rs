@@ -209,7 +209,9 @@ async fn strange_addresses_are_either_a_session_or_a_clear_refusal() {
         ("a%00b", 400),
         ("%FF", 400),
         (&*long, 400),
-        ("session_%00", 400),
+        ("session_%00", 404),
+        ("session_%C3%BC-.", 404),
+        (&*format!("session_{long}"), 404),
         ("session_nobody", 404),
         ("nobody", 404),
     ] {
@@ -229,6 +231,10 @@ async fn unknown_routes_and_methods_answer_json() {
     let server = TestServer::start().await;
     for path in ["/nothing", "/api/v1/nothing", "/realtime/v1/sessions/s", "/api/v2/sessions"] {
         assert!(server.get(path).await.expect(404)["error"].is_string(), "{path}");
+    }
+    for path in ["/api/v1/runs/run_1", "/api/v3/batches", "/engine/v1/runs/run_1/x", "/realtime/v1/streams/a"]
+    {
+        assert_eq!(server.get(path).await.expect(404)["code"], "no_run_engine", "{path}");
     }
     for (method, path, allowed) in [
         (Method::DELETE, SESSIONS, "POST"),

@@ -6,7 +6,7 @@ import { test } from "node:test";
 import { auth, AuthenticationError, NotFoundError, PermissionDeniedError, sessions } from "@trigger.dev/sdk";
 
 import { EventReader } from "./lib/sse.js";
-import { drain, SECRET, sessionBody, signToken, suite, take, unique } from "./lib/suite.js";
+import { drain, eventually, SECRET, sessionBody, signToken, suite, take, unique } from "./lib/suite.js";
 
 const context = suite(prepare);
 const [mine, other] = [unique("mine"), unique("other")];
@@ -151,6 +151,24 @@ test("the SDK's reader ends with the refusal when its token has expired", async 
     const reader = (await sessions.open(mine).out.read({ timeoutInSeconds: 60 })).getReader();
     assert.deepEqual(await take(reader, 1), ["hello"]);
     await assert.rejects(drain(reader), AuthenticationError);
+  });
+});
+
+test("the SDK's reader that can renew its token loses no word when one ends", async () => {
+  const id = unique("renews");
+  await sessions.start(sessionBody({ externalId: id }));
+  let made = 0;
+  const next = async () => (made++, signToken(claims({ scopes: [`read:sessions:${id}`], exp: Math.floor(Date.now() / 1000) + 2 })));
+  const words = Array.from({ length: 60 }, (_, n) => `word ${n}`);
+  const options = { baseURL: context.url, accessToken: await next(), refreshAccessToken: next };
+  await auth.withAuth(options, async () => {
+    const reader = (await sessions.open(id).out.read({ timeoutInSeconds: 60 })).getReader();
+    for (const [n, word] of words.entries()) {
+      if (n % 20 === 19) await eventually("a new token", () => made > (n + 1) / 20);
+      await context.append(id, "out", word);
+    }
+    assert.deepEqual(await take(reader, 60), words);
+    await reader.cancel();
   });
 });
 

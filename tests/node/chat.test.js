@@ -6,7 +6,7 @@ import { test } from "node:test";
 import { auth, sessions } from "@trigger.dev/sdk";
 
 import { Agent, Chat, transport } from "./lib/chat.js";
-import { drain, eventually, suite, take, unique } from "./lib/suite.js";
+import { drain, eventually, sessionBody, suite, take, unique } from "./lib/suite.js";
 
 const context = suite();
 
@@ -162,6 +162,47 @@ test("a token that the server does not take is renewed once, and a session that 
   const fresh = new Chat({ id: elsewhere, transport: lost });
   await turn({ chat: fresh, agent: new Agent(context, elsewhere) }, "anyone?", ["Here."]);
   assert.deepEqual([fresh.text, lost.told.starts], ["Here.", 1]);
+});
+
+/** Tokens that end after two seconds, and how many have been asked for. */
+function shortTokens(id) {
+  const made = { count: 0, next: () => (made.count++, auth.createPublicToken({ scopes: { read: { sessions: id }, write: { sessions: id } }, expirationTime: "2s" })) };
+  return made;
+}
+
+test("a token that ends in mid-turn costs no word", async () => {
+  const id = unique("chat");
+  await sessions.start(sessionBody({ externalId: id }));
+  const tokens = shortTokens(id);
+  const page = transport(context, { accessToken: tokens.next, sessions: { [id]: { publicAccessToken: await tokens.next() } } });
+  const chat = new Chat({ id, transport: page });
+  const agent = new Agent(context, id);
+  const asked = chat.sendMessage({ text: "sixty words, slowly" });
+  await agent.next();
+  const words = Array.from({ length: 60 }, (_, n) => `${n} `);
+  const before = tokens.count;
+  await agent.say(words, async (n) => {
+    if (n === 20) await eventually("a second token", () => tokens.count > before);
+    if (n === 40) await eventually("a third token", () => tokens.count > before + 1);
+  });
+  await agent.complete();
+  await asked;
+  assert.deepEqual([chat.status, chat.text], ["ready", words.join("")]);
+  assert.ok(!page.told.events.some(({ type }) => type === "stream-error"));
+});
+
+test("a watching page outlives three tokens", async () => {
+  const own = opened();
+  await turn(own, "first", ["One."]);
+  const tokens = shortTokens(own.id);
+  const watcher = transport(context, { watch: true, accessToken: tokens.next, sessions: { [own.id]: { publicAccessToken: await tokens.next() } } });
+  const reader = (await watcher.reconnectToStream({ chatId: own.id })).getReader();
+  const deltas = async () => (await take(reader, 5)).flatMap(({ delta }) => delta ?? []);
+  assert.deepEqual(await deltas(), ["One."]);
+  await eventually("the fourth token", () => tokens.count > 3);
+  await turn(own, "second", ["Two."]);
+  assert.deepEqual(await deltas(), ["Two."]);
+  watcher.dispose();
 });
 
 test("a watcher sees one turn after the other", async () => {

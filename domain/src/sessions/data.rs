@@ -19,7 +19,7 @@ use crate::record::{
     RecordPage, RecordPageRequest, SeqNum, metered_size,
 };
 use crate::send_budget::{ConnectionBudget, Delivery};
-use crate::session::{Closure, SharedSession};
+use crate::session::{Closure, SharedSession, Status};
 
 /// Most metered bytes of a page of records, unless one record alone is larger.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
@@ -292,8 +292,10 @@ impl Sessions {
             _ => None,
         };
         let demands = Demands { settled, complete: options.require_complete, next };
+        let is_over =
+            session.as_ref().is_some_and(|session| session.status(self.bounds.clock.now()) != Status::Active);
         let stream = self.attach(caller, session, address, channel, options.start, budget).await?;
-        Ok(Follow::new(stream, caller, demands, self.bounds.clone()))
+        Ok(Follow::new(stream, caller, demands, settled || is_over, self.bounds.clone()))
     }
 
     /// A page of stored records, without commands.
@@ -424,7 +426,8 @@ impl Sessions {
         Ok(attached.chain(followed.map_ok(Item::Followed)).boxed())
     }
 
-    /// Whether the last record that is not a command says that the turn is complete.
+    /// Whether the last record that is not a command says that the turn is complete, and nobody has asked for another one
+    /// since.
     async fn is_settled(&self, key: &ChannelKey) -> Result<bool> {
         const WINDOW: usize = 16;
         let mut end = self.channels.bounds(key).await?;
@@ -433,10 +436,33 @@ impl Sessions {
             let limit = ReadLimit::count(usize::try_from(end.tail.seq_num - start).unwrap_or(WINDOW));
             let batch = self.channels.read(key, ReadStart::SeqNum(start), limit).await?;
             if let Some(last) = batch.records.iter().rfind(|record| !record.is_command()) {
-                return Ok(envelope::is_turn_complete(last));
+                return match envelope::seen_input(last).filter(|_| envelope::is_turn_complete(last)) {
+                    Some(seen) => Ok(!self.has_message_after(key, seen).await?),
+                    None => Ok(envelope::is_turn_complete(last)),
+                };
             }
             end.tail.seq_num = start;
         }
         Ok(false)
+    }
+
+    /// Whether a client has asked for a turn behind this record of the `.in` that belongs to an `.out`. If there are too many
+    /// records to look at, it has.
+    async fn has_message_after(&self, out: &ChannelKey, seen: SeqNum) -> Result<bool> {
+        const LOOKS: usize = 16;
+        let address = ChannelAddress { direction: Direction::In, ..out.address.clone() };
+        let key = &ChannelKey { session: out.session.clone(), address };
+        let mut next = seen.saturating_add(1);
+        for _ in 0..LOOKS {
+            let batch = self.channels.read(key, ReadStart::SeqNum(next), ReadLimit::count(64)).await?;
+            if batch.records.iter().any(envelope::is_message) {
+                return Ok(true);
+            }
+            match batch.next_seq_num() {
+                Some(after) if batch.tail.is_none() => next = after,
+                _ => return Ok(false),
+            }
+        }
+        Ok(true)
     }
 }

@@ -6,8 +6,39 @@ use bytes::Bytes;
 
 use crate::domain::{Position, Record};
 
-/// The clean end of a stream.
+/// What clients take for the clean end of a stream.
 pub const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
+
+/// Why a stream ends cleanly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The session is closed.
+    Closed,
+    /// The session has expired.
+    Expired,
+    /// The turn was complete, and the caller wanted no more than that.
+    Settled,
+    /// No record came for as long as the caller wanted to wait.
+    Idle,
+    /// The caller's token has ended; with a new one there may be more.
+    TokenExpired,
+}
+
+impl End {
+    /// The `end` event, and behind it [`DONE`] where nothing more is to be had with the same token.
+    pub fn event(self) -> Bytes {
+        let (reason, done) = match self {
+            Self::Closed => ("closed", &DONE[..]),
+            Self::Expired => ("expired", &DONE[..]),
+            Self::Settled => ("settled", &DONE[..]),
+            Self::Idle => ("idle", &DONE[..]),
+            Self::TokenExpired => ("token_expired", &[][..]),
+        };
+        let mut out = format!("event: end\ndata: {{\"reason\":\"{reason}\"}}\n\n").into_bytes();
+        out.extend_from_slice(done);
+        out.into()
+    }
+}
 
 /// A `batch` event. Its id is `seq,count,bytes` over the channel's whole life, so that it is the same for every
 /// follower.

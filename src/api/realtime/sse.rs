@@ -19,7 +19,7 @@ use http::HeaderMap;
 use http::header::{ACCESS_CONTROL_EXPOSE_HEADERS, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use http_body::Frame;
 
-use super::event;
+use super::event::{self, End};
 use crate::api::App;
 use crate::api::error::{Failure, Route};
 use crate::api::extract::{Asker, ChannelPath};
@@ -47,7 +47,8 @@ const PING_MAX: u64 = 15_000;
         ("Timeout-Seconds" = Option<u32>, Header, description = "1 to 600; longest gap between records"),
         ("X-Peek-Settled" = Option<String>, Header, description = "1: end at once if the turn is complete"),
         ("X-Trigger-Stream-Start" = Option<String>, Header, description = "latest: begin at the tail")),
-    responses((status = 200, description = "batch, ping and error events; [DONE] is the clean end",
+    responses((status = 200, description = "batch, ping, error and end events. A clean end is an end event with a \\
+            reason (closed, expired, settled, idle, token_expired) and, but for the last one, [DONE]",
         body = String, content_type = "text/event-stream")))]
 pub async fn follow(
     State(app): State<App>,
@@ -66,7 +67,11 @@ pub async fn follow(
     let follow = app.sessions.follow(&caller, &path.session, &path.channel, options, &budget).await;
     let follow = follow.map_err(|error| Failure::from(error).on(Route::Load))?;
     let settled = follow.is_settled();
-    let stream = EventStream::new(&app, follow, gap, id);
+    // The SDK's own reader, which names the version of its protocol, asks for a new token when a stream breaks, and takes a
+    // clean end for the last. Its transport of chats, which names none, does the opposite.
+    let renews = headers.contains_key("trigger-version");
+    let token_ends = caller.expires_at.filter(|_| !renews && !caller.is_private());
+    let stream = EventStream::new(&app, follow, gap, token_ends, id);
     let mut response = Response::new(Body::new(stream));
     response.extensions_mut().insert(Reserved);
     let headers = response.headers_mut();
@@ -87,7 +92,8 @@ pub async fn follow(
     params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path),
         ("Last-Event-ID" = Option<String>, Header), ("Timeout-Seconds" = Option<u32>, Header),
         ("X-Peek-Settled" = Option<String>, Header), ("X-Trigger-Stream-Start" = Option<String>, Header)),
-    responses((status = 200, description = "batch, ping and error events; [DONE] is the clean end",
+    responses((status = 200, description = "batch, ping, error and end events. A clean end is an end event with a \\
+            reason (closed, expired, settled, idle, token_expired) and, but for the last one, [DONE]",
         body = String, content_type = "text/event-stream")))]
 pub async fn follow_named(
     app: State<App>,
@@ -159,6 +165,8 @@ struct EventStream {
     follow: Follow,
     clock: Arc<dyn Clock>,
     gap: Duration,
+    /// When the caller's token ends, if that is a clean end for the caller.
+    token_ends: Option<Timestamp>,
     ping_every: Duration,
     deadline: Timestamp,
     ping_at: Timestamp,
@@ -172,7 +180,7 @@ struct EventStream {
 }
 
 impl EventStream {
-    fn new(app: &App, follow: Follow, gap: Duration, id: RequestId) -> Self {
+    fn new(app: &App, follow: Follow, gap: Duration, token_ends: Option<Timestamp>, id: RequestId) -> Self {
         let now = app.clock.now();
         let spread = RandomState::new().hash_one(id.as_str()) % (PING_MAX - PING_MIN);
         let ping_every = Duration::from_millis(PING_MIN + spread);
@@ -180,6 +188,7 @@ impl EventStream {
             follow,
             clock: app.clock.clone(),
             gap,
+            token_ends,
             ping_every,
             deadline: now.plus(gap),
             ping_at: now.plus(ping_every),
@@ -197,9 +206,9 @@ impl EventStream {
         event::ping(now.millis(), self.tail)
     }
 
-    fn done(&mut self) -> Bytes {
+    fn end(&mut self, end: End) -> Bytes {
         self.phase = Phase::Ended;
-        event::DONE
+        end.event()
     }
 
     fn fail(&mut self, error: Error) -> Bytes {
@@ -251,12 +260,17 @@ impl EventStream {
                 let now = self.clock.now();
                 self.ping(now)
             }
-            Ok(FollowEvent::Closed(_) | FollowEvent::Expired(_) | FollowEvent::Settled) => self.done(),
+            Ok(FollowEvent::Closed(_)) => self.end(End::Closed),
+            Ok(FollowEvent::Expired(_)) => self.end(End::Expired),
+            Ok(FollowEvent::Settled) => self.end(End::Settled),
             Ok(FollowEvent::Reached) => {
                 let now = self.clock.now();
-                if now >= self.deadline { self.done() } else { self.ping(now) }
+                if now >= self.deadline { self.end(End::Idle) } else { self.ping(now) }
             }
             Ok(FollowEvent::Stopping) => self.stop(),
+            Err(Error::Unauthenticated(_)) if self.token_ends.is_some_and(|at| at <= self.clock.now()) => {
+                self.end(End::TokenExpired)
+            }
             Err(error) => self.fail(error),
         })
     }

@@ -89,13 +89,20 @@ pub(super) fn one<'a>(fields: &'a Fields, name: &str) -> Option<&'a str> {
 
 /// The parts of comma-joined values, and each whole value too, whose comma may be its own.
 pub(super) fn many(fields: &Fields, name: &str) -> Vec<String> {
-    let mut values = Vec::new();
-    for whole in fields.get(name).into_iter().flatten() {
-        let parts = whole.split(',').map(str::trim).chain([whole.as_str()]);
-        for part in parts.filter(|part| !part.is_empty()) {
-            if !values.iter().any(|value| value == part) {
-                values.push(part.to_owned());
-            }
+    let wholes = fields.get(name).into_iter().flatten();
+    distinct(wholes.flat_map(|whole| whole.split(',').map(str::trim).chain([whole.as_str()])))
+}
+
+/// The parts of comma-joined values only: whoever lists by tasks must be allowed to read each of them.
+fn parts(fields: &Fields, name: &str) -> Vec<String> {
+    distinct(fields.get(name).into_iter().flatten().flat_map(|whole| whole.split(',').map(str::trim)))
+}
+
+fn distinct<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut values: Vec<String> = Vec::new();
+    for text in texts.filter(|text| !text.is_empty()) {
+        if !values.iter().any(|value| value == text) {
+            values.push(text.to_owned());
         }
     }
     values
@@ -141,7 +148,7 @@ fn filter(fields: &Fields, now: Timestamp, faults: &mut Faults) -> Filter {
         kinds: many(fields, "filter[type]"),
         tags_any: many(fields, "filter[tags]"),
         tags_all: Vec::new(),
-        task_identifiers: many(fields, "filter[taskIdentifier]"),
+        task_identifiers: parts(fields, "filter[taskIdentifier]"),
         external_ids,
         statuses: StatusSet::new(statuses),
         created_from,

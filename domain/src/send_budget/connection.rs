@@ -11,8 +11,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     CONNECTION_BYTES, CONNECTION_DOWNLOADS, CREDIT_BYTES, Connection, ConnectionBudget, Download,
-    FIRST_PIECE, InRequest, Kind, LARGE_ADVANCE, MOVE_PART, NEVER, PIECE_PART, Permits, Reservation,
-    UNREAD_BYTES, lock,
+    FIRST_PIECE, InRequest, Kind, MOVE_PART, NEVER, PIECE_PART, Permits, Reservation, UNREAD_BYTES, lock,
 };
 use crate::record::METERED_MAX;
 
@@ -78,7 +77,7 @@ impl ConnectionBudget {
 
     pub(super) fn lend(&self, bytes: usize, permits: Permits) -> Reservation {
         self.connection.hold(bytes);
-        self.connection.advanced.fetch_add(permits.advanced(), Ordering::Relaxed);
+        self.connection.advance(&permits);
         Reservation { connection: self.connection.clone(), bytes, permits }
     }
 
@@ -182,6 +181,20 @@ impl Connection {
         }
     }
 
+    /// Counts the advances among these permits.
+    pub(super) fn advance(&self, permits: &Permits) {
+        let (small, large) = permits.advanced();
+        self.advanced.fetch_add(small, Ordering::Relaxed);
+        self.advanced_large.fetch_add(large, Ordering::Relaxed);
+    }
+
+    /// They are given back.
+    pub(super) fn repay(&self, permits: &Permits) {
+        let (small, large) = permits.advanced();
+        self.advanced.fetch_sub(small, Ordering::Relaxed);
+        self.advanced_large.fetch_sub(large, Ordering::Relaxed);
+    }
+
     /// For how many milliseconds it has not moved; none while nothing waits for it.
     pub(super) fn still(&self, now: u64) -> Option<u64> {
         let holds = self.held.load(Ordering::Relaxed) > 0;
@@ -192,9 +205,7 @@ impl Connection {
         match kind {
             Kind::Bytes => self.held.load(Ordering::Relaxed),
             Kind::Advances => self.advanced.load(Ordering::Relaxed),
-            Kind::LargeAdvances => Some(self.advanced.load(Ordering::Relaxed))
-                .filter(|bytes| *bytes > LARGE_ADVANCE)
-                .unwrap_or(0),
+            Kind::LargeAdvances => self.advanced_large.load(Ordering::Relaxed),
             Kind::Downloads => CONNECTION_DOWNLOADS.saturating_sub(self.downloads.available_permits()),
         }
     }

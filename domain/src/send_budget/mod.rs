@@ -66,8 +66,8 @@ const SHARE_PART: usize = 4;
 /// This part of the whole may be lent to connections beyond what they have earned, and to large bodies. With it and their first
 /// bytes 2000 connections that take nothing leave a twelfth of the default to those that do.
 const ADVANCE_PART: usize = 2;
-/// What is lent beyond that at once is large: of the advances, so many quarters may be large ones, behind which nobody who wants
-/// little waits.
+/// An advance of more is a large one. Those have so many quarters of what may be advanced, and a queue of their own: who
+/// wants little does not wait behind them.
 const LARGE_ADVANCE: usize = 256 << 10;
 const LARGE_QUARTERS: usize = 3;
 /// Downloads that one connection may have at once. A reverse proxy has those of many clients.
@@ -77,11 +77,10 @@ const CONNECTION_DOWNLOADS: usize = 16;
 pub struct SendBudget {
     bytes: Arc<Semaphore>,
     limit: usize,
-    /// A part of the bytes, for what connections are lent beyond what they have earned, and for large bodies: whoever waits for
-    /// much does not hold up those that want little.
+    /// Parts of the bytes, for what connections are lent beyond what they have earned, and for bodies: [large](LARGE_ADVANCE)
+    /// advances come out of one of their own, so that whoever waits for much does not hold up those that want little.
     advances: Arc<Semaphore>,
-    /// A part of the advances, for those that are [large](LARGE_ADVANCE) each.
-    large: Arc<Semaphore>,
+    large_advances: Arc<Semaphore>,
     downloads: Arc<Semaphore>,
     downloads_limit: usize,
     began: Instant,
@@ -115,8 +114,9 @@ struct Connection {
     /// Bytes that were put into `bytes`.
     granted: AtomicUsize,
     held: AtomicUsize,
-    /// Bytes of advances.
+    /// Bytes of advances out of either part.
     advanced: AtomicUsize,
+    advanced_large: AtomicUsize,
     /// What it may send at once.
     receives: Arc<Semaphore>,
     downloads: Arc<Semaphore>,
@@ -151,8 +151,8 @@ pub struct Reservation {
 #[derive(Debug, Default)]
 struct Permits {
     own: Option<OwnedSemaphorePermit>,
-    large: Option<OwnedSemaphorePermit>,
     advance: Option<OwnedSemaphorePermit>,
+    large_advance: Option<OwnedSemaphorePermit>,
     shared: Option<OwnedSemaphorePermit>,
 }
 
@@ -181,8 +181,8 @@ impl SendBudget {
         Arc::new(Self {
             bytes: Arc::new(Semaphore::new(limit)),
             limit,
-            advances: Arc::new(Semaphore::new(limit / ADVANCE_PART)),
-            large: Arc::new(Semaphore::new(large_limit(limit))),
+            advances: Arc::new(Semaphore::new(limit / ADVANCE_PART - large_limit(limit))),
+            large_advances: Arc::new(Semaphore::new(large_limit(limit))),
             downloads: Arc::new(Semaphore::new(downloads)),
             downloads_limit: downloads,
             began: Instant::now(),
@@ -203,6 +203,7 @@ impl SendBudget {
             granted: AtomicUsize::new(FIRST_BYTES),
             held: AtomicUsize::new(0),
             advanced: AtomicUsize::new(0),
+            advanced_large: AtomicUsize::new(0),
             receives: Arc::new(Semaphore::new(self.limit / SHARE_PART)),
             downloads: Arc::new(Semaphore::new(CONNECTION_DOWNLOADS)),
             taken: AtomicU64::new(0),
@@ -236,18 +237,23 @@ impl SendBudget {
 
     /// Waits for an advance, which is no more than [`Self::advance`] allows.
     async fn acquire_advance(&self, bytes: u32) -> Permits {
-        let large = match is_large(bytes) {
-            true => self.acquire(Kind::LargeAdvances, bytes).await,
-            false => None,
-        };
-        Permits { large, advance: self.acquire(Kind::Advances, bytes).await, ..Permits::default() }
+        if let Some(free) = self.try_acquire_advance(bytes) {
+            return free;
+        }
+        let mut permits = Permits::default();
+        match is_large(bytes) {
+            true => permits.large_advance = self.acquire(Kind::LargeAdvances, bytes).await,
+            false => permits.advance = self.acquire(Kind::Advances, bytes).await,
+        }
+        permits
     }
 
+    /// A small one may come out of the part for large ones.
     fn try_acquire_advance(&self, bytes: u32) -> Option<Permits> {
-        let large =
-            is_large(bytes).then(|| self.large.clone().try_acquire_many_owned(bytes)).transpose().ok()?;
-        let advance = self.advances.clone().try_acquire_many_owned(bytes).ok()?;
-        Some(Permits { large, advance: Some(advance), ..Permits::default() })
+        let of = |part: &Arc<Semaphore>| part.clone().try_acquire_many_owned(bytes).ok();
+        let advance = if is_large(bytes) { None } else { of(&self.advances) };
+        let large_advance = if advance.is_some() { None } else { Some(of(&self.large_advances)?) };
+        Some(Permits { advance, large_advance, ..Permits::default() })
     }
 
     /// Waits for so many, and makes room while it does.
@@ -255,7 +261,7 @@ impl SendBudget {
         let all = match kind {
             Kind::Bytes => &self.bytes,
             Kind::Advances => &self.advances,
-            Kind::LargeAdvances => &self.large,
+            Kind::LargeAdvances => &self.large_advances,
             Kind::Downloads => &self.downloads,
         };
         if let Ok(permit) = all.clone().try_acquire_many_owned(count) {
@@ -292,7 +298,7 @@ impl SendBudget {
         stuck.sort_unstable_by_key(|(still, ..)| std::cmp::Reverse(*still));
         let limit = match kind {
             Kind::Bytes => self.limit,
-            Kind::Advances => self.limit / ADVANCE_PART,
+            Kind::Advances => self.limit / ADVANCE_PART - large_limit(self.limit),
             Kind::LargeAdvances => large_limit(self.limit),
             Kind::Downloads => self.downloads_limit,
         };

@@ -19,15 +19,16 @@ impl ConnectionBudget {
             [bytes - has.min(bytes), large].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
         let own = self.connection.receives.clone().try_acquire_many_owned(count).ok()?;
         let rest = || {
-            let advance = process.advances.clone().try_acquire_many_owned(large).ok()?;
+            let advance = process.try_acquire_advance(large)?;
             Some((advance, process.bytes.clone().try_acquire_many_owned(count).ok()?))
         };
         let Some((advance, shared)) = rest() else {
+            process.relieve(Kind::LargeAdvances);
             process.relieve(Kind::Advances);
             process.relieve(Kind::Bytes);
             return None;
         };
-        Some(self.lent(Permits { own: Some(own), large: None, advance: Some(advance), shared: Some(shared) }))
+        Some(self.lent(Permits { own: Some(own), shared: Some(shared), ..advance }))
     }
 
     /// A reservation again, of permits whose bytes count as held.

@@ -20,12 +20,12 @@ impl Reservation {
         let bytes = bytes.min(self.bytes);
         self.connection.held.fetch_sub(self.bytes - bytes, Ordering::Relaxed);
         self.bytes = bytes;
-        let advance = self.permits.advanced();
-        let Permits { own, large, advance: lent, shared } = &mut self.permits;
-        for permit in [own, large, lent, shared].into_iter().flatten() {
+        self.connection.repay(&self.permits);
+        let Permits { own, advance, large_advance, shared } = &mut self.permits;
+        for permit in [own, advance, large_advance, shared].into_iter().flatten() {
             drop(permit.split(permit.num_permits().saturating_sub(bytes)));
         }
-        self.connection.advanced.fetch_sub(advance - self.permits.advanced(), Ordering::Relaxed);
+        self.connection.advance(&self.permits);
     }
 
     /// The permits of what was received, which count as held until somebody takes that back.
@@ -71,14 +71,14 @@ impl Reservation {
     fn take_permits(&mut self) -> Permits {
         self.connection.held.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
         let permits = std::mem::take(&mut self.permits);
-        self.connection.advanced.fetch_sub(permits.advanced(), Ordering::Relaxed);
+        self.connection.repay(&permits);
         permits
     }
 
     fn absorb(&mut self, more: Permits) {
-        self.connection.advanced.fetch_add(more.advanced(), Ordering::Relaxed);
+        self.connection.advance(&more);
         merge(&mut self.permits.own, more.own);
-        merge(&mut self.permits.large, more.large);
+        merge(&mut self.permits.large_advance, more.large_advance);
         merge(&mut self.permits.advance, more.advance);
         merge(&mut self.permits.shared, more.shared);
     }
@@ -124,8 +124,12 @@ impl Drop for Reservation {
 }
 
 impl Permits {
-    pub(super) fn advanced(&self) -> usize {
-        self.advance.as_ref().map_or(0, OwnedSemaphorePermit::num_permits)
+    /// Bytes of advances, small and large ones.
+    pub(super) fn advanced(&self) -> (usize, usize) {
+        let count = |permit: &Option<OwnedSemaphorePermit>| {
+            permit.as_ref().map_or(0, OwnedSemaphorePermit::num_permits)
+        };
+        (count(&self.advance), count(&self.large_advance))
     }
 }
 

@@ -142,7 +142,7 @@ async fn two_thousand_that_take_nothing_leave_room_for_those_that_do() {
             connection.reserve(most).now_or_never()
         })
         .collect();
-    assert!(held.len() > 1600 && budget.large.available_permits() < CONNECTION_BYTES);
+    assert!(held.len() > 1600 && budget.large_advances.available_permits() < CONNECTION_BYTES);
     for (fresh, bytes) in [(budget.connection(), FIRST_BYTES), (budget.connection(), LARGE_ADVANCE)] {
         assert!(
             fresh.reserve(bytes).now_or_never().is_some(),
@@ -179,7 +179,7 @@ async fn who_has_no_advance_is_not_cut_to_make_room_for_one() {
     sleep(Duration::from_millis(5)).await;
     let _large = large.try_reserve(CONNECTION_BYTES / 2).expect("room");
     patience_ends().await;
-    budget.relieve(Kind::Advances);
+    budget.relieve(Kind::LargeAdvances);
     assert!(little.cut().now_or_never().is_none(), "it would free none");
     assert!(large.cut().now_or_never().is_some());
 }

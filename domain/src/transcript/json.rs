@@ -78,7 +78,11 @@ impl<'a> Walk<'a> {
     /// Takes a value, and says where it stands.
     pub(super) fn value(&mut self) -> Option<Range<usize>> {
         let start = self.at;
-        self.skip()?;
+        // A long list is mostly one of numbers and texts.
+        match self.peek()? {
+            b'{' | b'[' => self.skip()?,
+            first => self.scalar(first)?,
+        }
         Some(start..self.at)
     }
 
@@ -110,16 +114,19 @@ impl<'a> Walk<'a> {
         self.at = at;
     }
 
+    #[inline]
     fn peek(&self) -> Option<u8> {
         self.text.get(self.at).copied()
     }
 
+    #[inline]
     fn eat(&mut self, byte: u8) -> bool {
         let eaten = self.peek() == Some(byte);
         self.at += usize::from(eaten);
         eaten
     }
 
+    #[inline]
     fn space(&mut self) {
         while matches!(self.peek(), Some(b' ' | b'\t' | b'\n' | b'\r')) {
             self.at += 1;
@@ -134,6 +141,7 @@ impl<'a> Walk<'a> {
     }
 
     /// Behind a value within a bracket: whether another one, or a key, follows, and then up to it.
+    #[inline]
     fn goes_on(&mut self, close: u8) -> Option<bool> {
         self.space();
         if self.eat(b',') {
@@ -162,16 +170,24 @@ impl<'a> Walk<'a> {
                         continue;
                     }
                 }
-                b'-' | b'0'..=b'9' => self.number()?,
-                b'"' => self.string()?,
-                b't' => self.word(b"true")?,
-                b'f' => self.word(b"false")?,
-                b'n' => self.word(b"null")?,
-                _ => return None,
+                first => self.scalar(first)?,
             }
             if !self.close()? {
                 return Some(());
             }
+        }
+    }
+
+    /// A value without others in it, which begins with this byte.
+    #[inline]
+    fn scalar(&mut self, first: u8) -> Option<()> {
+        match first {
+            b'-' | b'0'..=b'9' => self.number(),
+            b'"' => self.string(),
+            b't' => self.word(b"true"),
+            b'f' => self.word(b"false"),
+            b'n' => self.word(b"null"),
+            _ => None,
         }
     }
 
@@ -244,6 +260,7 @@ impl<'a> Walk<'a> {
         }
     }
 
+    #[inline]
     fn number(&mut self) -> Option<()> {
         self.eat(b'-');
         if !self.eat(b'0') {

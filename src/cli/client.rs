@@ -99,7 +99,9 @@ impl Client {
             Some(token) => token.clone(),
             None => local_key(common).await?,
         };
-        Ok(Self { http: reqwest::Client::new(), base: args.url.clone(), token })
+        // A stream is never silent for longer than fifteen seconds.
+        let http = reqwest::Client::builder().read_timeout(Duration::from_secs(60)).build()?;
+        Ok(Self { http, base: args.url.clone(), token })
     }
 
     fn url(&self, segments: &[&str]) -> anyhow::Result<Url> {
@@ -199,26 +201,26 @@ pub(super) async fn send(common: &Common, args: SendArgs) -> anyhow::Result<()> 
 pub(super) async fn tail(common: &Common, args: TailArgs) -> anyhow::Result<()> {
     let client = Client::new(common, &args.server).await?;
     let url = client.channel_url(&args.session, &args.server, args.io, None)?;
-    let mut tail = Tail { client, url, last: args.after, args, followed: false };
+    let next = args.after.map(|last| last.saturating_add(1));
+    let mut tail = Tail { client, url, next, args, followed: false };
     let mut pauses = Backoff::default();
     loop {
-        let before = tail.last;
+        let followed = std::mem::take(&mut tail.followed);
         match tail.follow().await? {
-            Left::Idle => pauses = Backoff::default(),
+            Left::Idle => {}
             Left::Ended => {
                 eprintln!("the session has ended");
                 return Ok(());
             }
-            Left::TokenExpired => {
-                bail!("the token has expired; go on with a new one and --after {}", tail.place())
-            }
+            Left::TokenExpired => bail!("the token has expired; go on with a new one{}", tail.place()),
             Left::Unheard => return Ok(()),
-            Left::Lost(error) if !tail.followed => return Err(error),
+            Left::Lost(error) if !followed && !tail.followed => return Err(error),
             Left::Lost(error) => {
-                if tail.last != before {
+                if tail.followed {
                     pauses = Backoff::default();
                 }
-                eprintln!("{error:#}; going on behind record {}", tail.place());
+                tail.followed = true;
+                eprintln!("{error:#}; going on{}", tail.place());
                 tokio::time::sleep(pauses.next()).await;
             }
         }
@@ -230,9 +232,9 @@ struct Tail {
     client: Client,
     url: Url,
     args: TailArgs,
-    /// The last record that was printed.
-    last: Option<u64>,
-    /// It has followed before, so that it knows the way.
+    /// The record that is printed next; as the arguments say without it.
+    next: Option<u64>,
+    /// It has followed, so the way is right.
     followed: bool,
 }
 
@@ -251,17 +253,23 @@ enum Left {
 }
 
 impl Tail {
+    /// Where to go on, as an argument says it.
     fn place(&self) -> String {
-        self.last.map_or_else(|| "-".to_owned(), |last| last.to_string())
+        let last = self.next.and_then(|next| next.checked_sub(1));
+        last.map_or_else(String::new, |last| format!(" --after {last}"))
     }
 
     /// Follows one stream to its end.
     async fn follow(&mut self) -> anyhow::Result<Left> {
         let mut request = self.client.http.get(self.url.clone()).header("Timeout-Seconds", "600");
-        if let Some(last) = self.last {
-            request = request.header("Last-Event-ID", last.to_string());
-        } else if self.args.latest {
-            request = request.header("X-Trigger-Stream-Start", "latest");
+        match self.next {
+            Some(next) => {
+                if let Some(last) = next.checked_sub(1) {
+                    request = request.header("Last-Event-ID", last.to_string());
+                }
+            }
+            None if self.args.latest => request = request.header("X-Trigger-Stream-Start", "latest"),
+            None => {}
         }
         let response = match self.client.send(request).await {
             Ok(response) if response.status() == StatusCode::OK => response,
@@ -286,6 +294,11 @@ impl Tail {
                         return Ok(Left::Unheard);
                     }
                 }
+                // Where "latest" was.
+                "ping" if self.next.is_none() => {
+                    let Ping { tail } = serde_json::from_str(&event.data)?;
+                    self.next = Some(tail.seq_num);
+                }
                 "end" => {
                     let End { reason } = serde_json::from_str(&event.data)?;
                     return Ok(match reason.as_str() {
@@ -308,7 +321,7 @@ impl Tail {
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(false),
                 written => written?,
             }
-            self.last = Some(record.seq_num);
+            self.next = Some(record.seq_num.saturating_add(1));
         }
         Ok(true)
     }
@@ -329,6 +342,16 @@ impl Backoff {
         self.0 = (2 * pause).min(Duration::from_secs(5));
         pause
     }
+}
+
+#[derive(Deserialize)]
+struct Ping {
+    tail: Place,
+}
+
+#[derive(Deserialize)]
+struct Place {
+    seq_num: u64,
 }
 
 #[derive(Deserialize)]

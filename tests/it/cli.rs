@@ -158,7 +158,7 @@ async fn a_tail_goes_on_where_it_was_when_the_server_is_back_and_ends_quietly_wh
     assert_eq!(lines.next_line().await.expect("output").as_deref(), Some("one"));
     process.kill().await;
     let lost = said.next_line().await.expect("output").expect("a line");
-    assert!(lost.ends_with("going on behind record 0"), "{lost}");
+    assert!(lost.ends_with("going on --after 0"), "{lost}");
     let address = url.strip_prefix("http://").expect("an address");
     let process = Process::serve_at(data, address).await;
     send("two").await;

@@ -300,13 +300,20 @@ pub(super) fn seen_input(record: &Record) -> Option<SeqNum> {
     std::str::from_utf8(value).ok()?.parse().ok()
 }
 
-/// True for a data record of a client that asks the agent for a turn, and not for a stop or an action: what it carries is
-/// of the kind `message`.
+/// True for a data record of a client that asks the agent for a turn: of the kind `message`, and neither an action, which is of
+/// that kind too, nor a close.
 pub(super) fn is_message(record: &Record) -> bool {
     #[derive(Deserialize)]
     struct Chunk<'a> {
         #[serde(borrow)]
         kind: Cow<'a, str>,
+        #[serde(borrow)]
+        payload: Option<&'a RawValue>,
+    }
+    #[derive(Deserialize)]
+    struct Payload<'a> {
+        #[serde(borrow)]
+        trigger: Cow<'a, str>,
     }
     let Some(Envelope { data, .. }) = unwrap(record) else { return false };
     // Written as a text by the append route, as a value by others.
@@ -316,7 +323,10 @@ pub(super) fn is_message(record: &Record) -> bool {
         text = serde_json::from_str(chunk).unwrap_or_default();
         chunk = &text;
     }
-    serde_json::from_str(chunk).is_ok_and(|Chunk { kind }| kind == "message")
+    let Ok(Chunk { kind, payload }) = serde_json::from_str(chunk) else { return false };
+    let trigger = payload.and_then(|payload| serde_json::from_str(payload.get()).ok());
+    let trigger = trigger.map(|Payload { trigger }| trigger);
+    kind == "message" && !matches!(trigger.as_deref(), Some("action" | "close"))
 }
 
 #[cfg(test)]

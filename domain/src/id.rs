@@ -185,12 +185,12 @@ impl SessionRef {
     /// Reads an address as the caller wrote it (percent-decoded).
     ///
     /// # Errors
-    /// [`Error::Malformed`] when no session could ever have this address.
+    /// [`Error::Malformed`] when no session could ever have this address as its external id.
     pub fn parse(text: &str) -> Result<Self> {
         if text.starts_with(SESSION_PREFIX) {
             let is_id =
                 text.len() <= SESSION_ID_MAX && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
-            // What is no id names no session, as an unknown one does, and no store need look at it.
+            // What cannot be an id is looked for as one that nothing has, so that it is answered as an unknown one is.
             return Ok(Self::Id(SessionId::from_stored(if is_id { text } else { SESSION_PREFIX })));
         }
         match ExternalId::parse(text) {

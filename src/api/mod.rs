@@ -192,7 +192,7 @@ pub fn router(state: ApiState) -> Router {
 }
 
 /// What the SDK calls beside sessions, by the version in the path and what follows: the routes of its run engine.
-const RUN_ENGINE: [&str; 18] = [
+const RUN_ENGINE: [&str; 17] = [
     "batches",
     "bulk-actions",
     "concurrency-limits",
@@ -208,7 +208,6 @@ const RUN_ENGINE: [&str; 18] = [
     "schedules",
     "streams",
     "tasks",
-    "waitpoints",
     "webhooks",
     "workers",
 ];
@@ -218,7 +217,7 @@ async fn unrouted(uri: Uri) -> Failure {
     let (kind, version, what) = (segments.next(), segments.next(), segments.next());
     let is_versioned = version
         .and_then(|version| version.strip_prefix('v'))
-        .is_some_and(|number| number.parse::<u8>().is_ok());
+        .is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()));
     match (kind, what) {
         (Some("engine"), _) if is_versioned => Failure::no_run_engine(),
         (Some("api" | "realtime"), Some(what)) if is_versioned && RUN_ENGINE.contains(&what) => {

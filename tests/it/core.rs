@@ -224,7 +224,8 @@ async fn a_turn_is_not_settled_when_another_one_has_been_asked_for_since() {
     complete(first).await;
     assert!(core.is_settled().await, "it has seen all there is");
     send(r#"{"kind":"stop"}"#).await;
-    send(r#"{"kind":"action","payload":{"kind":"message"}}"#).await;
+    send(r#"{"kind":"message","payload":{"trigger":"action"}}"#).await;
+    send(r#"{"kind":"message","payload":{"trigger":"close"}}"#).await;
     send("message").await;
     assert!(core.is_settled().await, "nobody has asked for a turn");
     let second = send(r#"{"kind":"message","payload":{"trigger":"submit-message"}}"#).await;

@@ -291,9 +291,10 @@ impl Sessions {
             ReadStart::SeqNum(next) => Some(next),
             _ => None,
         };
-        let demands = Demands { settled, complete: options.require_complete, next };
-        let is_over =
-            session.as_ref().is_some_and(|session| session.status(self.bounds.clock.now()) != Status::Active);
+        let now = self.bounds.clock.now();
+        let is_over = session.as_ref().is_some_and(|session| session.status(now) != Status::Active);
+        // The end of the session says more.
+        let demands = Demands { settled: settled && !is_over, complete: options.require_complete, next };
         let stream = self.attach(caller, session, address, channel, options.start, budget).await?;
         Ok(Follow::new(stream, caller, demands, settled || is_over, self.bounds.clone()))
     }
@@ -436,9 +437,10 @@ impl Sessions {
             let limit = ReadLimit::count(usize::try_from(end.tail.seq_num - start).unwrap_or(WINDOW));
             let batch = self.channels.read(key, ReadStart::SeqNum(start), limit).await?;
             if let Some(last) = batch.records.iter().rfind(|record| !record.is_command()) {
-                return match envelope::seen_input(last).filter(|_| envelope::is_turn_complete(last)) {
+                return match envelope::seen_input(last) {
+                    _ if !envelope::is_turn_complete(last) => Ok(false),
                     Some(seen) => Ok(!self.has_message_after(key, seen).await?),
-                    None => Ok(envelope::is_turn_complete(last)),
+                    None => Ok(true),
                 };
             }
             end.tail.seq_num = start;

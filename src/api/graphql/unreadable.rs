@@ -26,22 +26,27 @@ struct Unread<'a> {
 
 /// What is wrong with a request that could not be read; `None` if it is no request at all.
 pub(super) fn part_of(request: &str) -> Option<Failure> {
+    // A list would be read as the parts in turn.
+    request.trim_start().strip_prefix('{')?;
     let Unread { query, operation_name, variables, extensions } = serde_json::from_str(request).ok()?;
     let parts = [("query", query), ("operationName", operation_name), ("extensions", extensions)];
-    let other = || parts.into_iter().find_map(|(name, part)| Some(Failure::bad_request(fault(name, part?)?)));
+    let other =
+        || parts.into_iter().find_map(|(name, part)| Some(Failure::bad_request(fault(name, part?.get())?)));
     variables.and_then(|variables| variable_of(variables.get())).or_else(other)
 }
 
-/// What is wrong with variables that could not be read; `None` if they are no object.
+/// What is wrong with variables that could not be read; `None` if that is something else: they are no JSON, or no object.
 pub(super) fn variable_of(variables: &str) -> Option<Failure> {
-    let variables: HashMap<String, &RawValue> = serde_json::from_str(variables).ok()?;
-    let message =
-        variables.into_iter().find_map(|(name, value)| fault(&format!("variables.{name}"), value))?;
+    let variables: &RawValue = serde_json::from_str(variables).ok()?;
+    let each: HashMap<String, &RawValue> = serde_json::from_str(variables.get()).unwrap_or_default();
+    let named = each.into_iter().find_map(|(name, value)| fault(&format!("variables.{name}"), value.get()));
+    // What cannot be read may be a name.
+    let message = named.or_else(|| fault("variables", variables.get()))?;
     Some(protocol(StatusCode::BAD_REQUEST, "bad_user_input", message))
 }
 
-fn fault(name: &str, part: &RawValue) -> Option<String> {
-    let error = serde_json::from_str::<serde_json::Value>(part.get()).err()?.to_string();
+fn fault(name: &str, part: &str) -> Option<String> {
+    let error = serde_json::from_str::<serde_json::Value>(part).err()?.to_string();
     // The library has several words for it, and these in common.
     Some(match error.contains("hex escape") {
         true => format!("{name} must not contain half of a surrogate pair"),

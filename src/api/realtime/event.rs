@@ -27,15 +27,17 @@ pub enum End {
 impl End {
     /// The `end` event, and behind it [`DONE`] where nothing more is to be had with the same token.
     pub fn event(self) -> Bytes {
-        let (reason, done) = match self {
-            Self::Closed => ("closed", &DONE[..]),
-            Self::Expired => ("expired", &DONE[..]),
-            Self::Settled => ("settled", &DONE[..]),
-            Self::Idle => ("idle", &DONE[..]),
-            Self::TokenExpired => ("token_expired", &[][..]),
+        let reason = match self {
+            Self::Closed => "closed",
+            Self::Expired => "expired",
+            Self::Settled => "settled",
+            Self::Idle => "idle",
+            Self::TokenExpired => "token_expired",
         };
         let mut out = format!("event: end\ndata: {{\"reason\":\"{reason}\"}}\n\n").into_bytes();
-        out.extend_from_slice(done);
+        if self != Self::TokenExpired {
+            out.extend_from_slice(&DONE);
+        }
         out.into()
     }
 }

@@ -47,7 +47,7 @@ const PING_MAX: u64 = 15_000;
         ("Timeout-Seconds" = Option<u32>, Header, description = "1 to 600; longest gap between records"),
         ("X-Peek-Settled" = Option<String>, Header, description = "1: end at once if the turn is complete"),
         ("X-Trigger-Stream-Start" = Option<String>, Header, description = "latest: begin at the tail")),
-    responses((status = 200, description = "batch, ping, error and end events. A clean end is an end event with a \\
+    responses((status = 200, description = "batch, ping, error and end events. A clean end is an end event with a \
             reason (closed, expired, settled, idle, token_expired) and, but for the last one, [DONE]",
         body = String, content_type = "text/event-stream")))]
 pub async fn follow(
@@ -92,7 +92,7 @@ pub async fn follow(
     params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path),
         ("Last-Event-ID" = Option<String>, Header), ("Timeout-Seconds" = Option<u32>, Header),
         ("X-Peek-Settled" = Option<String>, Header), ("X-Trigger-Stream-Start" = Option<String>, Header)),
-    responses((status = 200, description = "batch, ping, error and end events. A clean end is an end event with a \\
+    responses((status = 200, description = "batch, ping, error and end events. A clean end is an end event with a \
             reason (closed, expired, settled, idle, token_expired) and, but for the last one, [DONE]",
         body = String, content_type = "text/event-stream")))]
 pub async fn follow_named(

@@ -89,13 +89,20 @@ pub(super) fn one<'a>(fields: &'a Fields, name: &str) -> Option<&'a str> {
 
 /// The parts of comma-joined values, and each whole value too, whose comma may be its own.
 pub(super) fn many(fields: &Fields, name: &str) -> Vec<String> {
-    let wholes = fields.get(name).into_iter().flatten();
-    distinct(wholes.flat_map(|whole| whole.split(',').map(str::trim).chain([whole.as_str()])))
+    distinct(wholes(fields, name).flat_map(|whole| split(whole).chain([whole])))
 }
 
 /// The parts of comma-joined values only: whoever lists by tasks must be allowed to read each of them.
 fn parts(fields: &Fields, name: &str) -> Vec<String> {
-    distinct(fields.get(name).into_iter().flatten().flat_map(|whole| whole.split(',').map(str::trim)))
+    distinct(wholes(fields, name).flat_map(split))
+}
+
+fn wholes<'a>(fields: &'a Fields, name: &str) -> impl Iterator<Item = &'a str> {
+    fields.get(name).into_iter().flatten().map(String::as_str)
+}
+
+fn split(whole: &str) -> impl Iterator<Item = &str> {
+    whole.split(',').map(str::trim)
 }
 
 fn distinct<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<String> {

@@ -135,10 +135,18 @@ async fn half_an_emoji_in_a_variable_is_a_fault_of_its_operation_at_every_door()
     socket.send(Message::text(text)).await;
     told(&socket.refused("1").await[0]);
     socket.silent().await;
-    for body in [operation.to_owned(), format!(r#"[{{"query":"{{ __typename }}"}},{operation}]"#)] {
+    let other = r#"{"query":"{ __typename }"}"#;
+    for body in [
+        operation.to_owned(),
+        format!("[{other},{operation}]"),
+        format!("[{other},{other},{operation},{other}]"),
+    ] {
         let request = graphql.request(Method::POST).header("content-type", "application/json");
         told(&graphql.send(request.body(body)).await.json()["errors"][0]);
     }
+    let twice = format!(r#"{{"type":"subscribe","id":"lives","payload":{operation}}}"#);
+    socket.send(Message::text(twice)).await;
+    assert_eq!(socket.closed().await.0, 4409, "an id in use is not refused for what it says");
 }
 
 #[tokio::test]

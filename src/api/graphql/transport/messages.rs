@@ -44,7 +44,8 @@ pub(super) enum ClientMessage {
 struct Frame<'a> {
     #[serde(borrow)]
     r#type: Cow<'a, str>,
-    id: Option<String>,
+    #[serde(borrow)]
+    id: Option<&'a RawValue>,
     #[serde(borrow)]
     payload: Option<&'a RawValue>,
 }
@@ -67,13 +68,14 @@ impl ClientMessage {
     /// [`Close::invalid`] for anything that is not a message.
     pub fn parse(text: &str) -> Result<Self, Close> {
         let Frame { r#type, id, payload } = serde_json::from_str(text).map_err(|error| invalid(&error))?;
-        let id = || match id {
-            None => Err(Close::invalid("missing field `id`")),
-            Some(id) if id.is_empty() => Err(Close::invalid("the id must not be empty")),
-            Some(id) if id.len() > ID_MAX => {
+        let id = || match id.map(|id| serde_json::from_str::<String>(id.get())).transpose() {
+            Err(error) => Err(invalid(&error)),
+            Ok(None) => Err(Close::invalid("missing field `id`")),
+            Ok(Some(id)) if id.is_empty() => Err(Close::invalid("the id must not be empty")),
+            Ok(Some(id)) if id.len() > ID_MAX => {
                 Err(Close::invalid(&format!("the id must be at most {ID_MAX} bytes")))
             }
-            Some(id) => Ok(id),
+            Ok(Some(id)) => Ok(id),
         };
         let object = || {
             let read = |payload: &RawValue| serde_json::from_str(payload.get());
@@ -276,6 +278,10 @@ mod tests {
             (
                 r#"{"query":"{a}","variables":{"a":"b","text":["\ud83d"]}}"#,
                 "variables.text must not contain half of a surrogate pair",
+            ),
+            (
+                r#"{"query":"{a}","variables":{"\ud83d":1}}"#,
+                "variables must not contain half of a surrogate pair",
             ),
             (r#"{"query":"{a \ude00}"}"#, "query must not contain half of a surrogate pair"),
             (

@@ -126,7 +126,8 @@ type Tagged = (Arc<str>, Option<Answer>);
 /// An operation that is to begin.
 struct Start {
     id: String,
-    payload: Subscribe,
+    /// Or what in it cannot be read.
+    payload: Result<Subscribe, Failure>,
     /// The room that it takes as it was read.
     received: Option<Arc<Reservation>>,
 }
@@ -306,8 +307,7 @@ impl Connection {
             ClientMessage::Ping { payload } => self.send(pong(payload)).await,
             ClientMessage::Pong => Ok(()),
             ClientMessage::Subscribe { .. } if !self.acknowledged => Err(Close::unauthorized().into()),
-            ClientMessage::Subscribe { id, payload: Err(failure) } => self.refuse(&id, failure.into()).await,
-            ClientMessage::Subscribe { id, payload: Ok(payload) } => {
+            ClientMessage::Subscribe { id, payload } => {
                 let start = Start { id, payload, received };
                 self.waiting = Some((start, self.app.graphql.room(&self.budget).boxed()));
                 Ok(())
@@ -366,6 +366,10 @@ impl Connection {
         {
             return self.refuse(id, error.into()).await;
         }
+        let payload = match payload {
+            Ok(payload) => payload,
+            Err(failure) => return self.refuse(id, failure.into()).await,
+        };
         let asked = Asked {
             credentials: self.credentials.clone(),
             id: self.id.clone(),

@@ -192,7 +192,7 @@ pub fn router(state: ApiState) -> Router {
 }
 
 /// What the SDK calls beside sessions, by the version in the path and what follows: the routes of its run engine.
-const RUN_ENGINE: [&str; 17] = [
+const RUN_ENGINE: [&str; 16] = [
     "batches",
     "bulk-actions",
     "concurrency-limits",
@@ -209,7 +209,6 @@ const RUN_ENGINE: [&str; 17] = [
     "streams",
     "tasks",
     "webhooks",
-    "workers",
 ];
 
 async fn unrouted(uri: Uri) -> Failure {

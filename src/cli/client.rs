@@ -202,10 +202,8 @@ pub(super) async fn tail(common: &Common, args: TailArgs) -> anyhow::Result<()> 
     let client = Client::new(common, &args.server).await?;
     let url = client.channel_url(&args.session, &args.server, args.io, None)?;
     let next = args.after.map(|last| last.saturating_add(1));
-    let mut tail = Tail { client, url, next, args, followed: false };
-    let mut pauses = Backoff::default();
+    let mut tail = Tail { client, url, next, args, followed: false, pauses: Backoff::default() };
     loop {
-        let followed = std::mem::take(&mut tail.followed);
         match tail.follow().await? {
             Left::Idle => {}
             Left::Ended => {
@@ -214,14 +212,10 @@ pub(super) async fn tail(common: &Common, args: TailArgs) -> anyhow::Result<()> 
             }
             Left::TokenExpired => bail!("the token has expired; go on with a new one{}", tail.place()),
             Left::Unheard => return Ok(()),
-            Left::Lost(error) if !followed && !tail.followed => return Err(error),
+            Left::Lost(error) if !tail.followed => return Err(error),
             Left::Lost(error) => {
-                if tail.followed {
-                    pauses = Backoff::default();
-                }
-                tail.followed = true;
                 eprintln!("{error:#}; going on{}", tail.place());
-                tokio::time::sleep(pauses.next()).await;
+                tokio::time::sleep(tail.pauses.next()).await;
             }
         }
     }
@@ -236,11 +230,13 @@ struct Tail {
     next: Option<u64>,
     /// It has followed, so the way is right.
     followed: bool,
+    /// Since it last did.
+    pauses: Backoff,
 }
 
 /// Why a stream was left.
 enum Left {
-    /// There was no record for as long as a stream may wait.
+    /// There was no record for as long as a stream may wait, or the reason is none that ends a tail.
     Idle,
     /// The session is closed or has expired.
     Ended,
@@ -280,6 +276,7 @@ impl Tail {
             Err(error) => return Err(error),
         };
         self.followed = true;
+        self.pauses = Backoff::default();
         let mut events = Events { response, buffer: BytesMut::new(), ready: VecDeque::new() };
         loop {
             let event = match events.next().await {

@@ -66,7 +66,7 @@ impl ConnectionBudget {
         let process = &self.connection.process;
         let own = self.connection.bytes.clone().try_acquire_many_owned(own).ok()?;
         let advance = process.try_acquire_advance(advance)?;
-        let shared = process.bytes.clone().try_acquire_many_owned(shared).ok()?;
+        let shared = process.bytes.take(shared)?;
         Some(self.lent(Permits { own: Some(own), shared: Some(shared), ..advance }))
     }
 
@@ -77,7 +77,7 @@ impl ConnectionBudget {
 
     pub(super) fn lend(&self, bytes: usize, permits: Permits) -> Reservation {
         self.connection.hold(bytes);
-        self.connection.advance(&permits);
+        self.connection.count_advances(&permits);
         Reservation { connection: self.connection.clone(), bytes, permits }
     }
 
@@ -182,14 +182,14 @@ impl Connection {
     }
 
     /// Counts the advances among these permits.
-    pub(super) fn advance(&self, permits: &Permits) {
+    pub(super) fn count_advances(&self, permits: &Permits) {
         let (small, large) = permits.advanced();
         self.advanced.fetch_add(small, Ordering::Relaxed);
         self.advanced_large.fetch_add(large, Ordering::Relaxed);
     }
 
-    /// They are given back.
-    pub(super) fn repay(&self, permits: &Permits) {
+    /// Those that are given back count no more.
+    pub(super) fn discount_advances(&self, permits: &Permits) {
         let (small, large) = permits.advanced();
         self.advanced.fetch_sub(small, Ordering::Relaxed);
         self.advanced_large.fetch_sub(large, Ordering::Relaxed);

@@ -61,7 +61,7 @@ const RELIEF_EVERY: Duration = Duration::from_millis(100);
 const TELL_EVERY: Duration = Duration::from_secs(10);
 /// Room is made for this part of the whole at a time.
 const RELIEF_PART: usize = 4;
-/// The most of the whole that one answer takes, or all that one connection sends at once.
+/// One answer, or all that one connection sends at once, takes this part of the whole at most.
 const SHARE_PART: usize = 4;
 /// This part of the whole may be lent to connections beyond what they have earned, and to large bodies. With it and their first
 /// bytes 2000 connections that take nothing leave a twelfth of the default to those that do.
@@ -75,21 +75,25 @@ const CONNECTION_DOWNLOADS: usize = 16;
 
 /// What may wait for all clients together: bytes, and blobs that are open while they are sent.
 pub struct SendBudget {
-    bytes: Arc<Semaphore>,
-    limit: usize,
+    bytes: Pool,
     /// Parts of the bytes, for what connections are lent beyond what they have earned, and for bodies: [large](LARGE_ADVANCE)
     /// advances come out of one of their own, so that whoever waits for much does not hold up those that want little.
-    advances: Arc<Semaphore>,
-    large_advances: Arc<Semaphore>,
-    downloads: Arc<Semaphore>,
-    downloads_limit: usize,
+    advances: Pool,
+    large_advances: Pool,
+    downloads: Pool,
     began: Instant,
     connections: Mutex<HashMap<u64, Weak<Connection>>>,
     next: AtomicU64,
-    /// When room was last made, of each kind.
-    relieved_at: Mutex<[Option<Instant>; 4]>,
     /// Connections that were cut and not told yet, and when the last were.
     told: Mutex<(usize, Option<Instant>)>,
+}
+
+/// What is lent of one kind.
+struct Pool {
+    free: Arc<Semaphore>,
+    limit: usize,
+    /// When room was last made.
+    relieved_at: Mutex<Option<Instant>>,
 }
 
 /// One connection's part of a [`SendBudget`].
@@ -177,18 +181,16 @@ impl SendBudget {
     /// A budget of so many bytes, at least [`CONNECTION_BYTES`] and at most [`BUDGET_MAX`], and of so many downloads.
     pub fn new(limit: usize, downloads: usize) -> Arc<Self> {
         let limit = limit.clamp(CONNECTION_BYTES, BUDGET_MAX);
-        let downloads = downloads.clamp(1, Semaphore::MAX_PERMITS);
+        let advances = limit / ADVANCE_PART;
+        let large = advances / 4 * LARGE_QUARTERS;
         Arc::new(Self {
-            bytes: Arc::new(Semaphore::new(limit)),
-            limit,
-            advances: Arc::new(Semaphore::new(limit / ADVANCE_PART - large_limit(limit))),
-            large_advances: Arc::new(Semaphore::new(large_limit(limit))),
-            downloads: Arc::new(Semaphore::new(downloads)),
-            downloads_limit: downloads,
+            bytes: Pool::new(limit),
+            advances: Pool::new(advances - large),
+            large_advances: Pool::new(large),
+            downloads: Pool::new(downloads.clamp(1, Semaphore::MAX_PERMITS)),
             began: Instant::now(),
             connections: Mutex::default(),
             next: AtomicU64::new(0),
-            relieved_at: Mutex::default(),
             told: Mutex::default(),
         })
     }
@@ -204,7 +206,7 @@ impl SendBudget {
             held: AtomicUsize::new(0),
             advanced: AtomicUsize::new(0),
             advanced_large: AtomicUsize::new(0),
-            receives: Arc::new(Semaphore::new(self.limit / SHARE_PART)),
+            receives: Arc::new(Semaphore::new(self.share())),
             downloads: Arc::new(Semaphore::new(CONNECTION_DOWNLOADS)),
             taken: AtomicU64::new(0),
             received: AtomicU64::new(0),
@@ -223,7 +225,21 @@ impl SendBudget {
 
     /// Bytes that are lent at this moment.
     pub fn lent(&self) -> usize {
-        self.limit.saturating_sub(self.bytes.available_permits())
+        self.bytes.limit.saturating_sub(self.bytes.free.available_permits())
+    }
+
+    /// The most that one answer takes, or all that one connection sends at once.
+    fn share(&self) -> usize {
+        self.bytes.limit / SHARE_PART
+    }
+
+    fn pool(&self, kind: Kind) -> &Pool {
+        match kind {
+            Kind::Bytes => &self.bytes,
+            Kind::Advances => &self.advances,
+            Kind::LargeAdvances => &self.large_advances,
+            Kind::Downloads => &self.downloads,
+        }
     }
 
     fn now(&self) -> u64 {
@@ -232,7 +248,7 @@ impl SendBudget {
 
     /// As much of so many bytes as may be lent at once beyond what a connection has earned.
     fn advance(&self, bytes: u32) -> u32 {
-        bytes.min(u32::try_from(large_limit(self.limit)).unwrap_or(u32::MAX))
+        bytes.min(u32::try_from(self.large_advances.limit).unwrap_or(u32::MAX))
     }
 
     /// Waits for an advance, which is no more than [`Self::advance`] allows.
@@ -250,24 +266,18 @@ impl SendBudget {
 
     /// A small one may come out of the part for large ones.
     fn try_acquire_advance(&self, bytes: u32) -> Option<Permits> {
-        let of = |part: &Arc<Semaphore>| part.clone().try_acquire_many_owned(bytes).ok();
-        let advance = if is_large(bytes) { None } else { of(&self.advances) };
-        let large_advance = if advance.is_some() { None } else { Some(of(&self.large_advances)?) };
+        let advance = if is_large(bytes) { None } else { self.advances.take(bytes) };
+        let large_advance = if advance.is_some() { None } else { Some(self.large_advances.take(bytes)?) };
         Some(Permits { advance, large_advance, ..Permits::default() })
     }
 
     /// Waits for so many, and makes room while it does.
     async fn acquire(&self, kind: Kind, count: u32) -> Option<OwnedSemaphorePermit> {
-        let all = match kind {
-            Kind::Bytes => &self.bytes,
-            Kind::Advances => &self.advances,
-            Kind::LargeAdvances => &self.large_advances,
-            Kind::Downloads => &self.downloads,
-        };
-        if let Ok(permit) = all.clone().try_acquire_many_owned(count) {
+        let pool = self.pool(kind);
+        if let Some(permit) = pool.take(count) {
             return Some(permit);
         }
-        let mut acquired = pin!(all.clone().acquire_many_owned(count));
+        let mut acquired = pin!(pool.free.clone().acquire_many_owned(count));
         loop {
             tokio::select! {
                 biased;
@@ -280,8 +290,8 @@ impl SendBudget {
 
     /// Cuts the connections that have not moved for the longest time, until enough of the whole is free.
     fn relieve(&self, kind: Kind) {
-        let mut relieved_at = lock(&self.relieved_at);
-        let relieved_at = &mut relieved_at[kind as usize];
+        let pool = self.pool(kind);
+        let mut relieved_at = lock(&pool.relieved_at);
         if relieved_at.is_some_and(|at| at.elapsed() < RELIEF_EVERY) {
             return;
         }
@@ -296,15 +306,9 @@ impl SendBudget {
         };
         let mut stuck: Vec<_> = connections.iter().filter_map(stuck).collect();
         stuck.sort_unstable_by_key(|(still, ..)| std::cmp::Reverse(*still));
-        let limit = match kind {
-            Kind::Bytes => self.limit,
-            Kind::Advances => self.limit / ADVANCE_PART - large_limit(self.limit),
-            Kind::LargeAdvances => large_limit(self.limit),
-            Kind::Downloads => self.downloads_limit,
-        };
         let (mut freed, mut cut) = (0, 0);
         for (_, lent, connection) in stuck {
-            if freed >= limit.div_ceil(RELIEF_PART) {
+            if freed >= pool.limit.div_ceil(RELIEF_PART) {
                 break;
             }
             // Cut before and not gone yet: what it holds comes back without another's end.
@@ -337,9 +341,15 @@ fn is_large(advance: u32) -> bool {
     advance as usize > LARGE_ADVANCE
 }
 
-/// How much of a budget may be lent in large advances.
-fn large_limit(limit: usize) -> usize {
-    limit / ADVANCE_PART / 4 * LARGE_QUARTERS
+impl Pool {
+    fn new(limit: usize) -> Self {
+        Self { free: Arc::new(Semaphore::new(limit)), limit, relieved_at: Mutex::default() }
+    }
+
+    /// So many, if they are free at this moment.
+    fn take(&self, count: u32) -> Option<OwnedSemaphorePermit> {
+        self.free.clone().try_acquire_many_owned(count).ok()
+    }
 }
 
 /// No guarded section leaves its value half changed, so a panic elsewhere does not spoil it.
@@ -349,7 +359,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl fmt::Debug for SendBudget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { limit, .. } = self;
-        f.debug_struct("SendBudget").field("limit", limit).field("lent", &self.lent()).finish_non_exhaustive()
+        f.debug_struct("SendBudget")
+            .field("limit", &self.bytes.limit)
+            .field("lent", &self.lent())
+            .finish_non_exhaustive()
     }
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{ConnectionBudget, FIRST_BYTES, Kind, Permits, Reservation, SHARE_PART, UNLIMITED, lock};
+use super::{ConnectionBudget, FIRST_BYTES, Kind, Permits, Reservation, UNLIMITED, lock};
 
 impl ConnectionBudget {
     /// Room for so many bytes that are being received, `has` of which have some, if there is any at this moment; otherwise some
@@ -13,14 +13,14 @@ impl ConnectionBudget {
     /// room then never get what is theirs.
     pub fn try_receive(&self, bytes: usize, has: usize) -> Option<Reservation> {
         let process = &self.connection.process;
-        let bytes = bytes.min(process.limit / SHARE_PART);
+        let bytes = bytes.min(process.share());
         let large = bytes.saturating_sub(FIRST_BYTES) - has.min(bytes).saturating_sub(FIRST_BYTES);
         let [count, large] =
             [bytes - has.min(bytes), large].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
         let own = self.connection.receives.clone().try_acquire_many_owned(count).ok()?;
         let rest = || {
             let advance = process.try_acquire_advance(large)?;
-            Some((advance, process.bytes.clone().try_acquire_many_owned(count).ok()?))
+            Some((advance, process.bytes.take(count)?))
         };
         let Some((advance, shared)) = rest() else {
             process.relieve(Kind::LargeAdvances);

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{COPIES, Kind, Permits, Reservation, SHARE_PART};
+use super::{COPIES, Kind, Permits, Reservation};
 
 impl Reservation {
     /// Bytes of it.
@@ -20,12 +20,12 @@ impl Reservation {
         let bytes = bytes.min(self.bytes);
         self.connection.held.fetch_sub(self.bytes - bytes, Ordering::Relaxed);
         self.bytes = bytes;
-        self.connection.repay(&self.permits);
+        self.connection.discount_advances(&self.permits);
         let Permits { own, advance, large_advance, shared } = &mut self.permits;
         for permit in [own, advance, large_advance, shared].into_iter().flatten() {
             drop(permit.split(permit.num_permits().saturating_sub(bytes)));
         }
-        self.connection.advance(&self.permits);
+        self.connection.count_advances(&self.permits);
     }
 
     /// The permits of what was received, which count as held until somebody takes that back.
@@ -45,7 +45,7 @@ impl Reservation {
     /// Waits until it is room for an answer of so many bytes. Of what the connection may have it takes what is free, and waits
     /// for nothing: others of the same connection, which have answers too, may wait likewise.
     pub async fn grow(&mut self, bytes: usize) {
-        let wanted = (COPIES * bytes).min(self.connection.process.limit / SHARE_PART);
+        let wanted = (COPIES * bytes).min(self.connection.process.share());
         let Some(shared) = &self.permits.shared else { return };
         let more = wanted.saturating_sub(shared.num_permits());
         if more > 0 {
@@ -71,12 +71,12 @@ impl Reservation {
     fn take_permits(&mut self) -> Permits {
         self.connection.held.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
         let permits = std::mem::take(&mut self.permits);
-        self.connection.repay(&permits);
+        self.connection.discount_advances(&permits);
         permits
     }
 
     fn absorb(&mut self, more: Permits) {
-        self.connection.advance(&more);
+        self.connection.count_advances(&more);
         merge(&mut self.permits.own, more.own);
         merge(&mut self.permits.large_advance, more.large_advance);
         merge(&mut self.permits.advance, more.advance);
@@ -93,8 +93,8 @@ impl Reservation {
     /// Room for as many bytes more, as far as there is any: what is written may be longer than what was read.
     fn overdraw(&self, bytes: usize) -> Option<Self> {
         let more = u32::try_from(bytes.saturating_sub(self.bytes)).unwrap_or(u32::MAX);
-        let permit = (more > 0 && self.permits.own.is_some())
-            .then(|| self.connection.process.bytes.clone().try_acquire_many_owned(more).ok())??;
+        let permit =
+            (more > 0 && self.permits.own.is_some()).then(|| self.connection.process.bytes.take(more))??;
         let permits = Permits { shared: Some(permit), ..Permits::default() };
         let mut extra = Self { connection: self.connection.clone(), bytes: 0, permits };
         extra.count();

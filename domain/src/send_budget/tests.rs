@@ -142,7 +142,7 @@ async fn two_thousand_that_take_nothing_leave_room_for_those_that_do() {
             connection.reserve(most).now_or_never()
         })
         .collect();
-    assert!(held.len() > 1600 && budget.large_advances.available_permits() < CONNECTION_BYTES);
+    assert!(held.len() > 1600 && budget.large_advances.free.available_permits() < CONNECTION_BYTES);
     for (fresh, bytes) in [(budget.connection(), FIRST_BYTES), (budget.connection(), LARGE_ADVANCE)] {
         assert!(
             fresh.reserve(bytes).now_or_never().is_some(),

@@ -25,7 +25,7 @@ pub enum End {
 }
 
 impl End {
-    /// The `end` event, and behind it [`DONE`] where nothing more is to be had with the same token.
+    /// The `end` event, and behind it [`DONE`], but not where the client shall ask for a new token and go on.
     pub fn event(self) -> Bytes {
         let reason = match self {
             Self::Closed => "closed",

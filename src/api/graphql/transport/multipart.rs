@@ -18,7 +18,7 @@ use crate::domain::send_budget::Reserved;
 /// The protocol asks for a heartbeat in every silence of five seconds.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// What stands between two parts, and ahead of the first.
-const DELIMITER: Bytes = Bytes::from_static(b"\r\n--graphql");
+const DELIMITER: &str = "\r\n--graphql";
 /// What makes the delimiter behind the last part the end.
 const END: Bytes = Bytes::from_static(b"--\r\n");
 
@@ -39,7 +39,7 @@ pub(super) fn response(answers: BoxStream<'static, Answer>, id: RequestId) -> Re
         None => Ok((END, true)),
     };
     let parts = framed(answers, HEARTBEAT, part("{}"), frame);
-    let delimited = stream::once(async { Ok(DELIMITER) }).chain(parts);
+    let delimited = stream::once(async { Ok(Bytes::from_static(DELIMITER.as_bytes())) }).chain(parts);
     let mut response = Response::new(Body::from_stream(delimited));
     response.extensions_mut().insert(Reserved);
     let headers = response.headers_mut();
@@ -51,5 +51,5 @@ pub(super) fn response(answers: BoxStream<'static, Answer>, id: RequestId) -> Re
 
 /// A part, and the delimiter right behind it: Apollo Client shows a part only when it has seen that.
 fn part(json: &str) -> Bytes {
-    Bytes::from(format!("\r\ncontent-type: application/json\r\n\r\n{json}\r\n--graphql"))
+    Bytes::from(format!("\r\ncontent-type: application/json\r\n\r\n{json}{DELIMITER}"))
 }

@@ -76,6 +76,7 @@ impl<'a> Walk<'a> {
     }
 
     /// Takes a value, and says where it stands.
+    #[inline]
     pub(super) fn value(&mut self) -> Option<Range<usize>> {
         let start = self.at;
         // A long list is mostly one of numbers and texts.
@@ -105,6 +106,7 @@ impl<'a> Walk<'a> {
     }
 
     /// Whether the next value is an object.
+    #[inline]
     pub(super) fn is_at_object(&self) -> bool {
         self.peek() == Some(b'{')
     }
@@ -281,6 +283,7 @@ impl<'a> Walk<'a> {
     }
 
     /// At least one.
+    #[inline]
     fn digits(&mut self) -> Option<()> {
         let start = self.at;
         while matches!(self.peek(), Some(b'0'..=b'9')) {

@@ -17,13 +17,17 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::channel::Direction;
+use super::close;
 use super::error::{Error, Result};
 use super::record::{Header, NewRecord, PART_ID_MAX, PartIds, Record, SeqNum};
 
 /// First header of a control record; its value is the subtype.
-const CONTROL_HEADER: &[u8] = b"trigger-control";
+pub(super) const CONTROL_HEADER: &[u8] = b"trigger-control";
 /// Header of a `turn-complete`: the last record of `.in` that the turn has seen.
 const SEEN_INPUT_HEADER: &[u8] = b"session-in-event-id";
+
+/// Why a part id is refused that would be taken for the server's own.
+const RESERVED: &str = "begins with what only the server's own records begin with";
 
 /// A data record's body, borrowed from its bytes.
 #[derive(Debug, Deserialize, Serialize)]
@@ -95,7 +99,8 @@ pub enum Content<'a> {
 /// A payload as a data record of a channel. What clients send to `.in` loses the claim that only the server may make.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a JSON string sent to `.in` that is no text, because of half a surrogate pair.
+/// [`Error::Invalid`] for a JSON string sent to `.in` that is no text, because of half a surrogate pair, and for a part id
+/// that is reserved.
 pub(super) fn record(direction: Direction, payload: &NewPayload<'_>) -> Result<NewRecord> {
     let (given, cleaned) = match (payload.content, direction) {
         (Content::Text(text), Direction::In) => (text, without_forged_source(text)),
@@ -106,6 +111,7 @@ pub(super) fn record(direction: Direction, payload: &NewPayload<'_>) -> Result<N
     let data = cleaned.as_deref().unwrap_or(given);
     let fresh;
     let id = match payload.part_id {
+        Some(id) if close::is_reserved(id) => return Err(Error::invalid("partId", RESERVED)),
         Some(id) => id,
         None => {
             fresh = fresh_part_id();
@@ -133,6 +139,9 @@ pub(super) fn adopt(direction: Direction, records: &mut [NewRecord]) -> Result<P
             }
         }
     }
+    if records.iter().any(|record| has_reserved_id(&record.body)) {
+        return Err(Error::invalid("id", RESERVED));
+    }
     let mut ids = BTreeSet::new();
     for record in records.iter() {
         match envelope_id(record) {
@@ -144,6 +153,21 @@ pub(super) fn adopt(direction: Direction, records: &mut [NewRecord]) -> Result<P
         record.part_id = envelope_id(record);
     }
     Ok(PartIds::Recent)
+}
+
+/// Whether a reader might take the id of a body for one that only the server's own records have: any of them, whatever else
+/// the body or its headers say.
+fn has_reserved_id(body: &Bytes) -> bool {
+    let Ok(text) = std::str::from_utf8(body) else { return false };
+    if !text.contains(close::PART_PREFIX) && !text.contains("\\u") {
+        return false;
+    }
+    let Ok(Fields(fields)) = serde_json::from_str(text) else { return false };
+    let reserved = |(name, value): &(&RawValue, &RawValue)| {
+        is_text(name, "id")
+            && serde_json::from_str(value.get()).is_ok_and(|id: String| close::is_reserved(&id))
+    };
+    fields.iter().any(reserved)
 }
 
 /// The id of a data record's envelope, if it could be a part id.
@@ -434,6 +458,27 @@ mod tests {
             let (part_ids, _, ids) = adopted(Direction::Out, &other);
             assert_eq!((part_ids, ids), (PartIds::Lasting, vec![String::new(), String::new()]), "{other:?}");
         }
+    }
+
+    #[test]
+    fn no_direct_writer_hides_the_close_behind_a_record_with_its_id() {
+        let id = "session-closed:session_a";
+        for body in [
+            format!(r#"{{"data":1,"id":"{id}"}}"#),
+            format!(r#" {{"data":1,"id":"{id}"}}"#),
+            format!(r#"{{"id":"a","data":1,"id":"{id}"}}"#),
+            format!(r#"{{"id":"{id}"}}"#),
+            r#"{"data":1,"i\u0064":"session\u002dclosed:session_a"}"#.to_owned(),
+        ] {
+            for header in [None, Some(("x".into(), "y".into()))] {
+                let headers = header.into_iter().collect();
+                let mut records =
+                    [NewRecord::data("plain"), NewRecord { headers, ..NewRecord::data(body.clone()) }];
+                assert!(matches!(adopt(Direction::In, &mut records), Err(Error::Invalid(_))), "{body}");
+            }
+        }
+        let mut honest = [NewRecord::data(format!(r#"{{"data":"{id}","id":"a"}}"#))];
+        assert!(adopt(Direction::In, &mut honest).is_ok());
     }
 
     #[test]

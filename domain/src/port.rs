@@ -8,6 +8,7 @@ use futures_util::stream::BoxStream;
 
 use super::channel::ChannelKey;
 use super::clock::Timestamp;
+use super::close::Close;
 use super::error::Result;
 use super::id::{EnvironmentId, KeyId, RunId, SessionId, SessionRef, WaitpointId};
 use super::list::{Filter, Page, PageRequest, TagQuery};
@@ -269,7 +270,11 @@ pub trait ChannelStore: Send + Sync {
     /// Seals every channel of a session, those not yet written included, and returns the closure that holds:
     /// the first one ever given. Nothing is appended afterwards; followers get the rest and then
     /// [`Followed::Sealed`].
-    async fn seal(&self, session: &SessionId, closure: Closure) -> Result<Closure>;
+    ///
+    /// The last record of the main `.in` is then [`input_record`](super::close::input_record), and of the main `.out` [`output_record`](super::close::output_record),
+    /// unless the agent has told of the close there: the last record but for commands says so already, or the one who
+    /// closes says so. Each stands there once, whatever fence is set. Named channels get nothing.
+    async fn seal(&self, session: &SessionId, close: Close) -> Result<Closure>;
 
     /// Says that the seal has reached the row, so that [`ChannelStore::unsettled`] stops naming it.
     async fn settle(&self, session: &SessionId) -> Result<()>;

@@ -158,7 +158,7 @@ impl Waitpoint {
     /// record from [`Waitpoint::first_seq_num`] on, and from the session's closure.
     ///
     /// A record that the log has dated before the deadline wins over the deadline, however late anybody looks; one at
-    /// or after it does not. Every record of a closed session came before the close.
+    /// or after it does not. Every record of a closed session but the last of `.in` came before the close.
     pub fn ended(
         &self,
         first: Option<Position>,

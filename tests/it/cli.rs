@@ -128,11 +128,14 @@ async fn two_terminals_hold_a_conversation() {
     assert_eq!(answer, json!({"ok": true, "seq": 0}));
     let close = format!("{}/api/v1/sessions/talk/close", process.url);
     reqwest::Client::new().post(close).bearer_auth(KEY).json(&json!({})).send().await.expect("an answer");
+    let told = lines.next_line().await.expect("output");
+    assert_eq!(told.as_deref(), Some(r#"{"kind":"message","payload":{"trigger":"close"}}"#));
     assert_eq!(lines.next_line().await.expect("output"), None);
     assert!(tail.wait().await.expect("a status").success());
     let resumed = client(&["tail", "talk", "in", "--after", "0", "--json"]).output().await.expect("runs");
-    let record: Value = serde_json::from_slice(&resumed.stdout).expect("one line of JSON");
-    assert_eq!(record["seqNum"], 1);
+    let numbers = resumed.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    let numbers = numbers.map(|line| serde_json::from_slice::<Value>(line).expect("JSON")["seqNum"].take());
+    assert_eq!(numbers.collect::<Vec<_>>(), [1, 2]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

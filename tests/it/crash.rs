@@ -1,12 +1,13 @@
 //! What survives: kill -9 under load, a disk that fails, a second process, a stranger's log.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use serde_json::{Value, json};
 use tokio::process::Command;
 use tokio::sync::Notify;
@@ -45,8 +46,8 @@ impl Client {
         Some((status, response.json().await.ok()?))
     }
 
-    async fn records(&self, session: &str) -> Vec<Value> {
-        let url = format!("{}/realtime/v1/sessions/{session}/in/records", self.url);
+    async fn records(&self, session: &str, io: &str) -> Vec<Value> {
+        let url = format!("{}/realtime/v1/sessions/{session}/{io}/records", self.url);
         let response = self.http.get(url).bearer_auth(KEY).send().await.expect("an answer");
         let body: Value = response.json().await.expect("whole JSON");
         body["records"].as_array().expect("records").clone()
@@ -159,9 +160,71 @@ async fn every_acknowledged_record_survives_kill_9_under_load_and_no_retry_doubl
             acked.entry(session.clone()).or_default().insert(seq, body.clone());
         }
         for session in &sessions {
-            check(&client.records(session).await, &acked[session], round);
+            check(&client.records(session, "in").await, &acked[session], round);
         }
         process.kill().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_close_that_kill_9_meets_is_told_once_or_not_made() {
+    const CLOSES: usize = 96;
+    let data = tempfile::tempdir().expect("a folder");
+    let process = Process::serve(data.path()).await;
+    let client = Client::new(&process);
+    let sessions: Vec<String> = (0..CLOSES).map(|index| format!("close-{index}")).collect();
+    for session in &sessions {
+        client.create(session).await;
+        assert_eq!(client.append(session, "first", "first").await.expect("an answer").0, 200);
+    }
+    // All at once, so that some are on their way whenever it is killed.
+    let closes = sessions.iter().map(|session| {
+        let close = format!("{}/api/v1/sessions/{session}/close", client.url);
+        let request = client.http.post(close).bearer_auth(KEY).json(&json!({"reason": "done"}));
+        let session = session.clone();
+        tokio::spawn(
+            async move { (session, request.send().await.is_ok_and(|answer| answer.status() == 200)) },
+        )
+    });
+    let mut closes: FuturesUnordered<_> = closes.collect();
+    let mut acked = HashSet::new();
+    while acked.len() < CLOSES / 4 {
+        let (session, done) = closes.next().await.expect("closes enough").expect("a close");
+        assert!(done, "before it was killed");
+        acked.insert(session);
+    }
+    process.kill().await;
+    while let Some(closed) = closes.next().await {
+        let (session, done) = closed.expect("a close");
+        if done {
+            acked.insert(session);
+        }
+    }
+
+    let process = Process::serve(data.path()).await;
+    let client = Client::new(&process);
+    let close = json!({"kind": "message", "payload": {"trigger": "close"}}).to_string();
+    for session in &sessions {
+        let row = format!("{}/api/v1/sessions/{session}", client.url);
+        let row: Value = client
+            .http
+            .get(row)
+            .bearer_auth(KEY)
+            .send()
+            .await
+            .expect("an answer")
+            .json()
+            .await
+            .expect("JSON");
+        let closed = !row["closedAt"].is_null();
+        assert!(closed || !acked.contains(session), "{session} was closed");
+        let [input, output] = [client.records(session, "in").await, client.records(session, "out").await];
+        let told: Vec<_> = input.iter().map(|record| record["data"].as_str().expect("text")).collect();
+        if closed {
+            assert_eq!((told, output.len()), (vec!["first", &close], 1), "{session}");
+        } else {
+            assert_eq!((told, output.len()), (vec!["first"], 0), "{session}");
+        }
     }
 }
 
@@ -279,14 +342,15 @@ async fn fails_closed(break_it: impl AsyncFnOnce(&Process) -> Option<tokio::proc
     let (status, answer) = client.append("broken", "after", "after").await.expect("an answer");
     assert_eq!(status, 503, "a poisoned log takes nothing until a restart: {answer}");
     client.needs_a_restart().await;
-    assert_eq!(client.records("broken").await.len(), 1, "what was durable stays readable");
+    assert_eq!(client.records("broken", "in").await.len(), 1, "what was durable stays readable");
     process.kill().await;
 
     let process = Process::serve(data.path()).await;
     let client = Client::new(&process);
     let (status, _) = client.append("broken", "again", "again").await.expect("an answer");
     assert_eq!((status, client.ready().await), (200, 200));
-    let bodies: Vec<_> = client.records("broken").await.iter().map(|record| record["data"].clone()).collect();
+    let bodies: Vec<_> =
+        client.records("broken", "in").await.iter().map(|record| record["data"].clone()).collect();
     assert_eq!(bodies.first(), Some(&json!("before")));
     assert_eq!(bodies.last(), Some(&json!("again")));
     process.kill().await;
@@ -349,7 +413,7 @@ async fn a_disk_without_room_is_for_the_operator_and_needs_no_restart() {
     let (status, body) = client.asked("/readyz").await;
     assert!(status == 503 && body["cause"].as_str().is_some_and(|cause| cause.contains("full")), "{body}");
     assert!(body["cure"].as_str().is_some_and(|cure| cure.contains("make room")), "{body}");
-    assert!(client.records("full").await.is_empty());
+    assert!(client.records("full", "in").await.is_empty());
     let close = format!("{}/api/v1/sessions/full/close", client.url);
     let closed = client.http.post(close).bearer_auth(KEY).json(&json!({})).send().await.expect("an answer");
     assert_eq!(closed.status(), 200, "closing takes next to none");

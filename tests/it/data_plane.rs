@@ -58,6 +58,8 @@ async fn a_repeated_part_id_answers_the_first_number_and_another_body_is_refused
     assert_eq!(append(&server, "q", "three").await.expect(200)["seq"], 2);
     assert_eq!(append(&server, &"x".repeat(256), "fits").await.expect(200)["seq"], 3);
     append(&server, &"x".repeat(257), "over").await.expect(422);
+    // A reader drops a record whose id it has seen: this one would hide the close.
+    append(&server, "session-closed:session_x", "hides").await.expect(422);
 }
 
 #[tokio::test]

@@ -61,7 +61,7 @@ async fn a_restart_keeps_everything() {
         log.append(&key, part("p", "b")).await.expect("appends");
         log.append(&key, command(Command::Fence("mine".into()))).await.expect("appends");
         log.append(&key, command(Command::Trim(2))).await.expect("appends");
-        log.seal(&SessionId::from_stored("session_b"), closure.clone()).await.expect("seals");
+        log.seal(&SessionId::from_stored("session_b"), closure.clone().into()).await.expect("seals");
         let read = log.read(&key, ReadStart::SeqNum(0), ReadLimit::BATCH).await.expect("reads");
         (log.log_id().to_owned(), log.bounds(&key).await.expect("bounds"), read.records.clone())
     };
@@ -165,14 +165,15 @@ async fn retention_forgets_old_records_of_sealed_channels_too() {
     clock.advance(DAY);
     log.append(&key, many(2)).await.expect("appends");
     let closure = Closure { at: Timestamp::from_millis(1), reason: None };
-    log.seal(&key.session, closure).await.expect("seals");
+    log.seal(&key.session, closure.into()).await.expect("seals");
     log.sweep().await.expect("sweeps");
     assert_eq!(log.bounds(&key).await.expect("bounds").earliest, 0);
     clock.advance(Duration::from_millis(1));
     log.sweep().await.expect("sweeps");
     assert_eq!(log.bounds(&key).await.expect("bounds").earliest, 700);
     drop(log);
-    assert_eq!(rows(folder.path(), "records"), 2);
+    // The two, and what tells of the close in both main channels.
+    assert_eq!(rows(folder.path(), "records"), 4);
 }
 
 #[tokio::test]

@@ -96,3 +96,45 @@ async fn every_refusal_of_a_handover_is_the_one_that_clients_know() {
     let closed = hand_over(&server, &first, "upgrade", None).await.expect(400);
     assert_eq!(closed["error"], "Cannot end-and-continue a closed session");
 }
+
+/// The records of both main channels, as any reader gets them.
+async fn records(server: &TestServer) -> [Value; 2] {
+    let path = |io: &str| format!("/realtime/v1/sessions/s/{io}/records");
+    [
+        server.get(&path("in")).await.expect(200)["records"].take(),
+        server.get(&path("out")).await.expect(200)["records"].take(),
+    ]
+}
+
+#[tokio::test]
+async fn a_close_is_told_to_the_agent_and_its_clients_unless_the_agent_has_done_so() {
+    let closed = json!([["trigger-control", "session-closed"], ["session-closed-reason", "done"]]);
+    let server = TestServer::start().await;
+    let run = started(&server, json!({})).await;
+    let named = json!({"reason": "done", "callingRunId": format!("{run}x")});
+    server.post("/api/v1/sessions/s/close", &named).await.expect(200);
+    server.post("/api/v1/sessions/s/close", &json!({"reason": "again"})).await.expect(200);
+    let [input, output] = records(&server).await;
+    assert_eq!(output, json!([{"data": "", "id": "", "seqNum": 0, "headers": closed}]));
+    let message = json!({"kind": "message", "payload": {"trigger": "close"}});
+    let [told] = input.as_array().expect("records").as_slice() else { panic!("one record: {input}") };
+    let text = told["data"].as_str().expect("a text, as the append route stores it");
+    assert_eq!(serde_json::from_str::<Value>(text).expect("JSON"), message);
+    let query = json!({"query": "{ session(by: {externalId: \"s\"}) { out { records(first: 9) { nodes { control headers { name value } } } } } }"});
+    let shown = server.post("/graphql", &query).await.expect(200);
+    assert_eq!(
+        shown["data"]["session"]["out"]["records"]["nodes"][0],
+        json!({"control": "session-closed", "headers": [
+            {"name": "trigger-control", "value": "session-closed"},
+            {"name": "session-closed-reason", "value": "done"},
+        ]}),
+        "{shown}"
+    );
+
+    let server = TestServer::start().await;
+    let run = started(&server, json!({})).await;
+    let own = json!({"reason": "done", "callingRunId": run});
+    server.post("/api/v1/sessions/s/close", &own).await.expect(200);
+    let [input, output] = records(&server).await;
+    assert_eq!((input.as_array().map(Vec::len), output), (Some(1), json!([])));
+}

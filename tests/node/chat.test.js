@@ -131,6 +131,42 @@ test("a chat whose session is closed is marked closed, and sends nothing any mor
   assert.deepEqual(closed.map(({ reason, source }) => ({ reason, source })), [{ reason: "done", source: "append" }]);
 });
 
+test("a close in the middle of a turn ends it, for the page and for the agent", async () => {
+  const { id, page, chat, agent } = opened();
+  const asked = chat.sendMessage({ text: "tell me a story" });
+  await agent.next();
+  let closed;
+  const close = new Promise((resolve) => (closed = resolve));
+  const said = agent.say(["Once ", "upon ", "a time."], (n) => (n === 2 ? close : undefined));
+  await eventually("the first words", () => chat.text === "Once upon ");
+  const waits = agent.next();
+  await sessions.close(id, { reason: "enough" });
+  await asked;
+  assert.deepEqual([chat.status, chat.error, chat.text], ["ready", undefined, "Once upon "]);
+  assert.deepEqual([page.sessionStatus(id), page.sessionClosedReason(id)], ["closed", "enough"]);
+  assert.deepEqual(page.told.events.filter(({ type }) => type === "session-closed").map(({ source }) => source), ["stream"]);
+  assert.deepEqual(await waits, { kind: "message", payload: { trigger: "close" } });
+  closed();
+  await assert.rejects(said);
+});
+
+test("a watching page stops to ask once its session is closed or expired", async () => {
+  for (const end of ["closed", "expired"]) {
+    const id = unique("chat");
+    const expiresAt = end === "expired" ? new Date(Date.now() + 3_000).toISOString() : undefined;
+    const { publicAccessToken } = await sessions.start(sessionBody({ externalId: id, ...(expiresAt && { expiresAt }) }));
+    const watcher = transport(context, { watch: true, sessions: { [id]: { publicAccessToken, isStreaming: true } } });
+    const reader = (await watcher.reconnectToStream({ chatId: id })).getReader();
+    const ended = drain(reader);
+    await eventually("it watches", () => watcher.told.answers.length > 0);
+    const before = watcher.told.answers.length;
+    if (end === "closed") await sessions.close(id, { reason: "done" });
+    assert.deepEqual(await ended, [], end);
+    assert.ok(watcher.told.answers.length - before <= 2, `${end}: ${JSON.stringify(watcher.told.answers)}`);
+    assert.ok(!watcher.told.events.some(({ type }) => type === "stream-error"), end);
+  }
+});
+
 test("an agent that closes with its last turn says so in the stream", async () => {
   const { id, page, chat, agent } = opened();
   const asked = chat.sendMessage({ text: "bye" });

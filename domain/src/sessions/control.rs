@@ -8,8 +8,9 @@ use tracing::instrument;
 
 use super::{CreateSession, Created, Sessions, detached};
 use crate::access::{Action, Caller, Resource, Verdict};
+use crate::close::Close;
 use crate::error::{Error, Result};
-use crate::id::{SessionId, SessionRef};
+use crate::id::{RunId, SessionId, SessionRef};
 use crate::lifeline::{Cut, Lifeline};
 use crate::list::{Filter, Page, PageRequest, TagQuery};
 use crate::session::{Closure, Session, SessionPatch, SharedSession, check_reason};
@@ -161,7 +162,9 @@ impl Sessions {
         self.apply(&session, patch).await
     }
 
-    /// Closes a session for ever. Of several closes the first wins, and every one answers its row.
+    /// Closes a session for ever. Of several closes the first wins, and every one answers its row. The main channels end
+    /// with a record each that says so; none is added to `.out` for a close by the session's current run, which has
+    /// written its own.
     ///
     /// # Errors
     /// [`Error::Denied`], [`Error::NotFound`], [`Error::Invalid`] for a reason that is too long.
@@ -171,16 +174,18 @@ impl Sessions {
         caller: &Caller,
         address: &SessionRef,
         reason: Option<String>,
+        calling_run: Option<&RunId>,
     ) -> Result<Session> {
         check_reason(reason.as_deref())?;
         let session = self.require(caller, Action::Admin, address).await?;
         if session.closed.is_some() {
             return Ok(Session::clone(&session));
         }
+        let told = calling_run == Some(&session.current_run_id);
         let this = self.clone();
         detached(async move {
             let closure = Closure { at: this.clock.now(), reason };
-            let closure = this.channels.seal(&session.id, closure).await?;
+            let closure = this.channels.seal(&session.id, Close { closure, told }).await?;
             this.complete_close(&session, &closure).await
         })
         .await

@@ -10,6 +10,7 @@ use super::appender::may_write;
 use super::{Appended, FollowOptions, Sessions, in_own_task};
 use crate::access::{Action, Caller, UNAUTHORIZED};
 use crate::channel::{ChannelAddress, ChannelKey, Direction};
+use crate::close;
 use crate::envelope::{self, Content, NewPayload};
 use crate::error::{Error, Result};
 use crate::follow::{Demands, Follow, Item};
@@ -438,6 +439,7 @@ impl Sessions {
             let batch = self.channels.read(key, ReadStart::SeqNum(start), limit).await?;
             if let Some(last) = batch.records.iter().rfind(|record| !record.is_command()) {
                 return match envelope::seen_input(last) {
+                    _ if close::says_closed(&last.headers) => Ok(true),
                     _ if !envelope::is_turn_complete(last) => Ok(false),
                     Some(seen) => Ok(!self.has_message_after(key, seen).await?),
                     None => Ok(true),

@@ -16,13 +16,14 @@ use tokio::sync::Notify;
 use tokio::sync::futures::OwnedNotified;
 use tokio_util::sync::CancellationToken;
 
-use crate::channel::{ChannelKey, Direction};
+use crate::channel::{ChannelAddress, ChannelKey, Direction};
 use crate::clock::{Clock, Timestamp};
+use crate::close;
 use crate::envelope;
 use crate::error::Result;
 use crate::id::{SessionId, SessionRef, WaitpointId};
 use crate::port::{ChannelStore, MetadataStore, Waitpoints};
-use crate::record::{AppendAck, Position, ReadLimit, ReadStart, SeqNum};
+use crate::record::{AppendAck, Position, ReadLimit, ReadStart, Record, SeqNum};
 use crate::session::Closure;
 use crate::timer::Timers;
 use crate::waitpoint::{Waitpoint, WaitpointCursor};
@@ -264,16 +265,22 @@ impl Waiting {
         Ok(session.and_then(|session| session.closed))
     }
 
-    /// The first data record at `from` or after it, and where to go on looking if there is none.
+    /// The first data record at `from` or after it, and where to go on looking if there is none. Not the one that the close
+    /// leaves: what ends a wait is the close.
     pub(super) async fn first_data(
         &self,
         key: &ChannelKey,
         from: SeqNum,
     ) -> Result<(Option<Position>, SeqNum)> {
         let mut next = from;
+        let is_answer = |record: &&Record| {
+            envelope::is_data(record)
+                && (key.address != ChannelAddress::main(Direction::In)
+                    || !close::is_input_record(record, &key.session))
+        };
         loop {
             let batch = self.channels.read(key, ReadStart::SeqNum(next), ReadLimit::count(SCAN)).await?;
-            if let Some(record) = batch.records.iter().find(|record| envelope::is_data(record)) {
+            if let Some(record) = batch.records.iter().find(is_answer) {
                 return Ok((Some(record.position), record.position.seq_num));
             }
             let Some(after) = batch.next_seq_num() else { return Ok((None, next)) };

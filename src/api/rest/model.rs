@@ -9,7 +9,7 @@ use super::read::Reader;
 use super::trigger;
 use crate::api::error::Failure;
 use crate::domain::run::named_run;
-use crate::domain::{CreateSession, EndAndContinue, NewSession, Session, SessionPatch, Timestamp};
+use crate::domain::{CreateSession, EndAndContinue, NewSession, RunId, Session, SessionPatch, Timestamp};
 
 /// A session, as every route shows it.
 #[derive(Debug, Serialize, ToSchema)]
@@ -199,17 +199,17 @@ pub struct CloseBody {
     /// At most 256 characters.
     #[schema(max_length = 256)]
     reason: Option<String>,
-    /// Accepted and not used.
+    /// The run that closes. If it is the session's current run it has written its own `session-closed` to `.out`.
     calling_run_id: Option<String>,
 }
 
-/// Reads the body of a close: its reason.
-pub fn close(body: &Map<String, Value>) -> Result<Option<String>, Failure> {
+/// Reads the body of a close: its reason, and the run that closes.
+pub fn close(body: &Map<String, Value>) -> Result<(Option<String>, Option<RunId>), Failure> {
     let mut reader = Reader::new(body, "");
     let reason = reader.text("reason");
-    reader.text("callingRunId");
+    let calling = reader.text("callingRunId").map(|id| named_run(&id));
     reader.finish()?;
-    Ok(reason)
+    Ok((reason, calling))
 }
 
 /// A handover. At most 1,024 bytes.

@@ -120,7 +120,8 @@ pub async fn update(
     Ok(Json(SessionItem::new(&session, app.clock.now())))
 }
 
-/// Closes a session for ever; of several closes the first wins.
+/// Closes a session for ever; of several closes the first wins. The last record of `.out` is then a control record
+/// `session-closed`, and of `.in` the message that an agent of the SDK ends on.
 #[utoipa::path(post, path = "/api/v1/sessions/{session}/close", tag = "sessions",
     operation_id = "closeSession", request_body = CloseBody,
     params(("session" = String, Path, description = "session_... or an external id")),
@@ -131,8 +132,8 @@ pub async fn close(
     SessionPath(session): SessionPath,
     JsonObject(body): JsonObject<CLOSE_MAX>,
 ) -> Result<Json<SessionItem>, Failure> {
-    let reason = model::close(&body)?;
-    let session = app.sessions.close(&caller, &session, reason).await.map_err(in_change)?;
+    let (reason, calling) = model::close(&body)?;
+    let session = app.sessions.close(&caller, &session, reason, calling.as_ref()).await.map_err(in_change)?;
     Ok(Json(SessionItem::new(&session, app.clock.now())))
 }
 

@@ -14,11 +14,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use futures_util::stream::BoxStream;
 use futures_util::{FutureExt, StreamExt};
 use sessiond::domain::channel::ChannelName;
+use sessiond::domain::close;
 use sessiond::domain::port::Followed;
 use sessiond::domain::record::{Chain, Command, PartIds, RESEND_WINDOW, ReadLimit};
 use sessiond::domain::{
-    AppendAck, AppendInput, ChannelAddress, ChannelKey, ChannelStore, Closure, Direction, Error, NewRecord,
-    ReadStart, Record, RecordBatch, Result, SessionId, SystemClock, Timestamp,
+    AppendAck, AppendInput, ChannelAddress, ChannelKey, ChannelStore, Close, Closure, Direction, Error,
+    NewRecord, ReadStart, Record, RecordBatch, Result, SessionId, SystemClock, Timestamp,
 };
 use sessiond::store::channel::log::{LogChannels, LogOptions};
 
@@ -204,6 +205,9 @@ suite!("ChannelStore": [log = open_log, s2 = open_s2], [
     the_first_seal_holds,
     of_many_seals_one_holds,
     a_sealed_session_takes_no_append_not_even_a_repeat,
+    the_main_channels_end_with_what_tells_of_the_close,
+    a_close_that_was_told_is_not_told_again,
+    of_two_hundred_closes_one_is_told,
     a_seal_covers_channels_that_were_never_written,
     a_seal_leaves_other_sessions_alone,
     no_append_is_acknowledged_behind_a_seal,

@@ -124,7 +124,7 @@ async fn a_trim_is_for_secret_keys_of_open_sessions_and_ends_at_the_tail() {
     core.trim(2).await.expect("trimmed");
     let bounds = core.sessions.bounds(&core.root, &core.address, &core.out).await.expect("bounds");
     assert_eq!((bounds.earliest, bounds.tail.seq_num), (2, 3));
-    core.sessions.close(&core.root, &core.address, None).await.expect("closed");
+    core.sessions.close(&core.root, &core.address, None, None).await.expect("closed");
     let refused = core.trim(3).await;
     assert!(matches!(refused, Err(Error::Closed { .. })), "{refused:?}");
 }

@@ -106,8 +106,11 @@ async fn a_watch_shows_the_session_then_its_changes_and_ends_with_its_close() {
         core.update(tagged(tag)).await;
         assert_eq!(shown(&mut watch).await.tags, [tag]);
     }
-    core.sessions.close(&core.root, &core.address, Some("done".to_owned())).await.expect("closed");
-    core.sessions.close(&core.root, &core.address, Some("again".to_owned())).await.expect("closed before");
+    core.sessions.close(&core.root, &core.address, Some("done".to_owned()), None).await.expect("closed");
+    core.sessions
+        .close(&core.root, &core.address, Some("again".to_owned()), None)
+        .await
+        .expect("closed before");
     let last = shown(&mut watch).await;
     assert_eq!(last.closed.as_ref().and_then(|closed| closed.reason.as_deref()), Some("done"));
     core.update(tagged("a note")).await;
@@ -196,7 +199,7 @@ async fn a_watched_list_gives_the_sessions_that_match_when_they_change() {
     core.update(tagged("theirs")).await;
     let changed = core.update(tagged("mine")).await;
     assert_eq!(*shown(&mut watch).await, changed);
-    core.sessions.close(&core.root, &core.address, None).await.expect("closed");
+    core.sessions.close(&core.root, &core.address, None, None).await.expect("closed");
     assert!(shown(&mut watch).await.closed.is_some());
     let refused = core.sessions.watch_list(&core.public(&["read:sessions:s"]), Filter::default());
     assert!(matches!(refused, Err(Error::Denied(_))), "{refused:?}");

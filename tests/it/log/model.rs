@@ -6,6 +6,7 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use sessiond::domain::clock::Clock;
+use sessiond::domain::close;
 use sessiond::domain::{AppendAck, Position, Result};
 
 use super::*;
@@ -112,8 +113,15 @@ impl Channel {
         if input.match_seq_num.is_some_and(|expected| expected != self.tail().seq_num) {
             return Err(Error::SeqNumMismatch { tail: self.tail().seq_num });
         }
+        let places = self.place(input.into_records(), now);
+        let seq_nums = places.iter().map(|place| place.seq_num).collect();
+        let tail = self.tail();
+        Ok(AppendAck { start: places[0], end: tail, tail, seq_nums, repeated: false })
+    }
+
+    fn place(&mut self, records: Vec<NewRecord>, now: Timestamp) -> Vec<Position> {
         let mut places = Vec::new();
-        for record in input.into_records() {
+        for record in records {
             let timestamp = record.timestamp.unwrap_or(now).min(now).max(self.tail().timestamp);
             let place = Position { seq_num: self.tail().seq_num, timestamp };
             let metered = self.records.last().map_or(0, |last| last.2) + record.metered_size() as u64;
@@ -131,9 +139,7 @@ impl Channel {
                 None => {}
             }
         }
-        let seq_nums = places.iter().map(|place| place.seq_num).collect();
-        let tail = self.tail();
-        Ok(AppendAck { start: places[0], end: tail, tail, seq_nums, repeated: false })
+        places
     }
 
     fn read(&self, start: ReadStart, limit: ReadLimit) -> Vec<(u64, Timestamp, u64, NewRecord)> {
@@ -239,9 +245,15 @@ async fn run(steps: Vec<Step>) {
             }
             Step::Seal { session } => {
                 let closure = Closure { at: clock.now(), reason: None };
-                let held = model.seals.entry(session).or_insert((closure.clone(), true));
                 let id = channel_key(session * 2).session;
-                assert_eq!(open_log.seal(&id, closure).await.expect("seals"), held.0);
+                if !model.seals.contains_key(&session) {
+                    let ends = [close::input_record(&id), close::output_record(&closure)];
+                    for (channel, record) in (session * 2..).zip(ends) {
+                        model.channels.entry(channel).or_default().place(vec![record], clock.now());
+                    }
+                }
+                let held = model.seals.entry(session).or_insert((closure.clone(), true));
+                assert_eq!(open_log.seal(&id, closure.into()).await.expect("seals"), held.0);
             }
             Step::Settle { session } => {
                 if let Some((_, unsettled)) = model.seals.get_mut(&session) {

@@ -133,8 +133,11 @@ async fn a_read_may_wait_for_the_first_record() {
         async move { stream.with_token(KEY).read("?wait=30").await.expect(200) }
     });
     waits(&server).await;
+    let tail = stream.tail().await;
     stream.wire.close("s").await;
-    assert_eq!(numbers(&waiting.await.expect("an answer")), Vec::<u64>::new());
+    assert_eq!(numbers(&waiting.await.expect("an answer")), [tail], "what tells of the close");
+    let late = stream.with_token(KEY).read("?wait=30&clamp=true&seq_num=99").await.expect(200);
+    assert_eq!(numbers(&late), Vec::<u64>::new());
 }
 
 /// Waits until the server follows a channel for a reader of this wire.
@@ -210,6 +213,7 @@ async fn events_follow_with_pings_until_the_session_is_closed() {
     let live = events.event().await.expect("a batch");
     assert_eq!((live.id.as_deref(), live.json()["tail"]["seq_num"].as_u64()), (Some("10,3,38"), Some(11)));
     stream.wire.close("s").await;
+    assert_eq!(events.event().await.expect("what tells of the close").json()["records"][0]["seq_num"], 11);
     assert_eq!(events.event().await.expect("the end").data, "[DONE]");
     assert_eq!(events.next().await, Err(End::Clean));
 }

@@ -170,7 +170,7 @@ async fn everything_goes_on_after_s2_was_away_for_long() {
     unavailable(replica.bounds(&keys[0]).await.err());
     unavailable(replica.read(&keys[0], ReadStart::SeqNum(0), ReadLimit::BATCH).await.err());
     unavailable(replica.follow(&main_out("new"), ReadStart::SeqNum(0), &ample_budget()).await.err());
-    unavailable(replica.seal(&session("away"), closure("early")).await.err());
+    unavailable(replica.seal(&session("away"), closure("early").into()).await.err());
     unavailable(replica.ping().await.err());
     away.await;
     s2.restart().await;
@@ -179,7 +179,7 @@ async fn everything_goes_on_after_s2_was_away_for_long() {
         assert_eq!(bodies(&follower.records(1).await), ["after"]);
         assert_eq!(bodies(&all(&replica, key).await), ["before", "after"]);
     }
-    let sealed = replica.seal(&session("away"), closure("done")).await.expect("seals");
+    let sealed = replica.seal(&session("away"), closure("done").into()).await.expect("seals");
     for follower in &mut followers[..2] {
         assert_eq!(follower.drain().await, (vec![], sealed.clone()));
     }

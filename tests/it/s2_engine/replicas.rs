@@ -3,9 +3,10 @@
 use futures_util::future::join_all;
 use s2_sdk::types::{
     AppendInput as S2Append, AppendRecord, AppendRecordBatch, BasinConfig, CommandRecord, CreateBasinInput,
-    EnsureStreamInput, S2Config, S2Endpoints,
+    EnsureStreamInput, Header, S2Config, S2Endpoints,
 };
 use s2_sdk::{S2, S2Basin};
+use sessiond::domain::close;
 use sessiond::domain::record::Command;
 use sessiond::domain::{AppendAck, Error, SystemClock};
 use sessiond::store::channel::s2::OpenError;
@@ -139,17 +140,21 @@ async fn a_close_through_one_replica_refuses_every_writer_of_the_other_at_once()
     }
     let mut follower = Follower::of(&b, &keys[1]).await;
     let mut unwritten = Follower::of(&b, &named("close", "never")).await;
-    a.seal(&session("close"), closure("done")).await.expect("seals");
+    a.seal(&session("close"), closure("done").into()).await.expect("seals");
+    let ends = close::output_record(&closure("done"));
     for key in keys.iter().chain([&named("close", "new"), &ChannelKey::main(session("close"), Direction::In)])
     {
         let refused = b.append(key, data("late")).await;
         assert!(is_closed(&refused, "done"), "{key}: {refused:?}");
         assert!(is_closed(&b.append(key, part("p", "late")).await, "done"));
-        assert!(all(&b, key).await.len() <= 1);
+        let read = all(&b, key).await;
+        let told = usize::from(key.address.name.is_none());
+        assert!(read.len() <= 1 + told);
+        assert!(told == 0 || key.address.direction == Direction::In || read[1].headers == ends.headers);
     }
     assert_eq!(follower.drain().await.1, closure("done"));
     assert_eq!(unwritten.drain().await, (vec![], closure("done")));
-    assert_eq!(b.seal(&session("close"), closure("later")).await.expect("seals"), closure("done"));
+    assert_eq!(b.seal(&session("close"), closure("later").into()).await.expect("seals"), closure("done"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -172,7 +177,7 @@ async fn no_append_of_any_replica_is_acknowledged_behind_a_seal() {
         });
         let writers: Vec<_> = writers.collect();
         Follower::of(&a, &keys[0]).await.records(30).await;
-        a.seal(&session(&name), closure("done")).await.expect("seals");
+        a.seal(&session(&name), closure("done").into()).await.expect("seals");
         let tails: Vec<_> = join_all(keys.iter().map(|key| b.bounds(key))).await;
         let mut acked = [Vec::new(), Vec::new()];
         for writer in writers {
@@ -182,6 +187,10 @@ async fn no_append_of_any_replica_is_acknowledged_behind_a_seal() {
         for ((key, tail), mut acked) in keys.iter().zip(tails).zip(acked) {
             acked.sort_unstable();
             let tail = tail.expect("bounds").tail.seq_num;
+            if key.address.name.is_none() {
+                // What tells of the close.
+                acked.push(tail - 1);
+            }
             assert_eq!(acked, (0..tail).collect::<Vec<_>>(), "{key}");
             assert_eq!(places(&all(&a, key).await), acked);
         }
@@ -208,9 +217,60 @@ async fn a_seal_whose_process_died_is_finished_by_whoever_meets_it() {
     }
     let restarted = open(&endpoint, &basin).await;
     assert_eq!(restarted.unsettled().await.expect("lists"), [(session("half"), closure("died"))]);
-    assert_eq!(restarted.seal(&session("half"), closure("again")).await.expect("seals"), closure("died"));
+    assert_eq!(
+        restarted.seal(&session("half"), closure("again").into()).await.expect("seals"),
+        closure("died")
+    );
     restarted.settle(&session("half")).await.expect("settles");
     assert!(replica.unsettled().await.expect("lists").is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn at_whatever_step_a_close_is_broken_off_each_channel_tells_of_it_once() {
+    let (endpoint, basin) = (endpoint(), fresh_basin());
+    let replica = open(&endpoint, &basin).await;
+    let s2 = raw(&basin);
+    for (step, [input_done, output_done]) in
+        [[false, false], [true, false], [false, true], [true, true]].into_iter().enumerate()
+    {
+        let name = format!("step{step}");
+        let session = session(&name);
+        let (input, output) = (ChannelKey::main(session.clone(), Direction::In), main_out(&name));
+        for key in [&input, &output] {
+            replica.append(key, data("first")).await.expect("appends");
+        }
+        let closed = r#"{"closed":{"at":1700000000000,"reason":"died"}}"#;
+        put(&s2, &format!("sessions/{session}/registry"), vec![json(closed), seal()]).await;
+        let record = |new: NewRecord| {
+            let headers = new.headers.into_iter().map(|(name, value)| Header::new(name, value));
+            AppendRecord::new(new.body).and_then(|body| body.with_headers(headers)).expect("a record")
+        };
+        let died = closure("died");
+        let (last_in, last_out) = (close::input_record(&session), close::output_record(&died));
+        if input_done {
+            put(&s2, &input.to_string(), vec![record(last_in.clone()), seal()]).await;
+        }
+        if output_done {
+            put(&s2, &output.to_string(), vec![record(last_out.clone()), seal()]).await;
+        }
+        // Two at once find it, and a third looks later.
+        let [one, two] = [open(&endpoint, &basin).await, open(&endpoint, &basin).await];
+        let again = || closure("again").into();
+        let (one_held, two_held) = tokio::join!(one.seal(&session, again()), two.seal(&session, again()));
+        assert_eq!((one_held.expect("held"), two_held.expect("held")), (died.clone(), died));
+        for reader in [one, two, open(&endpoint, &basin).await] {
+            for (key, last) in [(&input, &last_in), (&output, &last_out)] {
+                let read = all(&reader, key).await;
+                let shown: Vec<_> = read.iter().map(|record| (&record.headers, &record.body)).collect();
+                let first = NewRecord::data("first");
+                assert_eq!(
+                    shown,
+                    [(&first.headers, &first.body), (&last.headers, &last.body)],
+                    "{step} {key}"
+                );
+            }
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -230,7 +290,7 @@ async fn settled_seals_are_forgotten_and_open_ones_kept() {
     let ends = names.iter().enumerate().map(|(index, session)| {
         let a = &a;
         async move {
-            a.seal(session, closure("done")).await.expect("seals");
+            a.seal(session, closure("done").into()).await.expect("seals");
             if index != 100 {
                 a.settle(session).await.expect("settles");
             }
@@ -279,11 +339,11 @@ async fn what_the_engine_keeps_for_itself_nobody_may_write() {
         let refused = a.append(&key, input).await;
         assert!(matches!(refused, Err(Error::Invalid(_))), "{refused:?}");
     }
-    a.seal(&key.session, closure("done")).await.expect("seals");
+    a.seal(&key.session, closure("done").into()).await.expect("seals");
     let mut sealed = data("x");
     sealed.fencing_token = Some(seal.to_owned());
     assert!(a.append(&key, sealed).await.is_err());
-    assert!(all(&a, &key).await.is_empty());
+    assert_eq!(all(&a, &key).await.len(), 1, "what tells of the close");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -281,14 +281,14 @@ impl Mutation {
     }
 
     /// Closes a session for ever: nothing can be appended to any of its channels afterwards, and followers end once
-    /// they have everything. Closing it again answers the first close.
+    /// they have everything; the last record of `in` and of `out` tells of it. Closing it again answers the first close.
     async fn close_session(
         &self,
         ctx: &Context<'_>,
         #[graphql(desc = "The close.")] input: CloseSessionInput,
     ) -> Result<CloseSessionPayload> {
         let CloseSessionInput { by, reason, client_mutation_id } = input;
-        let close = async { app(ctx).sessions.close(caller(ctx)?, &by.address()?, reason).await };
+        let close = async { app(ctx).sessions.close(caller(ctx)?, &by.address()?, reason, None).await };
         let (session, user_errors) = settled(outcome(close.await)?);
         let session = session.map(|session| SessionNode(Arc::new(session)));
         Ok(CloseSessionPayload { session, user_errors, client_mutation_id })

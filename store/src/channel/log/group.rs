@@ -14,16 +14,20 @@ use super::queue::{Append, Prepared, Request, Sweep, gone};
 use super::state::{Channel, Memory};
 use super::store::{self, Store};
 use super::{CommitStats, Shared};
+use sessiond_domain::close;
 use sessiond_domain::record::{
     BATCH_RECORDS_MAX, Command, METERED_MAX, PartIds, RESEND_WINDOW, metered_size,
 };
 use sessiond_domain::{
-    AppendAck, ChannelKey, Closure, Error, Position, Record, RecordBatch, Result, SeqNum, SessionId,
-    Timestamp,
+    AppendAck, ChannelKey, Close, Closure, Direction, Error, Position, Record, RecordBatch, Result, SeqNum,
+    SessionId, Timestamp,
 };
 
 /// How long a part id is remembered at least.
 pub(super) const PART_KEPT: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Commands at the end of `.out`, such as the trim that follows a turn, behind which a `session-closed` is looked for.
+const CLOSING_RECORDS: u64 = 16;
 
 /// See the module.
 pub(super) struct Group<'a> {
@@ -103,7 +107,7 @@ impl<'a> Group<'a> {
     pub(super) fn add(&mut self, request: Request) {
         let answer = match request {
             Request::Append { key, append, reply } => Answer::Append(reply, self.chained(&key, append)),
-            Request::Seal { session, closure, reply } => Answer::Seal(reply, self.seal(session, closure)),
+            Request::Seal { session, close, reply } => Answer::Seal(reply, self.seal(session, close)),
             Request::Settle { session, reply } => {
                 self.unsettled.insert(session, false);
                 Answer::Done(reply, Ok(()))
@@ -126,12 +130,19 @@ impl<'a> Group<'a> {
         if let Some(closure) = self.memory.closure(store, &key.session)? {
             return Err(Error::Closed { at: closure.at, reason: closure.reason.clone() });
         }
-        let fresh = self.memory.next_number;
         let channel = self.memory.channel(store, key)?;
         if let Some(places) = known_parts(store, &self.parts, channel, &append)? {
             return Ok(repeated(&places, channel.tail.next));
         }
         check_writer(channel, &append)?;
+        self.place_all(key, append.records)
+    }
+
+    /// Gives records the next places of a channel, whatever its fence.
+    fn place_all(&mut self, key: &ChannelKey, records: Vec<Prepared>) -> Result<AppendAck> {
+        let store = &self.shared.store;
+        let fresh = self.memory.next_number;
+        let channel = self.memory.channel(store, key)?;
         let unnamed = channel.number.is_none();
         let number = *channel.number.get_or_insert(fresh);
         if unnamed {
@@ -142,11 +153,11 @@ impl<'a> Group<'a> {
             channel.live = self.shared.live.window(key).map(|_| Vec::new());
             self.touched.push(key.clone());
         }
-        self.records += append.records.len();
-        self.bytes += append.metered;
-        let mut seq_nums = Vec::with_capacity(append.records.len());
+        self.records += records.len();
+        let mut seq_nums = Vec::with_capacity(records.len());
         let mut start = None;
-        for prepared in append.records {
+        for prepared in records {
+            self.bytes += prepared.metered;
             let position = place(channel, &prepared, self.now);
             start.get_or_insert(position);
             seq_nums.push(position.seq_num);
@@ -164,13 +175,21 @@ impl<'a> Group<'a> {
         Ok(AppendAck { start: start.unwrap_or(end), end, tail: end, seq_nums, repeated: false })
     }
 
-    fn seal(&mut self, session: SessionId, closure: Closure) -> Result<Closure> {
+    fn seal(&mut self, session: SessionId, Close { closure, told }: Close) -> Result<Closure> {
         let store = &self.shared.store;
-        let sealed = self.memory.closure(store, &session)?;
-        if let Some(first) = sealed {
+        if let Some(first) = self.memory.closure(store, &session)? {
             return Ok(first.clone());
         }
-        *sealed = Some(closure.clone());
+        let [input, output] =
+            [Direction::In, Direction::Out].map(|direction| ChannelKey::main(session.clone(), direction));
+        // Both are looked up before either gets a record: what fails leaves nothing of it in the group.
+        self.memory.channel(store, &input)?;
+        let told = told || says_closed(store, self.memory.channel(store, &output)?)?;
+        self.place_all(&input, vec![Prepared::new(close::input_record(&session))?])?;
+        if !told {
+            self.place_all(&output, vec![Prepared::new(close::output_record(&closure))?])?;
+        }
+        *self.memory.closure(store, &session)? = Some(closure.clone());
         self.batch.insert(&store.seals, session.as_str(), codec::encode_closure(&closure));
         self.unsettled.insert(session.clone(), true);
         self.sealed.push((session, closure.clone()));
@@ -342,6 +361,24 @@ fn check_writer(channel: &Channel, append: &Append) -> Result<()> {
     Ok(())
 }
 
+/// Whether the last record of a channel that is no command says that its session is closed.
+fn says_closed(store: &Store, channel: &Channel) -> Result<bool> {
+    if let Some(says) = channel.says_closed {
+        return Ok(says);
+    }
+    let (Some(number), tail) = (channel.number, &channel.tail) else { return Ok(false) };
+    let oldest = tail.next.seq_num.saturating_sub(CLOSING_RECORDS).max(tail.earliest);
+    for seq_num in (oldest..tail.next.seq_num).rev() {
+        for item in store.view().range(number, seq_num, seq_num + 1) {
+            let (record, _) = item?;
+            if !record.is_command() {
+                return Ok(close::says_closed(&record.headers));
+            }
+        }
+    }
+    Ok(false)
+}
+
 /// Gives a record its place and lets a command act.
 fn place(channel: &mut Channel, prepared: &Prepared, now: Timestamp) -> Position {
     let tail = &mut channel.tail;
@@ -352,7 +389,7 @@ fn place(channel: &mut Channel, prepared: &Prepared, now: Timestamp) -> Position
     match &prepared.command {
         Some(Command::Trim(below)) => trim(channel, *below),
         Some(Command::Fence(token)) => tail.fence.clone_from(token),
-        None => {}
+        None => channel.says_closed = Some(close::says_closed(&prepared.record.headers)),
     }
     position
 }

@@ -39,8 +39,8 @@ use super::observer::{CommitStats, LogObserver};
 use sessiond_domain::port::{Condition, Followed};
 use sessiond_domain::record::{Bounds, ReadLimit};
 use sessiond_domain::{
-    AppendAck, AppendInput, ChannelKey, ChannelStore, Clock, Closure, ConnectionBudget, Error, ReadStart,
-    RecordBatch, Result, SessionId,
+    AppendAck, AppendInput, ChannelKey, ChannelStore, Clock, Close, Closure, ConnectionBudget, Error,
+    ReadStart, RecordBatch, Result, SessionId,
 };
 
 /// Reads that may wait for the disk at one time.
@@ -324,10 +324,10 @@ impl ChannelStore for LogChannels {
         follow::follow(self.shared.clone(), key.clone(), start, budget.clone()).await
     }
 
-    async fn seal(&self, session: &SessionId, closure: Closure) -> Result<Closure> {
+    async fn seal(&self, session: &SessionId, close: Close) -> Result<Closure> {
         self.check()?;
         let (reply, answer) = oneshot::channel();
-        self.shared.queue.push(Request::Seal { session: session.clone(), closure, reply })?;
+        self.shared.queue.push(Request::Seal { session: session.clone(), close, reply })?;
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 
@@ -375,7 +375,7 @@ mod tests {
         let closure = Closure { at: SystemClock.now(), reason: None };
         for refused in [
             log.append(&key, input()).await.map(drop),
-            log.seal(&key.session, closure).await.map(drop),
+            log.seal(&key.session, closure.into()).await.map(drop),
             log.settle(&key.session).await,
             log.ping().await,
         ] {
@@ -419,7 +419,7 @@ mod tests {
         }
         assert_eq!(log.condition(), Condition::Full);
         let other = SessionId::from_stored("session_b");
-        log.seal(&other, Closure { at: SystemClock.now(), reason: None }).await.expect("sealed");
+        log.seal(&other, Closure { at: SystemClock.now(), reason: None }.into()).await.expect("sealed");
         log.settle(&other).await.expect("settled");
         log.sweep().await.expect("swept");
         log.shared.space.keep_free(0);

@@ -10,13 +10,13 @@ use super::codec::{self, Unreadable};
 use crate::channel::part::content_hash;
 use sessiond_domain::record::{Chain, Command, NewRecord, PartIds};
 use sessiond_domain::{
-    AppendAck, AppendInput, ChannelKey, Closure, Error, Result, SeqNum, SessionId, Timestamp,
+    AppendAck, AppendInput, ChannelKey, Close, Closure, Error, Result, SeqNum, SessionId, Timestamp,
 };
 
 /// Something for the writer to do, and where its answer goes.
 pub(super) enum Request {
     Append { key: ChannelKey, append: Append, reply: oneshot::Sender<Result<AppendAck>> },
-    Seal { session: SessionId, closure: Closure, reply: oneshot::Sender<Result<Closure>> },
+    Seal { session: SessionId, close: Close, reply: oneshot::Sender<Result<Closure>> },
     Settle { session: SessionId, reply: oneshot::Sender<Result<()>> },
     Sweep { sweep: Sweep, reply: oneshot::Sender<Result<()>> },
 }
@@ -28,8 +28,6 @@ pub(super) struct Append {
     pub fencing_token: Option<String>,
     pub part_ids: PartIds,
     pub chain: Option<Chain>,
-    /// Metered size of all records.
-    pub metered: usize,
 }
 
 /// A record, encoded but for its place.
@@ -58,13 +56,12 @@ impl Append {
         let (fencing_token, chain) = (input.fencing_token.clone(), input.chain.clone());
         let records = input.into_records();
         let records: Vec<_> = records.into_iter().map(Prepared::new).collect::<Result<_>>()?;
-        let metered = records.iter().map(|record| record.metered).sum();
-        Ok(Self { records, match_seq_num, fencing_token, part_ids, chain, metered })
+        Ok(Self { records, match_seq_num, fencing_token, part_ids, chain })
     }
 }
 
 impl Prepared {
-    fn new(record: NewRecord) -> Result<Self> {
+    pub(super) fn new(record: NewRecord) -> Result<Self> {
         let command = Command::parse(&record.headers, &record.body)?;
         let metered = record.metered_size();
         let hash = record.part_id.is_some().then(|| content_hash(&record.headers, &record.body));

@@ -19,6 +19,8 @@ pub(super) struct Channel {
     pub tail: Tail,
     /// The channel has a row in `removals`.
     pub removing: bool,
+    /// Whether the last record that is no command says that the session is closed; `None` until one is stored.
+    pub says_closed: Option<bool>,
     /// Changed by the group that is being built.
     pub touched: bool,
     /// Records of that group for followers; `None` when there were none at its first append.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use sessiond_domain::record::{Command, FENCING_TOKEN_MAX, METERED_MAX, NewRecord, metered_size};
 use sessiond_domain::{
-    ChannelAddress, ChannelKey, ChannelName, Closure, Direction, Error, Position, Record, Result, SeqNum,
+    ChannelAddress, ChannelKey, ChannelName, Close, Direction, Error, Position, Record, Result, SeqNum,
     SessionId, Timestamp, envelope,
 };
 
@@ -42,8 +42,13 @@ pub(super) fn registry_stream(session: &SessionId) -> String {
 pub(super) enum Entry {
     /// A named channel, from now on sealed with the session.
     Channel { direction: String, name: String },
-    /// The session is sealed. The first one counts.
-    Closed { at: i64, reason: Option<String> },
+    /// The session is sealed. The first one counts. `told`: the agent has said so on `.out` itself.
+    Closed {
+        at: i64,
+        reason: Option<String>,
+        #[serde(default)]
+        told: bool,
+    },
     /// Every channel carries the seal.
     Fenced,
 }
@@ -54,8 +59,8 @@ impl Entry {
         Some(Self::Channel { direction: address.direction.as_str().to_owned(), name })
     }
 
-    pub(super) fn closed(closure: &Closure) -> Self {
-        Self::Closed { at: closure.at.millis(), reason: closure.reason.clone() }
+    pub(super) fn closed(Close { closure, told }: &Close) -> Self {
+        Self::Closed { at: closure.at.millis(), reason: closure.reason.clone(), told: *told }
     }
 
     pub(super) fn to_record(&self) -> Result<AppendRecord> {

@@ -40,8 +40,8 @@ use super::observer::LogObserver;
 use sessiond_domain::port::Followed;
 use sessiond_domain::record::{Bounds, ReadLimit};
 use sessiond_domain::{
-    AppendAck, AppendInput, ChannelKey, ChannelStore, Clock, Closure, ConnectionBudget, Error, ReadStart,
-    RecordBatch, Result, SessionId,
+    AppendAck, AppendInput, ChannelKey, ChannelStore, Clock, Close, Closure, ConnectionBudget, Error,
+    ReadStart, RecordBatch, Result, SessionId,
 };
 
 /// Longest an answer to "are you there" may take.
@@ -200,8 +200,8 @@ impl ChannelStore for S2Channels {
         follow::follow(self.shared.clone(), key.clone(), start, budget.clone()).await
     }
 
-    async fn seal(&self, session: &SessionId, closure: Closure) -> Result<Closure> {
-        self.shared.registry.seal(session, closure).await
+    async fn seal(&self, session: &SessionId, close: Close) -> Result<Closure> {
+        self.shared.registry.seal(session, &close).await
     }
 
     async fn settle(&self, session: &SessionId) -> Result<()> {

@@ -62,9 +62,9 @@ pub(super) async fn followers_share_a_live_batch(channels: Channels) {
 pub(super) async fn followers_of_a_sealed_session_get_the_rest_and_the_end(channels: Channels) {
     let key = channel();
     channels.append(&key, data(&["a"])).await;
-    channels.store.seal(&key.session, closure("done")).await.expect("seals");
+    channels.store.seal(&key.session, closure("done").into()).await.expect("seals");
     let mut follower = channels.follow(&key, ReadStart::SeqNum(0)).await;
-    assert_eq!(bodies(&follower.batch().await.records), ["a"]);
+    assert_eq!(bodies(&follower.batch().await.records), ["a", ""]);
     follower.caught_up().await;
     assert_eq!(follower.sealed().await, closure("done"));
     assert!(follower.next().await.is_none());
@@ -83,9 +83,9 @@ pub(super) async fn waiting_followers_of_every_channel_see_the_seal(channels: Ch
         followers.push(follower);
     }
     channels.append(&key, data(&["last"])).await;
-    channels.store.seal(&key.session, closure("done")).await.expect("seals");
-    assert_eq!(bodies(&followers[0].batch().await.records), ["last"]);
-    for follower in &mut followers {
+    channels.store.seal(&key.session, closure("done").into()).await.expect("seals");
+    for (follower, last) in followers.iter_mut().zip([2, 1, 0]) {
+        follower.records(last).await;
         assert_eq!(follower.sealed().await, closure("done"));
         assert!(follower.next().await.is_none());
     }

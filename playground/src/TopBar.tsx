@@ -82,6 +82,14 @@ const THEMES = { system: "◐", light: "☀", dark: "☾" } as const;
 function ThemeButton() {
   const theme = useGraphiQL((state) => state.theme) ?? "system";
   const { setTheme } = useGraphiQLActions();
+  // GraphiQL asks the system once: until a theme is chosen, its editors would stay in the one that was there first.
+  useEffect(() => {
+    if (theme !== "system") return;
+    const dark = matchMedia("(prefers-color-scheme: dark)");
+    const follow = () => setTheme(null);
+    dark.addEventListener("change", follow);
+    return () => dark.removeEventListener("change", follow);
+  }, [theme, setTheme]);
   const next = theme === "system" ? "dark" : theme === "dark" ? "light" : null;
   return (
     <button type="button" className="theme" title={`Theme: ${theme}`} aria-label={`Theme: ${theme}`} onClick={() => setTheme(next)}>

@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of routes: it serves whatever router it is given.
 
+mod handshake;
 mod outgoing;
 mod stall;
 mod streams;
@@ -21,7 +22,7 @@ use anyhow::{Context, ensure};
 use axum::Router;
 use axum::extract::ConnectInfo;
 use http::header::UPGRADE;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::{Service, service_fn};
@@ -40,6 +41,7 @@ use crate::config::HttpConfig;
 use crate::domain::{ConnectionBudget, SendBudget};
 use crate::shutdown::Shutdown;
 use crate::telemetry::Metrics;
+use handshake::Handshake;
 use outgoing::Outgoing;
 use stall::{StallGuard, Traffic};
 use streams::Streams;
@@ -144,6 +146,7 @@ impl Listener {
                 budget: self.budget.connection(),
                 held: Arc::new((permit, self.metrics.connection())),
                 heard: Arc::default(),
+                switching: Arc::default(),
             };
             shutdown.spawn(connection.serve(socket));
         }
@@ -173,6 +176,8 @@ struct Connection {
     held: Arc<dyn Any + Send + Sync>,
     /// Set by the first request.
     heard: Arc<AtomicBool>,
+    /// Set by an answer that ends HTTP.
+    switching: Arc<AtomicBool>,
 }
 
 impl Connection {
@@ -237,12 +242,13 @@ impl Connection {
 
     fn service(&self) -> impl Handler {
         let (router, held, heard) = (self.router.clone(), self.held.clone(), self.heard.clone());
-        let budget = self.budget.clone();
+        let (budget, switching) = (self.budget.clone(), self.switching.clone());
         let peer = self.peer;
         service_fn(move |mut request: Request<Incoming>| {
             heard.store(true, Ordering::Relaxed);
             request.extensions_mut().insert(ConnectInfo(peer));
-            if request.headers().contains_key(UPGRADE) {
+            let upgrade = request.headers().contains_key(UPGRADE).then(|| switching.clone());
+            if upgrade.is_some() {
                 request.extensions_mut().insert(held.clone());
             }
             let budget = budget.request();
@@ -250,7 +256,11 @@ impl Connection {
             let answer = router.clone().oneshot(request);
             async move {
                 outgoing::begin(&budget);
-                Ok(outgoing::within(budget, answer.await?))
+                let answer = answer.await?;
+                if let (Some(switching), StatusCode::SWITCHING_PROTOCOLS) = (upgrade, answer.status()) {
+                    switching.store(true, Ordering::Relaxed);
+                }
+                Ok(outgoing::within(budget, answer))
             }
         })
     }
@@ -260,7 +270,7 @@ impl Connection {
         &self,
         socket: S,
     ) -> Pin<Box<impl Graceful>> {
-        let traffic = Traffic::Taken(self.budget.clone());
+        let traffic = Traffic::Taken(self.budget.clone(), Handshake::new(self.switching.clone()));
         let io = TokioIo::new(StallGuard::new(socket, self.write_timeout, traffic));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())

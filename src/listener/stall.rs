@@ -11,12 +11,13 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
+use super::handshake::Handshake;
 use crate::domain::ConnectionBudget;
 
 /// Who is told what moves on a socket.
 pub(super) enum Traffic {
-    /// A budget, of what the peer takes.
-    Taken(ConnectionBudget),
+    /// A budget, of what the peer takes. Over HTTP/1.1, which can be left for WebSocket.
+    Taken(ConnectionBudget, Handshake),
     /// A budget, of what the peer takes of many streams; and a count, of bytes both ways.
     Streams(ConnectionBudget, Arc<AtomicU64>),
 }
@@ -42,7 +43,7 @@ impl<S> StallGuard<S> {
     ) -> Poll<io::Result<usize>> {
         if let Poll::Ready(Ok(bytes)) = &progress {
             match &self.traffic {
-                Traffic::Taken(budget) => budget.took(*bytes),
+                Traffic::Taken(budget, _) => budget.took(*bytes),
                 Traffic::Streams(budget, moved) => {
                     budget.sent(*bytes);
                     moved.fetch_add(*bytes as u64, Ordering::Relaxed);
@@ -54,7 +55,7 @@ impl<S> StallGuard<S> {
 
     fn take(&self, read: usize) -> io::Result<()> {
         let budget = match &self.traffic {
-            Traffic::Taken(budget) => budget,
+            Traffic::Taken(budget, _) => budget,
             Traffic::Streams(budget, moved) => {
                 moved.fetch_add(read as u64, Ordering::Relaxed);
                 budget
@@ -99,7 +100,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for StallGuard<S> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let progress = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
+        let Self { socket, traffic, .. } = &mut *self;
+        // The HTTP library writes heads this way; what WebSocket writes is not looked at.
+        let head = match (traffic, bufs.first()) {
+            (Traffic::Taken(_, handshake), Some(first)) => handshake.poll_write(socket, cx, first),
+            _ => None,
+        };
+        let progress = head.unwrap_or_else(|| Pin::new(socket).poll_write_vectored(cx, bufs));
         self.written(cx, progress)
     }
 
@@ -130,7 +137,7 @@ mod tests {
         let limit = Duration::from_millis(200);
         let (ours, mut theirs) = duplex(8);
         let budget = SendBudget::new(0, 1).connection();
-        let mut guarded = StallGuard::new(ours, limit, Traffic::Taken(budget));
+        let mut guarded = StallGuard::new(ours, limit, Traffic::Taken(budget, Handshake::default()));
         let reader = async {
             let mut byte = [0; 1];
             for _ in 0..8 {

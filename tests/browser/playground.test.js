@@ -156,3 +156,116 @@ test("the theme follows the system until it is chosen", async () => {
   assert.equal(await background(), light);
   watched.assertClean(server);
 });
+
+test("a long log scrolls within its pane, at its newest record unless older ones are being read", async () => {
+  const playground = await Playground.open(page, server);
+  await playground.signIn();
+  await playground.follow(server, 161);
+  for (const whole of ["html", ".page"]) {
+    const { scrollHeight, clientHeight } = await playground.box(whole);
+    assert.equal(scrollHeight, clientHeight, `${whole} does not scroll`);
+  }
+  const list = await playground.box(".live-log ol");
+  assert.ok(list.bottom <= 800 && list.clientHeight > 200, `${list.clientHeight} px that can be seen, to ${list.bottom}`);
+  assert.ok(list.scrollHeight > 10 * list.clientHeight, `${list.scrollHeight} px that are scrolled`);
+
+  await append(server, "hello", { at: "the top" });
+  await playground.record("the top");
+  assert.equal((await playground.box(".live-log ol")).scrollTop, 0);
+  assert.ok((await playground.box(".live-log li.record")).top >= list.top, "the newest can be seen");
+
+  await page.locator(".live-log ol").evaluate((node) => (node.scrollTop = 1000));
+  const reading = page.locator(".live-log li.record", { hasText: '"n":130,' });
+  const place = async () => (await reading.boundingBox()).y;
+  const before = await place();
+  for (const n of [162, 163, 164]) {
+    await append(server, "hello", { n });
+    await playground.record(`{"n":${n}}`);
+  }
+  assert.ok(Math.abs((await place()) - before) <= 1, `${before} became ${await place()}`);
+  watched.assertClean(server);
+});
+
+test("on a narrow screen everything has its place", async () => {
+  await page.setViewportSize({ width: 420, height: 800 });
+  const playground = await Playground.open(page, server);
+  const controls = ["h1", "#token", ".token-status", "nav a", "nav button"].map((name) => `.top-bar ${name}`);
+  const assertRoom = async (state) => {
+    for (const part of ["html", ".page", ".top-bar"]) {
+      const { scrollWidth, clientWidth } = await playground.box(part);
+      assert.equal(scrollWidth, clientWidth, `${state}: ${part} is not wider than the screen`);
+    }
+    const boxes = await Promise.all(controls.map((control) => playground.box(control)));
+    boxes.forEach((a, at) => {
+      const inside = a.left >= 0 && a.right <= 420 && a.right - a.left >= 20 && a.bottom - a.top >= 15;
+      assert.ok(inside, `${state}: ${controls[at]} is at ${JSON.stringify(a)}`);
+      const over = boxes.findIndex((b) => a !== b && a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom);
+      assert.equal(over, -1, `${state}: ${controls[at]} lies on ${controls[over]}`);
+    });
+  };
+  await assertRoom("without a token");
+  await playground.signIn();
+  await playground.follow(server, 161);
+  await assertRoom("following");
+
+  const [session, editors, response, log] = await Promise.all(
+    ["#graphiql-session", ".graphiql-editors", ".graphiql-response", ".live-log ol"].map((part) => playground.box(part)),
+  );
+  assert.ok(editors.bottom <= response.top, "the response is below the editors");
+  assert.ok(log.right <= 420 && log.bottom <= session.bottom && log.clientHeight > 100, JSON.stringify(log));
+  assert.equal(log.scrollWidth, log.clientWidth, "the log");
+  await page.getByRole("button", { name: "Stop", exact: true }).click();
+  await playground.phase("stopped");
+  watched.assertClean(server);
+});
+
+test("a theme that changes while the page is open changes all of it", async () => {
+  await page.emulateMedia({ colorScheme: "light" });
+  const playground = await Playground.open(page, server);
+  await playground.signIn();
+  await playground.follow(server, 1);
+  const parts = {
+    ".top-bar": "color",
+    ".top-bar nav button": "backgroundColor",
+    ".token-status": "color",
+    "#token": "color",
+    ".examples button": "borderColor",
+    ".examples small": "color",
+    ".live-log b": "color",
+    ".live-log .phase": "color",
+    ".live-log form input": "backgroundColor",
+    ".live-log li.record": "borderTopColor",
+    ".live-log li.record > span": "color",
+    ".graphiql-query-editor .mtk1": "color",
+    ".result-window .mtk1": "color",
+    html: "colorScheme",
+  };
+  const colours = () =>
+    page.evaluate(
+      (parts) => Object.fromEntries(Object.entries(parts).map(([part, property]) => [part, getComputedStyle(document.querySelector(part))[property]])),
+      parts,
+    );
+  // The pointer and the focus have colours of their own.
+  const settled = async () => {
+    await page.mouse.move(0, 0);
+    await page.evaluate(() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn))));
+    return colours();
+  };
+  const choose = async (theme) => {
+    await page.getByRole("button", { name: "Open settings dialog" }).click();
+    await page.getByRole("dialog").getByRole("button", { name: theme, exact: true }).click();
+    await page.keyboard.press("Escape");
+    await page.getByRole("dialog").waitFor({ state: "detached" });
+  };
+  const [light, dark] = [await settled(), await page.emulateMedia({ colorScheme: "dark" }).then(settled)];
+  const same = Object.keys(parts).filter((part) => light[part] === dark[part]);
+  assert.deepEqual(same, ["html"], "which follows the system of itself");
+  await choose("Light");
+  assert.deepEqual(await settled(), { ...light, html: "light" });
+  await page.emulateMedia({ colorScheme: "light" });
+  await choose("Dark");
+  assert.deepEqual(await settled(), { ...dark, html: "dark" });
+  await choose("System");
+  assert.deepEqual(await settled(), light);
+  watched.assertClean(server);
+});

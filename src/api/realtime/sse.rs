@@ -39,6 +39,10 @@ const GAP_MAX: u64 = 600;
 const PING_MIN: u64 = 5000;
 const PING_MAX: u64 = 15_000;
 
+/// What the API document says of every stream.
+const EVENTS: &str = "batch, ping, error and end events. A clean end is an end event with a reason (closed, expired, settled, \
+                      idle, token_expired) and, but for the last one, [DONE]";
+
 /// Stored records, then live ones.
 #[utoipa::path(get, path = "/realtime/v1/sessions/{session}/{io}", tag = "realtime",
     operation_id = "followChannel",
@@ -47,9 +51,7 @@ const PING_MAX: u64 = 15_000;
         ("Timeout-Seconds" = Option<u32>, Header, description = "1 to 600; longest gap between records"),
         ("X-Peek-Settled" = Option<String>, Header, description = "1: end at once if the turn is complete"),
         ("X-Trigger-Stream-Start" = Option<String>, Header, description = "latest: begin at the tail")),
-    responses((status = 200, description = "batch, ping, error and end events. A clean end is an end event with a \
-            reason (closed, expired, settled, idle, token_expired) and, but for the last one, [DONE]",
-        body = String, content_type = "text/event-stream")))]
+    responses((status = 200, description = EVENTS, body = String, content_type = "text/event-stream")))]
 pub async fn follow(
     State(app): State<App>,
     Asker(caller): Asker,
@@ -92,9 +94,7 @@ pub async fn follow(
     params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path),
         ("Last-Event-ID" = Option<String>, Header), ("Timeout-Seconds" = Option<u32>, Header),
         ("X-Peek-Settled" = Option<String>, Header), ("X-Trigger-Stream-Start" = Option<String>, Header)),
-    responses((status = 200, description = "batch, ping, error and end events. A clean end is an end event with a \
-            reason (closed, expired, settled, idle, token_expired) and, but for the last one, [DONE]",
-        body = String, content_type = "text/event-stream")))]
+    responses((status = 200, description = EVENTS, body = String, content_type = "text/event-stream")))]
 pub async fn follow_named(
     app: State<App>,
     asker: Asker,

@@ -54,6 +54,25 @@ export class Playground {
     return this.page.locator(".live-log li.record > span").allInnerTexts();
   }
 
+  /** Follows a new session that has so many records. */
+  async follow(server, records) {
+    await this.example("Create");
+    await this.response('"created": true');
+    for (let n = 0; n < records; n++) await append(server, "hello", { n, text: "long enough to be broken in two where the log is narrow" });
+    await this.example("Follow");
+    await this.phase("live");
+    await this.record(`"n":${records - 1},`);
+  }
+
+  /** How an element lies in the viewport: its edges, its outer and inner size, and how far it is scrolled. */
+  box(selector) {
+    return this.page.locator(selector).first().evaluate((node) => {
+      const { left, top, right, bottom } = node.getBoundingClientRect();
+      const { scrollWidth, scrollHeight, clientWidth, clientHeight, scrollTop } = node;
+      return { left, top, right, bottom, scrollWidth, scrollHeight, clientWidth, clientHeight, scrollTop };
+    });
+  }
+
   /** Resolves once the response pane says this. */
   async response(text) {
     await this.page.locator(".result-window .view-lines", { hasText: text }).waitFor();

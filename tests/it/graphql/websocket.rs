@@ -53,6 +53,39 @@ async fn the_subprotocol_is_spoken_or_the_page_is_told_why_not() {
     assert_eq!(plain.send().await.expect("an answer").status().as_u16(), 400, "half a handshake");
 }
 
+/// Names of headers have no case, but a client of Python's looks for exactly this one.
+#[tokio::test]
+async fn the_subprotocol_is_named_in_the_spelling_of_the_standard() {
+    let server = TestServer::start().await;
+    let address = server.url.trim_start_matches("http://");
+    let expected = "\r\nSec-WebSocket-Protocol: graphql-transport-ws\r\n";
+    let mut first = TcpStream::connect(address).await.expect("connects");
+    let answer = shake_hands(&mut first, "").await;
+    assert!(answer.starts_with("HTTP/1.1 101 ") && answer.contains(expected), "{answer}");
+
+    let earlier = format!("GET /healthz HTTP/1.1\r\nHost: {address}\r\n\r\n");
+    let mut later = TcpStream::connect(address).await.expect("connects");
+    later.write_all(earlier.as_bytes()).await.expect("sent");
+    let answer = shake_hands(&mut later, &earlier).await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    let mut rest = String::new();
+    while !rest.ends_with(expected) {
+        rest.push(char::from(later.read_u8().await.expect("the head behind two answers")));
+    }
+
+    // What WebSocket carries is nobody's head: a ping comes back as it was sent.
+    let told = b"HTTP/1.1 101 \r\nsec-websocket-protocol: x\r\n\r\n";
+    while !rest.ends_with("\r\n\r\n") {
+        rest.push(char::from(later.read_u8().await.expect("the end of the head")));
+    }
+    let len = u8::try_from(told.len()).expect("short");
+    let ping = [&[0x89, 0x80 | len, 0, 0, 0, 0], told.as_slice()].concat();
+    later.write_all(&ping).await.expect("sent");
+    let mut pong = vec![0; 2 + told.len()];
+    later.read_exact(&mut pong).await.expect("a pong");
+    assert_eq!(pong, [&[0x8a, len], told.as_slice()].concat());
+}
+
 #[tokio::test]
 async fn who_does_not_say_connection_init_in_time_is_closed() {
     let server = TestServer::start_with(|config| {
@@ -475,10 +508,18 @@ async fn a_connection_that_breaks_leaves_nothing_behind() {
 
 /// A connection whose client knows nothing of WebSockets but the handshake.
 async fn handshake(server: &TestServer) -> TcpStream {
-    let address = server.url.trim_start_matches("http://");
-    let mut stream = TcpStream::connect(address).await.expect("connects");
+    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).await.expect("connects");
+    let answer = shake_hands(&mut stream, "").await;
+    assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
+    stream
+}
+
+/// The head of the answer to a handshake that is sent in one piece with what comes `before` it.
+async fn shake_hands(stream: &mut TcpStream, before: &str) -> String {
+    let address = stream.peer_addr().expect("connected");
     let head = format!(
-        "GET /graphql HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+        "{before}\
+         GET /graphql HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
          Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
          Sec-WebSocket-Protocol: {PROTOCOL}\r\n\r\n"
     );
@@ -487,8 +528,7 @@ async fn handshake(server: &TestServer) -> TcpStream {
     while !answer.ends_with(b"\r\n\r\n") {
         answer.push(stream.read_u8().await.expect("a head"));
     }
-    assert!(answer.starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&answer));
-    stream
+    String::from_utf8(answer).expect("text")
 }
 
 /// A final frame of this opcode, masked with zeros.

@@ -70,6 +70,7 @@ pub fn status(code: Code) -> StatusCode {
         Code::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
         Code::ValidationFailed | Code::IdempotencyMismatch => StatusCode::UNPROCESSABLE_ENTITY,
         Code::CursorExpired => StatusCode::GONE,
+        Code::CursorAhead => StatusCode::RANGE_NOT_SATISFIABLE,
         Code::RateLimited => StatusCode::TOO_MANY_REQUESTS,
         Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         Code::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -110,6 +111,7 @@ impl From<Arc<Error>> for Failure {
                 failure = failure.with("closedAt", json!(at.to_string())).with("closedReason", json!(reason));
             }
             Error::Trimmed { earliest } => failure = failure.with("earliest", json!(earliest.to_string())),
+            Error::CursorAhead { tail } => failure = failure.with("tail", json!(tail.to_string())),
             Error::RateLimited(limit) => {
                 failure.headers = rate_headers(*limit);
                 // Not every door has headers.
@@ -395,6 +397,7 @@ mod tests {
                 ("seq_num_mismatch", 412, None),
                 ("idempotency_mismatch", 422, None),
                 ("cursor_expired", 410, None),
+                ("cursor_ahead", 416, None),
                 ("rate_limited", 429, None),
                 ("unavailable", 503, None),
                 ("internal", 500, None),

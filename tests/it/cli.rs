@@ -133,6 +133,9 @@ async fn two_terminals_hold_a_conversation() {
     let resumed = client(&["tail", "talk", "in", "--after", "0", "--json"]).output().await.expect("runs");
     let record: Value = serde_json::from_slice(&resumed.stdout).expect("one line of JSON");
     assert_eq!(record["seqNum"], 1);
+    let ahead = client(&["tail", "talk", "in", "--after", "99"]).output().await.expect("runs");
+    let said = String::from_utf8_lossy(&ahead.stderr);
+    assert!(said.starts_with("the channel ends before --after 99; going on at record "), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

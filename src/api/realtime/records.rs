@@ -56,7 +56,9 @@ struct RecordItem {
     params(("session" = String, Path), ("io" = String, Path),
         ("afterEventId" = Option<String>, Query, description = "Digits; exclusive"),
         ("limit" = Option<u32>, Query, description = "1 to 1000; the whole answer without it")),
-    responses((status = 200, description = "Records in order", body = RecordsResponse)))]
+    responses((status = 200, description = "Records in order", body = RecordsResponse,
+        headers(("X-Cursor-Ahead" = u64, description = "The tail, if the channel has no record at afterEventId: records \
+            that were given out are lost, or the id is another channel's")))))]
 pub async fn records(
     State(app): State<App>,
     Asker(caller): Asker,
@@ -67,6 +69,7 @@ pub async fn records(
 ) -> Result<Response, Failure> {
     let in_load = |error| Failure::from(error).on(Route::Load);
     let (start, page) = parse(query.as_deref().unwrap_or_default())?;
+    let ahead = super::cursor_ahead(&app, &caller, &path, start, &id).await.map_err(in_load)?;
     let limit = page.map_or(ReadLimit::NONE, ReadLimit::count);
     let batches = app.sessions.drain(&caller, &path.session, &path.channel, start, limit, &budget).await;
     let mut batches = batches.map_err(in_load)?;
@@ -85,7 +88,8 @@ pub async fn records(
         Some(batch) => batch.holding(begin.into()),
         None => begin.into(),
     };
-    let headers = ([(CONTENT_TYPE, JSON)], Extension(Reserved));
+    let ahead = ahead.map(|header| [header]);
+    let headers = (ahead, [(CONTENT_TYPE, JSON)], Extension(Reserved));
     if is_whole {
         return Ok((headers, Body::from(begin)).into_response());
     }
@@ -137,7 +141,9 @@ impl Text {
     params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path),
         ("afterEventId" = Option<String>, Query, description = "Digits; exclusive"),
         ("limit" = Option<u32>, Query, description = "1 to 1000; the whole answer without it")),
-    responses((status = 200, description = "Records in order", body = RecordsResponse)))]
+    responses((status = 200, description = "Records in order", body = RecordsResponse,
+        headers(("X-Cursor-Ahead" = u64, description = "The tail, if the channel has no record at afterEventId: records \
+            that were given out are lost, or the id is another channel's")))))]
 pub async fn records_named(
     app: State<App>,
     asker: Asker,

@@ -49,7 +49,10 @@ const PING_MAX: u64 = 15_000;
         ("X-Trigger-Stream-Start" = Option<String>, Header, description = "latest: begin at the tail")),
     responses((status = 200, description = "batch, ping, error and end events. A clean end is an end event with a \
             reason (closed, expired, settled, idle, token_expired) and, but for the last one, [DONE]",
-        body = String, content_type = "text/event-stream")))]
+        body = String, content_type = "text/event-stream",
+        headers(("X-Session-Settled" = String, description = "true if nothing more is to be expected"),
+            ("X-Cursor-Ahead" = u64, description = "The tail, if the channel has no record at Last-Event-ID: records \
+                that were given out are lost, or the id is another channel's. The stream goes on at the tail")))))]
 pub async fn follow(
     State(app): State<App>,
     Asker(caller): Asker,
@@ -58,12 +61,15 @@ pub async fn follow(
     headers: HeaderMap,
     path: ChannelPath,
 ) -> Result<Response, Failure> {
-    let options = FollowOptions {
-        start: start(&headers)?,
-        peek_settled: flag(&headers, "x-peek-settled", "1"),
-        require_complete: false,
-    };
+    let start = start(&headers)?;
+    let options =
+        FollowOptions { start, peek_settled: flag(&headers, "x-peek-settled", "1"), require_complete: false };
     let gap = gap(&headers)?;
+    let ahead = match start {
+        ReadStart::SeqNum(start) => super::cursor_ahead(&app, &caller, &path, start, &id).await,
+        _ => Ok(None),
+    };
+    let ahead = ahead.map_err(|error| Failure::from(error).on(Route::Load))?;
     let follow = app.sessions.follow(&caller, &path.session, &path.channel, options, &budget).await;
     let follow = follow.map_err(|error| Failure::from(error).on(Route::Load))?;
     let settled = follow.is_settled();
@@ -83,6 +89,7 @@ pub async fn follow(
     if settled {
         headers.insert("x-session-settled", HeaderValue::from_static("true"));
     }
+    headers.extend(ahead);
     Ok(response)
 }
 
@@ -94,7 +101,10 @@ pub async fn follow(
         ("X-Peek-Settled" = Option<String>, Header), ("X-Trigger-Stream-Start" = Option<String>, Header)),
     responses((status = 200, description = "batch, ping, error and end events. A clean end is an end event with a \
             reason (closed, expired, settled, idle, token_expired) and, but for the last one, [DONE]",
-        body = String, content_type = "text/event-stream")))]
+        body = String, content_type = "text/event-stream",
+        headers(("X-Session-Settled" = String, description = "true if nothing more is to be expected"),
+            ("X-Cursor-Ahead" = u64, description = "The tail, if the channel has no record at Last-Event-ID: records \
+                that were given out are lost, or the id is another channel's. The stream goes on at the tail")))))]
 pub async fn follow_named(
     app: State<App>,
     asker: Asker,

@@ -68,6 +68,7 @@ fn word(code: Code) -> (u16, &'static str) {
         Code::FencingTokenMismatch => (412, "fencing_token_mismatch"),
         Code::SeqNumMismatch => (412, "seq_num_mismatch"),
         Code::CursorExpired => (410, "trimmed"),
+        Code::CursorAhead => (416, "unwritten"),
         Code::TooLarge | Code::ValidationFailed | Code::IdempotencyMismatch => (422, "invalid"),
         Code::RateLimited => (429, "rate_limited"),
         Code::Unavailable => (503, "unavailable"),

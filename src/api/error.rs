@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
-use http::header::{CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use http::header::{ACCEPT_ENCODING, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use http::{HeaderMap, StatusCode};
 use serde_json::{Map, Value, json};
 
@@ -177,6 +177,13 @@ impl Failure {
     pub fn body_too_large() -> Self {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, Code::TooLarge.as_str(), "Request body too large")
             .closing_connection()
+    }
+
+    /// A body in a content coding, where none is decoded.
+    pub fn body_encoded() -> Self {
+        let message = "Request body must not be encoded: this route decodes no Content-Encoding";
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message)
+            .header(ACCEPT_ENCODING, HeaderValue::from_static("identity"))
     }
 
     /// A body that did not arrive in time.

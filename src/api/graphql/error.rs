@@ -69,7 +69,7 @@ pub enum ErrorCode {
     MethodNotAllowed,
     /// None of the media types that the client accepts can carry the answer.
     NotAcceptable,
-    /// The body is not `application/json`.
+    /// The body is not `application/json`, or it is encoded.
     UnsupportedMediaType,
     /// The connection has as many subscriptions as it may.
     LimitExceeded,

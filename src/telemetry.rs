@@ -109,6 +109,7 @@ pub struct Metrics {
     connections: Gauge,
     websockets: Gauge,
     append_sessions: Gauge,
+    cursors_ahead: Counter,
     commits: Histogram,
     commit_records: Histogram,
     commit_bytes: Counter,
@@ -126,6 +127,7 @@ impl Metrics {
             connections: Gauge::default(),
             websockets: Gauge::default(),
             append_sessions: Gauge::default(),
+            cursors_ahead: Counter::default(),
             commits: latency_histogram(),
             commit_records: size_histogram(),
             commit_bytes: Counter::default(),
@@ -155,11 +157,18 @@ impl Metrics {
             seconds(),
             commits.clone(),
         );
-        let Self { registry, append_sessions, commit_records, commit_bytes, log_healthy, .. } = &mut metrics;
+        let Self {
+            registry, append_sessions, cursors_ahead, commit_records, commit_bytes, log_healthy, ..
+        } = &mut metrics;
         registry.register(
             "append_sessions",
             "Open append sessions of direct writers",
             append_sessions.clone(),
+        );
+        registry.register(
+            "cursors_ahead",
+            "Reads over HTTP that were to go on after a record which the channel does not have",
+            cursors_ahead.clone(),
         );
         registry.register("log_commit_records", "Records in one group commit", commit_records.clone());
         registry.register("log_bytes", "Metered bytes committed to the log", commit_bytes.clone());
@@ -221,6 +230,11 @@ impl Metrics {
     /// A direct writer's append session began; it ends when the guard is dropped.
     pub fn append_session(&self) -> GaugeGuard {
         GaugeGuard::new(self.append_sessions.clone())
+    }
+
+    /// A reader came with a cursor that lies beyond the tail, and was let go on there.
+    pub fn cursor_ahead(&self) {
+        self.cursors_ahead.inc();
     }
 
     /// The log has committed a group.

@@ -29,6 +29,7 @@ const CRATE_ROOMS: &[(&str, &[&str])] = &[
     ("async_graphql", &["api"]),
     ("async_graphql_axum", &["api"]),
     ("flate2", &["api"]),
+    ("zstd", &["api"]),
     ("sea_orm", &["store"]),
     ("sqlx", &["store"]),
     ("entity", &["store"]),

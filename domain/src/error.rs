@@ -95,6 +95,13 @@ pub enum Error {
         /// The first sequence number that remains.
         earliest: SeqNum,
     },
+    /// A reader goes on after a record that the channel does not have: records that were acknowledged are lost, or the
+    /// cursor is another channel's.
+    #[error("the channel has no record at the cursor; its tail is {tail}")]
+    CursorAhead {
+        /// The sequence number that the next record will get.
+        tail: SeqNum,
+    },
     /// The part id was used before with another body.
     #[error("part id {part_id:?} was used before with a different body")]
     IdempotencyMismatch {
@@ -169,6 +176,7 @@ impl Error {
             Self::SeqNumMismatch { .. } => Code::SeqNumMismatch,
             Self::IdempotencyMismatch { .. } => Code::IdempotencyMismatch,
             Self::Trimmed { .. } => Code::CursorExpired,
+            Self::CursorAhead { .. } => Code::CursorAhead,
             Self::RateLimited(_) => Code::RateLimited,
             Self::Unavailable { .. } => Code::Unavailable,
             Self::Internal(_) => Code::Internal,
@@ -216,6 +224,8 @@ pub enum Code {
     IdempotencyMismatch,
     /// `cursor_expired`
     CursorExpired,
+    /// `cursor_ahead`
+    CursorAhead,
     /// `rate_limited`
     RateLimited,
     /// `unavailable`
@@ -226,7 +236,7 @@ pub enum Code {
 
 impl Code {
     /// Every code, for tables and documents.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::NotFound,
         Self::Conflict,
         Self::SessionClosed,
@@ -241,6 +251,7 @@ impl Code {
         Self::SeqNumMismatch,
         Self::IdempotencyMismatch,
         Self::CursorExpired,
+        Self::CursorAhead,
         Self::RateLimited,
         Self::Unavailable,
         Self::Internal,
@@ -263,6 +274,7 @@ impl Code {
             Self::SeqNumMismatch => "seq_num_mismatch",
             Self::IdempotencyMismatch => "idempotency_mismatch",
             Self::CursorExpired => "cursor_expired",
+            Self::CursorAhead => "cursor_ahead",
             Self::RateLimited => "rate_limited",
             Self::Unavailable => "unavailable",
             Self::Internal => "internal",

@@ -1,5 +1,6 @@
 //! A follower with everything that can end it: the session's close or expiry, the caller's credentials.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::time::Duration;
 
@@ -50,7 +51,7 @@ pub enum FollowEvent {
 pub(super) struct Demands {
     /// End after the stored records.
     pub settled: bool,
-    /// Do not pass over a trimmed record in silence.
+    /// Do not pass over a trimmed record in silence, nor over a start that lies beyond the tail.
     pub complete: bool,
     /// The record that comes next, once that is known.
     pub next: Option<SeqNum>,
@@ -63,6 +64,8 @@ pub struct Follow {
     session: Option<SharedSession>,
     caught_up: bool,
     demands: Demands,
+    /// Where it begins in the channel has been seen.
+    begun: bool,
     is_settled: bool,
 }
 
@@ -75,7 +78,7 @@ impl Follow {
         bounds: Bounds,
     ) -> Self {
         let lifeline = Lifeline::new(Some(caller), bounds);
-        Self { stream, lifeline, session: None, caught_up: false, demands, is_settled }
+        Self { stream, lifeline, session: None, caught_up: false, demands, begun: false, is_settled }
     }
 
     /// True if nothing was to be expected any more when the follower began: the session was closed or had expired, or the
@@ -93,8 +96,8 @@ impl Follow {
     /// Cancel safe.
     ///
     /// # Errors
-    /// [`Error::Unauthenticated`] when the caller's credentials end, [`Error::Trimmed`] if the follower asked to be
-    /// told, or what the log says. Nothing comes after an error or a last event.
+    /// [`Error::Unauthenticated`] when the caller's credentials end, [`Error::Trimmed`] and [`Error::CursorAhead`] if the
+    /// follower asked to be told, or what the log says. Nothing comes after an error or a last event.
     pub async fn next(&mut self, until: Timestamp) -> Result<FollowEvent> {
         loop {
             let now = self.lifeline.now();
@@ -164,13 +167,18 @@ impl Follow {
         }))
     }
 
-    /// Refuses if records were trimmed between the last one and `next`.
-    fn expect(&self, next: Option<SeqNum>) -> Result<()> {
-        match (self.demands.next, next) {
-            (Some(expected), Some(earliest)) if self.demands.complete && earliest > expected => {
-                Err(Error::Trimmed { earliest })
-            }
-            _ => Ok(()),
+    /// Refuses if records were trimmed between the last one and `next`, and if `next`, where the follower begins, is what
+    /// the channel has instead of a start beyond its tail.
+    fn expect(&mut self, next: Option<SeqNum>) -> Result<()> {
+        let begins = !std::mem::replace(&mut self.begun, true);
+        let (true, Some(expected), Some(next)) = (self.demands.complete, self.demands.next, next) else {
+            return Ok(());
+        };
+        match next.cmp(&expected) {
+            Ordering::Greater => Err(Error::Trimmed { earliest: next }),
+            // Later on a live window may lag behind what was read from the store.
+            Ordering::Less if begins => Err(Error::CursorAhead { tail: next }),
+            Ordering::Less | Ordering::Equal => Ok(()),
         }
     }
 }

@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use super::App;
 use super::error::Failure;
+use super::extract::require_plain;
 use super::rest::model::ErrorBody;
 use crate::auth::signed_url::{UrlGrant, UrlMethod};
 use crate::domain::blob::{SNAPSHOT_MAX, UNKNOWN_MEDIA_TYPE};
@@ -136,13 +137,15 @@ pub async fn head(State(app): State<App>, ToGet(grant): ToGet) -> Result<Respons
     request_body(content = Vec<u8>, content_type = "application/vnd.trigger.transcript+ndjson"),
     responses((status = 200, description = "It is stored"),
         (status = 408, description = "The body did not arrive in time", body = ErrorBody),
-        (status = 413, description = "The body is over its limit", body = ErrorBody)))]
+        (status = 413, description = "The body is over its limit", body = ErrorBody),
+        (status = 415, description = "The body is encoded", body = ErrorBody)))]
 pub async fn put(
     State(app): State<App>,
     ToPut(grant): ToPut,
     headers: HeaderMap,
     body: Body,
 ) -> Result<StatusCode, Failure> {
+    require_plain(&headers)?;
     let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     let announced = text(CONTENT_LENGTH).and_then(|text| text.parse::<u64>().ok());
     if announced.is_some_and(|length| length > SNAPSHOT_MAX) {

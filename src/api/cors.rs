@@ -15,7 +15,7 @@ const METHODS: HeaderValue = HeaderValue::from_static("GET,HEAD,PUT,PATCH,POST,D
 const MAX_AGE: HeaderValue = HeaderValue::from_static("300");
 /// What a page of another origin may read.
 const EXPOSED: HeaderValue = HeaderValue::from_static(
-    "x-trigger-jwt,x-trigger-jwt-claims,X-Stream-Version,X-Session-Settled,X-Last-Chunk-Index,\
+    "x-trigger-jwt,x-trigger-jwt-claims,X-Stream-Version,X-Session-Settled,X-Last-Chunk-Index,X-Cursor-Ahead,\
      X-S2-Access-Token,X-S2-Stream-Name,X-S2-Basin,X-S2-Flush-Interval-Ms,X-S2-Max-Retries,X-S2-Endpoint,\
      x-request-id,traceparent,x-should-retry,x-ratelimit-limit,x-ratelimit-remaining,x-ratelimit-reset,\
      retry-after",

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
-use http::header::{CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use http::header::{ACCEPT_ENCODING, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use http::{HeaderMap, StatusCode};
 use serde_json::{Map, Value, json};
 
@@ -70,6 +70,7 @@ pub fn status(code: Code) -> StatusCode {
         Code::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
         Code::ValidationFailed | Code::IdempotencyMismatch => StatusCode::UNPROCESSABLE_ENTITY,
         Code::CursorExpired => StatusCode::GONE,
+        Code::CursorAhead => StatusCode::RANGE_NOT_SATISFIABLE,
         Code::RateLimited => StatusCode::TOO_MANY_REQUESTS,
         Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         Code::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -110,6 +111,7 @@ impl From<Arc<Error>> for Failure {
                 failure = failure.with("closedAt", json!(at.to_string())).with("closedReason", json!(reason));
             }
             Error::Trimmed { earliest } => failure = failure.with("earliest", json!(earliest.to_string())),
+            Error::CursorAhead { tail } => failure = failure.with("tail", json!(tail.to_string())),
             Error::RateLimited(limit) => {
                 failure.headers = rate_headers(*limit);
                 // Not every door has headers.
@@ -175,6 +177,13 @@ impl Failure {
     pub fn body_too_large() -> Self {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, Code::TooLarge.as_str(), "Request body too large")
             .closing_connection()
+    }
+
+    /// A body in a content coding, where none is decoded.
+    pub fn body_encoded() -> Self {
+        let message = "Request body must not be encoded: this route decodes no Content-Encoding";
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message)
+            .header(ACCEPT_ENCODING, HeaderValue::from_static("identity"))
     }
 
     /// A body that did not arrive in time.
@@ -395,6 +404,7 @@ mod tests {
                 ("seq_num_mismatch", 412, None),
                 ("idempotency_mismatch", 422, None),
                 ("cursor_expired", 410, None),
+                ("cursor_ahead", 416, None),
                 ("rate_limited", 429, None),
                 ("unavailable", 503, None),
                 ("internal", 500, None),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, RawPathParams, Request};
 use bytes::{Bytes, BytesMut};
-use http::header::{AUTHORIZATION, CONTENT_LENGTH};
+use http::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH};
 use http::request::Parts;
 use http::{Extensions, HeaderMap};
 use http_body_util::BodyExt;
@@ -192,8 +192,17 @@ impl<const LIMIT: usize> LimitedBody<LIMIT> {
     /// Takes the body of a request, in room that is kept until that is answered.
     ///
     /// # Errors
-    /// 400, 408, 413; 503 without room.
+    /// 400, 408, 413; 415 if it is encoded; 503 without room.
     pub async fn read(request: &mut Request, app: &App) -> Result<Self, Failure> {
+        require_plain(request.headers())?;
+        Self::read_encoded(request, app).await
+    }
+
+    /// Takes the body of a request as it is sent, in whatever coding.
+    ///
+    /// # Errors
+    /// As [`LimitedBody::read`], without 415.
+    pub async fn read_encoded(request: &mut Request, app: &App) -> Result<Self, Failure> {
         let announced = announced(request.headers());
         let length = announced.map_or(LIMIT, |length| usize::try_from(length).unwrap_or(usize::MAX));
         if length > LIMIT {
@@ -211,6 +220,22 @@ impl<const LIMIT: usize> LimitedBody<LIMIT> {
         }
         Ok(Self(bytes))
     }
+}
+
+/// The codings that a request says its body is in.
+pub(super) fn codings(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let lines = headers.get_all(CONTENT_ENCODING).into_iter();
+    // What is no text names no coding that anybody knows.
+    let words = lines.flat_map(|line| line.to_str().unwrap_or("?").split(',')).map(str::trim);
+    words.filter(|word| !word.is_empty() && !word.eq_ignore_ascii_case("identity"))
+}
+
+/// Refuses a body that would have to be decoded, so that nobody stores or reads the codes for what they mean.
+///
+/// # Errors
+/// 415.
+pub(super) fn require_plain(headers: &HeaderMap) -> Result<(), Failure> {
+    if codings(headers).next().is_some() { Err(Failure::body_encoded()) } else { Ok(()) }
 }
 
 /// The length that a request says its body has.

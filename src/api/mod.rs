@@ -186,7 +186,7 @@ pub fn router(state: ApiState) -> Router {
         .route("/metrics", get(metrics))
         .route("/openapi.json", get(document_json))
         .fallback(unrouted)
-        .method_not_allowed_fallback(|| async { Failure::method_not_allowed() })
+        .method_not_allowed_fallback(unallowed)
         .layer(middleware::from_fn_with_state(app.clone(), trace::observe))
         .with_state(app)
 }
@@ -222,8 +222,13 @@ async fn unrouted(uri: Uri) -> Failure {
         (Some("api" | "realtime"), Some(what)) if is_versioned && RUN_ENGINE.contains(&what) => {
             Failure::no_run_engine()
         }
+        (Some("v1"), _) => s2::unrouted(version.unwrap_or_default()),
         _ => Failure::no_route(),
     }
+}
+
+async fn unallowed(uri: Uri) -> Failure {
+    if uri.path().starts_with("/v1/") { s2::unallowed() } else { Failure::method_not_allowed() }
 }
 
 async fn index() -> Response {

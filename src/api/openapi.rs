@@ -19,10 +19,11 @@ const REFUSALS: [(&str, &str); 7] = [
     ("500", "A fault of the server's"),
     ("503", "A backend is away; retrying may help"),
 ];
-const BODY_REFUSALS: [(&str, &str); 4] = [
+const BODY_REFUSALS: [(&str, &str); 5] = [
     ("408", "The body did not arrive in time"),
     ("409", "The request contradicts what is stored; repeating it cannot help"),
     ("413", "The body is over its limit"),
+    ("415", "The body has a Content-Encoding that is not decoded here"),
     ("422", "The body breaks rules; every one is listed"),
 ];
 

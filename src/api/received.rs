@@ -33,6 +33,19 @@ impl Received {
         limit: usize,
     ) -> Result<(), Failure> {
         budget.received(bytes);
+        self.hold(budget, bytes, limit)
+    }
+
+    /// Counts the next bytes of what a body is decoded to, of which there will be at most `limit`.
+    ///
+    /// # Errors
+    /// As [`Received::add`].
+    pub(super) fn hold(
+        &mut self,
+        budget: &ConnectionBudget,
+        bytes: usize,
+        limit: usize,
+    ) -> Result<(), Failure> {
         self.bytes += bytes;
         let has = self.room.as_ref().map_or(0, Reservation::bytes);
         if self.bytes > has.max(SMALL) {

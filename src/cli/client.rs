@@ -277,6 +277,12 @@ impl Tail {
         };
         self.followed = true;
         self.pauses = Backoff::default();
+        let ahead =
+            response.headers().get("x-cursor-ahead").and_then(|tail| tail.to_str().ok()?.parse().ok());
+        if let Some(tail) = ahead {
+            eprintln!("the channel ends before{}; going on at record {tail}", self.place());
+            self.next = Some(tail);
+        }
         let mut events = Events { response, buffer: BytesMut::new(), ready: VecDeque::new() };
         loop {
             let event = match events.next().await {

@@ -115,6 +115,7 @@ for (const [what, code, status, { token = () => SECRET, operations }] of [
   ["an operation that is not there", "GRAPHQL_VALIDATION_FAILED", 400, { operations: () => [["query A { __typename }", undefined, "B"]] }],
   ["a cursor that is none", "GRAPHQL_VALIDATION_FAILED", 400, { operations: () => [[SUBSCRIPTION, { ...follow(mine), after: "x" }]] }],
   ["a cursor that was trimmed", "CURSOR_EXPIRED", 200, { operations: () => [[SUBSCRIPTION, { ...follow(trimmed), after: "1" }]] }],
+  ["a cursor beyond the tail", "CURSOR_AHEAD", 200, { operations: () => [[SUBSCRIPTION, { ...follow(trimmed), after: "99" }]] }],
   ["a subscription to nothing", "NOT_FOUND", 200, { operations: () => [[SUBSCRIPTION, follow(unknown)], [text("SessionChanged"), by(unknown)]] }],
 ]) {
   test(`${what} is ${code} everywhere`, async () => {

@@ -136,6 +136,9 @@ async fn two_terminals_hold_a_conversation() {
     let numbers = resumed.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
     let numbers = numbers.map(|line| serde_json::from_slice::<Value>(line).expect("JSON")["seqNum"].take());
     assert_eq!(numbers.collect::<Vec<_>>(), [1, 2]);
+    let ahead = client(&["tail", "talk", "in", "--after", "99"]).output().await.expect("runs");
+    let said = String::from_utf8_lossy(&ahead.stderr);
+    assert!(said.starts_with("the channel ends before --after 99; going on at record "), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -153,6 +153,42 @@ async fn every_form_of_the_last_event_id_resumes_after_it() {
 }
 
 #[tokio::test]
+async fn a_cursor_beyond_the_tail_goes_on_at_the_tail_and_the_answer_says_it() {
+    let server = TestServer::start().await;
+    server.create(json!({"externalId": "s"})).await;
+    server.append("s", "out", "only").await;
+    let origin = ("Origin", "https://app.example");
+    for (session, io, id, tail) in [
+        ("s", "out", "0", None),
+        ("s", "out", "1", Some("1")),
+        ("s", "out", "7,8,900", Some("1")),
+        ("s", "out", "18446744073709551615", Some("1")),
+        ("s", "in", "0", Some("0")),
+        ("s", "channels/side/in", "0", Some("0")),
+        ("nobody-yet", "out", "5", None),
+    ] {
+        let mut follower = server.follow(session, io, &[("Last-Event-ID", id), origin]).await.ok();
+        let header = follower.response.headers().get("x-cursor-ahead").cloned();
+        assert_eq!(header.as_ref().map(|value| value.to_str().expect("digits")), tail, "{session} {io} {id}");
+        if session == "s" && io == "out" {
+            assert_eq!(follower.next().await.expect("a ping").json()["tail"]["seq_num"], 1, "{id}");
+        }
+        let after = id.split(',').next().expect("a number");
+        let read =
+            server.request(Method::GET, &format!("{}/records?afterEventId={after}", path(session, io)));
+        let read = server.send(read.header(origin.0, origin.1)).await;
+        assert_eq!(read.header("x-cursor-ahead"), tail, "{session} {io} {id}");
+        assert!(read.header("access-control-expose-headers").expect("exposed").contains("X-Cursor-Ahead"));
+        assert_eq!(read.expect(200), json!({"records": []}));
+    }
+    let unasked = server.follow("s", "out", &[]).await.ok();
+    assert_eq!(unasked.response.headers().get("x-cursor-ahead"), None);
+    let metrics = server.http.get(format!("{}/metrics", server.url)).send().await.expect("an answer");
+    let metrics = metrics.text().await.expect("text");
+    assert!(metrics.contains("\nsessiond_cursors_ahead_total 10\n"), "{metrics}");
+}
+
+#[tokio::test]
 async fn a_follower_waits_for_a_session_that_does_not_exist_yet() {
     let server = TestServer::start().await;
     let mut early = server.follow("later", "in", &[]).await.ok();

@@ -256,3 +256,29 @@ test("frames may be compressed", async () => {
   const records = await collect(await stream.readSession({ start: { from: { seqNum: 0 } } }), 3);
   assert.ok(records.every((record) => record.body === body));
 });
+
+test("the control plane says how streams are made, and an encryption key is refused", async () => {
+  for (const client of [pinned, newest]) {
+    const s2 = new client.S2({ accessToken: SECRET, endpoints: { account: context.url, basin: context.url }, retry: { maxAttempts: 3, minBaseDelayMillis: 1 } });
+    const basin = s2.basin("sessiond");
+    for (const [what, attempt] of Object.entries({
+      ensure: () => basin.streams.ensure?.({ stream: "sessions/x/out" }) ?? basin.streams.create({ stream: "sessions/x/out" }),
+      list: () => basin.streams.list(),
+      basins: () => s2.basins.list(),
+    })) {
+      await assert.rejects(attempt(), (error) => {
+        assert.ok(error instanceof client.S2Error, `${what}: ${error}`);
+        assert.deepEqual([error.status, error.code], [501, "not_implemented"], what);
+        assert.match(error.message, /POST \/api\/v1\/sessions/, what);
+        return true;
+      });
+    }
+  }
+  const { AppendInput, AppendRecord } = newest;
+  const { channel } = await opened({ client: newest, transport: "fetch", credentials: "key" });
+  const bare = open(newest, { ...channel, endpoint: context.url }, { transport: "fetch" });
+  await bare.append(AppendInput.create([AppendRecord.string({ body: "at the origin" })]));
+  const key = Buffer.alloc(32, 7).toString("base64");
+  await assert.rejects(bare.withEncryptionKey(key).append(AppendInput.create([AppendRecord.string({ body: "a secret" })])), { status: 400, code: "bad_header" });
+  assert.deepEqual(bodies((await bare.read({ start: { from: { seqNum: 0 } } })).records), ["at the origin"]);
+});

@@ -210,6 +210,24 @@ impl Sessions {
         }
     }
 
+    /// The channel's tail, if a reader that asks for the records from `start` on has been given records that the channel
+    /// does not have. Nothing is known of an external id that no session has yet.
+    ///
+    /// # Errors
+    /// As [`Sessions::bounds`].
+    pub async fn tail_before(
+        &self,
+        caller: &Caller,
+        address: &SessionRef,
+        channel: &ChannelAddress,
+        start: SeqNum,
+    ) -> Result<Option<SeqNum>> {
+        let Some(session) = self.row_optional(caller, address).await? else { return Ok(None) };
+        let key = ChannelKey { session: session.id.clone(), address: channel.clone() };
+        let tail = self.channels.bounds(&key).await?.tail.seq_num;
+        Ok((start > tail).then_some(tail))
+    }
+
     /// The records from `start` to the tail as it is now, as many as `limit` allows, in batches that are read as they are
     /// asked for and as there is room for them.
     ///
@@ -303,7 +321,7 @@ impl Sessions {
     /// A page of stored records, without commands.
     ///
     /// # Errors
-    /// As [`Sessions::bounds`].
+    /// As [`Sessions::bounds`]; [`Error::CursorAhead`] if it is to begin after a record that the channel does not have.
     #[instrument(skip_all, name = "read", fields(session.id = %address))]
     pub async fn page(
         &self,
@@ -319,6 +337,10 @@ impl Sessions {
         let bounds = self.channels.bounds(&key).await?;
         match request.anchor {
             RecordAnchor::After(cursor) => {
+                let tail = bounds.tail.seq_num;
+                if cursor.is_some_and(|cursor| cursor >= tail) {
+                    return Err(Error::CursorAhead { tail });
+                }
                 let start = cursor.map_or(0, |cursor| cursor.saturating_add(1)).max(bounds.earliest);
                 self.page_forward(&key, start, request.size, start > bounds.earliest).await
             }

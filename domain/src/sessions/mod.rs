@@ -80,7 +80,8 @@ pub struct FollowOptions {
     pub start: ReadStart,
     /// Look at the end of the channel first, and if the last turn is complete end after the stored records.
     pub peek_settled: bool,
-    /// Fail with [`Error::Trimmed`] rather than begin, or go on, behind records that have been trimmed.
+    /// Fail with [`Error::Trimmed`] rather than begin, or go on, behind records that have been trimmed, and with
+    /// [`Error::CursorAhead`] rather than begin at the tail where `start` lies beyond it.
     pub require_complete: bool,
 }
 

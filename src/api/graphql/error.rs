@@ -45,6 +45,8 @@ pub enum ErrorCode {
     IdempotencyMismatch,
     /// The records after the cursor have been trimmed; `extensions.earliest` is the first that remains.
     CursorExpired,
+    /// The channel has no record at the cursor, so some are lost; `extensions.tail` is where the next one will stand.
+    CursorAhead,
     /// Too many requests; `extensions.retryAfterMs` tells when to try again.
     RateLimited,
     /// A backend is away; retrying may help.
@@ -67,7 +69,7 @@ pub enum ErrorCode {
     MethodNotAllowed,
     /// None of the media types that the client accepts can carry the answer.
     NotAcceptable,
-    /// The body is not `application/json`.
+    /// The body is not `application/json`, or it is encoded.
     UnsupportedMediaType,
     /// The connection has as many subscriptions as it may.
     LimitExceeded,
@@ -92,6 +94,7 @@ impl From<Code> for ErrorCode {
             Code::SeqNumMismatch => Self::SeqNumMismatch,
             Code::IdempotencyMismatch => Self::IdempotencyMismatch,
             Code::CursorExpired => Self::CursorExpired,
+            Code::CursorAhead => Self::CursorAhead,
             Code::RateLimited => Self::RateLimited,
             Code::Unavailable => Self::Unavailable,
             Code::Internal => Self::Internal,

@@ -5,6 +5,7 @@ use std::io::Write;
 use axum::body::Body;
 use axum::extract::{Extension, RawQuery, State};
 use axum::response::{IntoResponse, Response};
+use data_encoding::BASE64;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use http::header::{CONTENT_TYPE, HeaderValue};
 use serde_json::Value;
@@ -38,16 +39,22 @@ struct RecordsResponse {
 #[allow(dead_code, reason = "documents what `write_records` writes")]
 struct RecordItem {
     /// What the writer put into the envelope: a string from the append route, any JSON from direct writers, an
-    /// empty string for a control record.
+    /// empty string for a control record and for a body in no envelope.
     #[schema(value_type = Value)]
     data: Value,
-    /// Part id; empty for a control record.
+    /// Part id; empty where there is no envelope.
     id: String,
     /// Place in the channel.
     seq_num: u64,
     /// Pairs of name and value; absent without any.
     #[schema(nullable = false)]
     headers: Option<Vec<(String, String)>>,
+    /// The body of a direct writer that is in no envelope, if it is UTF-8.
+    #[schema(nullable = false)]
+    text: Option<String>,
+    /// Such a body that is not.
+    #[schema(nullable = false)]
+    base64: Option<String>,
 }
 
 /// Every record after a cursor, without commands; one page and a `next` cursor when `limit` is given.
@@ -56,7 +63,9 @@ struct RecordItem {
     params(("session" = String, Path), ("io" = String, Path),
         ("afterEventId" = Option<String>, Query, description = "Digits; exclusive"),
         ("limit" = Option<u32>, Query, description = "1 to 1000; the whole answer without it")),
-    responses((status = 200, description = "Records in order", body = RecordsResponse)))]
+    responses((status = 200, description = "Records in order", body = RecordsResponse,
+        headers(("X-Cursor-Ahead" = u64, description = "The tail, if the channel has no record at afterEventId: records \
+            that were given out are lost, or the id is another channel's")))))]
 pub async fn records(
     State(app): State<App>,
     Asker(caller): Asker,
@@ -67,6 +76,7 @@ pub async fn records(
 ) -> Result<Response, Failure> {
     let in_load = |error| Failure::from(error).on(Route::Load);
     let (start, page) = parse(query.as_deref().unwrap_or_default())?;
+    let ahead = super::cursor_ahead(&app, &caller, &path, start, &id).await.map_err(in_load)?;
     let limit = page.map_or(ReadLimit::NONE, ReadLimit::count);
     let batches = app.sessions.drain(&caller, &path.session, &path.channel, start, limit, &budget).await;
     let mut batches = batches.map_err(in_load)?;
@@ -85,7 +95,8 @@ pub async fn records(
         Some(batch) => batch.holding(begin.into()),
         None => begin.into(),
     };
-    let headers = ([(CONTENT_TYPE, JSON)], Extension(Reserved));
+    let ahead = ahead.map(|header| [header]);
+    let headers = (ahead, [(CONTENT_TYPE, JSON)], Extension(Reserved));
     if is_whole {
         return Ok((headers, Body::from(begin)).into_response());
     }
@@ -137,7 +148,9 @@ impl Text {
     params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path),
         ("afterEventId" = Option<String>, Query, description = "Digits; exclusive"),
         ("limit" = Option<u32>, Query, description = "1 to 1000; the whole answer without it")),
-    responses((status = 200, description = "Records in order", body = RecordsResponse)))]
+    responses((status = 200, description = "Records in order", body = RecordsResponse,
+        headers(("X-Cursor-Ahead" = u64, description = "The tail, if the channel has no record at afterEventId: records \
+            that were given out are lost, or the id is another channel's")))))]
 pub async fn records_named(
     app: State<App>,
     asker: Asker,
@@ -185,7 +198,23 @@ fn write_records(out: &mut Vec<u8>, records: &[Record], first: &mut bool) {
             out.extend_from_slice(b",\"headers\":");
             write_headers(out, record);
         }
+        if envelope.is_none() {
+            write_bare(out, &record.body);
+        }
         out.push(b'}');
+    }
+}
+
+/// The member of a record that shows a body in no envelope, if there is any.
+fn write_bare(out: &mut Vec<u8>, body: &[u8]) {
+    if body.is_empty() {
+        return;
+    }
+    if std::str::from_utf8(body).is_ok() {
+        out.extend_from_slice(b",\"text\":");
+        write_text(out, body);
+    } else {
+        let _ = write!(out, ",\"base64\":\"{}\"", BASE64.encode_display(body));
     }
 }
 
@@ -217,10 +246,12 @@ mod tests {
             record(0, &[], r#"{"data":{"a": 1},"id":"p"}"#),
             record(1, &[("", "trim")], "12345678"),
             record(2, &[("trigger-control", "turn-complete")], ""),
+            record(3, &[("k", "v")], "{\"not\": \"ours\"}"),
         ];
         let expected = concat!(
             r#"{"data":{"a": 1},"id":"p","seqNum":0},"#,
-            r#"{"data":"","id":"","seqNum":2,"headers":[["trigger-control","turn-complete"]]}"#
+            r#"{"data":"","id":"","seqNum":2,"headers":[["trigger-control","turn-complete"]]},"#,
+            r#"{"data":"","id":"","seqNum":3,"headers":[["k","v"]],"text":"{\"not\": \"ours\"}"}"#
         );
         let mut out = Vec::new();
         write_records(&mut out, &records, &mut true);

@@ -51,7 +51,11 @@ const EVENTS: &str = "batch, ping, error and end events. A clean end is an end e
         ("Timeout-Seconds" = Option<u32>, Header, description = "1 to 600; longest gap between records"),
         ("X-Peek-Settled" = Option<String>, Header, description = "1: end at once if the turn is complete"),
         ("X-Trigger-Stream-Start" = Option<String>, Header, description = "latest: begin at the tail")),
-    responses((status = 200, description = EVENTS, body = String, content_type = "text/event-stream")))]
+    responses((status = 200, description = EVENTS, body = String,
+        content_type = "text/event-stream",
+        headers(("X-Session-Settled" = String, description = "true if nothing more is to be expected"),
+            ("X-Cursor-Ahead" = u64, description = "The tail, if the channel has no record at Last-Event-ID: records \
+                that were given out are lost, or the id is another channel's. The stream goes on at the tail")))))]
 pub async fn follow(
     State(app): State<App>,
     Asker(caller): Asker,
@@ -60,12 +64,15 @@ pub async fn follow(
     headers: HeaderMap,
     path: ChannelPath,
 ) -> Result<Response, Failure> {
-    let options = FollowOptions {
-        start: start(&headers)?,
-        peek_settled: flag(&headers, "x-peek-settled", "1"),
-        require_complete: false,
-    };
+    let start = start(&headers)?;
+    let options =
+        FollowOptions { start, peek_settled: flag(&headers, "x-peek-settled", "1"), require_complete: false };
     let gap = gap(&headers)?;
+    let ahead = match start {
+        ReadStart::SeqNum(start) => super::cursor_ahead(&app, &caller, &path, start, &id).await,
+        _ => Ok(None),
+    };
+    let ahead = ahead.map_err(|error| Failure::from(error).on(Route::Load))?;
     let follow = app.sessions.follow(&caller, &path.session, &path.channel, options, &budget).await;
     let follow = follow.map_err(|error| Failure::from(error).on(Route::Load))?;
     let settled = follow.is_settled();
@@ -85,6 +92,7 @@ pub async fn follow(
     if settled {
         headers.insert("x-session-settled", HeaderValue::from_static("true"));
     }
+    headers.extend(ahead);
     Ok(response)
 }
 
@@ -94,7 +102,11 @@ pub async fn follow(
     params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path),
         ("Last-Event-ID" = Option<String>, Header), ("Timeout-Seconds" = Option<u32>, Header),
         ("X-Peek-Settled" = Option<String>, Header), ("X-Trigger-Stream-Start" = Option<String>, Header)),
-    responses((status = 200, description = EVENTS, body = String, content_type = "text/event-stream")))]
+    responses((status = 200, description = EVENTS, body = String,
+        content_type = "text/event-stream",
+        headers(("X-Session-Settled" = String, description = "true if nothing more is to be expected"),
+            ("X-Cursor-Ahead" = u64, description = "The tail, if the channel has no record at Last-Event-ID: records \
+                that were given out are lost, or the id is another channel's. The stream goes on at the tail")))))]
 pub async fn follow_named(
     app: State<App>,
     asker: Asker,

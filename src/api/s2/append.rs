@@ -3,28 +3,30 @@
 use std::time::Instant;
 
 use axum::body::Body;
-use axum::extract::{Extension, FromRequest, Request, State};
+use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use http::header::{CONTENT_TYPE, HeaderValue};
 use prost::Message;
 use s2_api::mime::{self, JsonOrProto};
 use s2_api::v1::stream::{self as wire, proto};
 
+use super::coding::Coding;
 use super::session::Session;
 use super::target::Target;
 use super::{BODY_MAX, PROTOBUF, batch, error, format};
 use crate::api::App;
 use crate::api::error::Failure;
-use crate::api::extract::LimitedBody;
+use crate::api::extract::{LimitedBody, require_plain};
 use crate::api::trace::RequestId;
 use crate::domain::record::AppendAck;
-use crate::domain::{Error, Position};
+use crate::domain::{ConnectionBudget, Error, Position};
 use crate::telemetry::Outcome;
 
 /// Appends a batch, or with `s2s/proto` any number of them over one request: the S2 records API. Trim and fence
 /// commands and control records take secret keys, `out` only their tokens.
 #[utoipa::path(post, path = "/v1/streams/{stream}/records", tag = "s2", operation_id = "s2Append",
-    params(("stream" = String, Path, description = "As initialize has named it")),
+    params(("stream" = String, Path, description = "As initialize has named it"),
+        ("Content-Encoding" = Option<String>, Header, description = "gzip or zstd, of a batch in JSON or protobuf")),
     request_body(content((Object = "application/json"), (Vec<u8> = "application/protobuf"), (Vec<u8> = "s2s/proto"))),
     responses((status = 200, description = "Durable",
             content((Object = "application/json"), (Vec<u8> = "application/protobuf"), (Vec<u8> = "s2s/proto"))),
@@ -32,21 +34,25 @@ use crate::telemetry::Outcome;
 pub async fn append(
     State(app): State<App>,
     Extension(id): Extension<RequestId>,
+    Extension(budget): Extension<ConnectionBudget>,
     target: Target,
-    request: Request,
+    mut request: Request,
 ) -> Result<Response, Failure> {
     let content_type = mime::content_type(request.headers());
     if content_type.as_ref().is_some_and(mime::is_s2s_proto) {
+        require_plain(request.headers()).map_err(error::reshaped)?;
         return Ok(Session::open(&app, &target, request, id).await?.into_response());
     }
     let answer_in = mime::accept(request.headers()).as_ref().and_then(JsonOrProto::from_mime);
     let format = format::asked(request.headers())?;
-    let LimitedBody(body) =
-        LimitedBody::<BODY_MAX>::from_request(request, &app).await.map_err(error::reshaped)?;
-    let batch = match content_type.as_ref().and_then(JsonOrProto::from_mime) {
-        Some(JsonOrProto::Proto) => batch::from_proto(body)?,
-        _ => batch::from_json(&body, format)?,
-    };
+    let coding = Coding::of(request.headers())?;
+    let body = LimitedBody::<BODY_MAX>::read_encoded(&mut request, &app).await;
+    let LimitedBody(mut body) = body.map_err(error::reshaped)?;
+    let is_proto = matches!(content_type.as_ref().and_then(JsonOrProto::from_mime), Some(JsonOrProto::Proto));
+    if let Some(coding) = coding {
+        body = coding.decode(&body, &budget, if is_proto { "bad_proto" } else { "bad_json" })?;
+    }
+    let batch = if is_proto { batch::from_proto(body)? } else { batch::from_json(&body, format)? };
     let begin = Instant::now();
     let result = app.sessions.append_direct(&target.caller, &target.session, &target.channel, batch).await;
     app.metrics.append(target.channel.direction, outcome(&result), begin.elapsed());

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use s2_api::v1::stream::s2s::{SessionMessage, TerminalMessage};
 use serde_json::{Map, Value, json};
 
+use super::BASIN;
 use crate::api::error::Failure;
 use crate::domain::{Code, Error, Position};
 
@@ -43,6 +44,27 @@ pub(super) fn unwritten(tail: Position) -> Failure {
     failure.in_shape(object(json!({"tail": {"seq_num": tail.seq_num, "timestamp": tail.timestamp.millis()}})))
 }
 
+/// What follows `/v1/` in S2's routes that make, list and change things, and count what was done.
+const CONTROL_PLANE: [&str; 5] = ["access-tokens", "basins", "locations", "metrics", "streams"];
+
+/// A path under `/v1/` that is not routed, by the segment that follows.
+pub(in crate::api) fn unrouted(family: &str) -> Failure {
+    if !CONTROL_PLANE.contains(&family) {
+        return reshaped(Failure::no_route());
+    }
+    let message = format!(
+        "This server has the records of S2, and nothing of its control plane. Its only basin is {BASIN}; a session, made \
+         with POST /api/v1/sessions, has its streams from the start: sessions/{{session}}/in and sessions/{{session}}/out"
+    );
+    // Of the statuses that fit, the one that S2's clients do not repeat.
+    reshaped(Failure::not_implemented(&message))
+}
+
+/// A method that a route of S2's does not have here.
+pub(in crate::api) fn unallowed() -> Failure {
+    reshaped(Failure::method_not_allowed())
+}
+
 /// The server stops; the writer may go on elsewhere or later.
 pub(super) fn stopping() -> Failure {
     let status = http::StatusCode::SERVICE_UNAVAILABLE;
@@ -68,6 +90,7 @@ fn word(code: Code) -> (u16, &'static str) {
         Code::FencingTokenMismatch => (412, "fencing_token_mismatch"),
         Code::SeqNumMismatch => (412, "seq_num_mismatch"),
         Code::CursorExpired => (410, "trimmed"),
+        Code::CursorAhead => (416, "unwritten"),
         Code::TooLarge | Code::ValidationFailed | Code::IdempotencyMismatch => (422, "invalid"),
         Code::RateLimited => (429, "rate_limited"),
         Code::Unavailable => (503, "unavailable"),

@@ -6,6 +6,7 @@
 
 mod append;
 mod batch;
+mod coding;
 mod error;
 mod format;
 pub mod initialize;
@@ -15,6 +16,7 @@ mod session;
 mod target;
 
 pub use append::append;
+pub(super) use error::{unallowed, unrouted};
 pub use read::{check_tail, read};
 
 pub(crate) use append::__path_append;

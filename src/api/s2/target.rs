@@ -18,6 +18,9 @@ const UNNAMED: &str = "~";
 /// What a name spells as `%XX`. The rest is what session ids are made of, and what paths leave alone.
 const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'_').remove(b'-').remove(b'.');
 
+/// With it S2 encrypts what it stores.
+const ENCRYPTION_KEY: &str = "s2-encryption-key";
+
 const NO_STREAM: Error = Error::NotFound("stream");
 
 /// A caller and the channel that it names.
@@ -65,6 +68,10 @@ impl FromRequestParts<App> for Target {
         let target = target
             .map_err(|error| error::refusal(app.refuse_stranger(&parts.headers, &parts.extensions, error)))?;
         basin(&parts.headers)?;
+        if parts.headers.contains_key(ENCRYPTION_KEY) {
+            let message = "s2-encryption-key cannot be honoured: records are stored as they are sent, so encrypt them before";
+            return Err(error::bad("bad_header", message));
+        }
         Ok(target)
     }
 }

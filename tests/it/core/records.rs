@@ -160,7 +160,7 @@ async fn pages_either_way_meet_every_record_once_and_no_command() {
         }
         assert_eq!(backward, visible, "size {size}");
     }
-    for anchor in [RecordAnchor::After(Some(u64::MAX)), RecordAnchor::Before(Some(0))] {
+    for anchor in [RecordAnchor::After(Some(11)), RecordAnchor::Before(Some(0))] {
         assert!(core.page(5, anchor).await.records.is_empty(), "{anchor:?}");
     }
     for size in [0, 101] {
@@ -210,12 +210,36 @@ async fn a_follower_that_must_miss_nothing_is_told_of_a_trimmed_start() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cursor_beyond_the_tail_is_refused_and_the_last_record_is_none() {
+    let core = Core::open().await;
+    let refused = event(&mut core.follow(ReadStart::SeqNum(1)).await).await;
+    assert!(matches!(refused, Err(Error::CursorAhead { tail: 0 })), "an empty channel: {refused:?}");
+    core.fill(&["a", "#"]).await;
+    let mut at_tail = core.follow(ReadStart::SeqNum(2)).await;
+    let caught_up = event(&mut at_tail).await;
+    assert!(matches!(caught_up, Ok(FollowEvent::CaughtUp(tail)) if tail.seq_num == 2), "{caught_up:?}");
+    let mut overtaken = core.follow(ReadStart::SeqNum(3)).await;
+    core.fill(&["b", "c"]).await;
+    assert_eq!(places(&batch(&mut at_tail).await.records)[0], 2);
+    let refused = event(&mut overtaken).await;
+    assert!(matches!(refused, Err(Error::CursorAhead { tail: 2 })), "where it would have begun: {refused:?}");
+    for (cursor, fits) in [(3, true), (4, false), (SeqNum::MAX, false)] {
+        let request = RecordPageRequest::new(5, RecordAnchor::After(Some(cursor))).expect("a size in range");
+        match core.sessions.page(&core.root, &core.address, &core.out, request).await {
+            Ok(page) => assert!(fits && page.records.is_empty(), "{cursor}: {page:?}"),
+            Err(Error::CursorAhead { tail: 4 }) => assert!(!fits, "{cursor}"),
+            Err(other) => panic!("{cursor}: {other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_follower_that_must_miss_nothing_is_told_when_a_trim_overtakes_it() {
     let core = Core::open().await;
     core.fill(&["a"]).await;
-    // By number, from now, and past the tail, where the log begins at the tail.
+    // By number, and from now.
     let mut followers = Vec::new();
-    for start in [ReadStart::SeqNum(1), ReadStart::TailOffset(0), ReadStart::SeqNum(1000)] {
+    for start in [ReadStart::SeqNum(1), ReadStart::TailOffset(0)] {
         let mut follow = core.follow(start).await;
         let caught_up = event(&mut follow).await;
         assert!(matches!(caught_up, Ok(FollowEvent::CaughtUp(tail)) if tail.seq_num == 1), "{caught_up:?}");

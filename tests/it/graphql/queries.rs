@@ -141,6 +141,30 @@ async fn an_error_in_a_nullable_field_leaves_its_neighbours_alone() {
 }
 
 #[tokio::test]
+async fn a_page_after_a_record_that_the_channel_does_not_have_is_refused() {
+    let server = TestServer::start().await;
+    server.create(json!({"externalId": "s"})).await;
+    for text in ["a", "b"] {
+        server.append("s", "out", text).await;
+    }
+    let page = async |io: &str, after: &str| {
+        let query = format!(
+            "{{ session(by: {{externalId: \"s\"}}) {{ {io} {{ records(first: 5, after: \"{after}\") {{ nodes {{ seqNum }} }} }} }} }}"
+        );
+        server.graphql().result(&query, json!({})).await
+    };
+    assert_eq!(page("out", "1").await["data"]["session"]["out"]["records"]["nodes"], json!([]));
+    for (io, after, tail) in [("out", "2", "2"), ("out", "18446744073709551615", "2"), ("in", "0", "0")] {
+        let result = page(io, after).await;
+        assert_eq!(
+            (code(&result), &result["errors"][0]["extensions"]["tail"]),
+            ("CURSOR_AHEAD", &json!(tail))
+        );
+        assert_eq!(result["errors"][0]["path"], json!(["session", io, "records"]), "{result}");
+    }
+}
+
+#[tokio::test]
 async fn a_viewer_is_told_who_they_are() {
     let server = TestServer::start().await;
     let (control, environment) = (server.control().await, server.first_environment().await);

@@ -89,7 +89,6 @@ async fn a_follower_begins_where_it_asks_to() {
         (json!({"after": "2"}), &["3", "4"]),
         (json!({"after": 2, "from": "LATEST"}), &["3", "4"]),
         (json!({"after": "4"}), &[]),
-        (json!({"after": "99"}), &[]),
         (json!({"from": "LATEST"}), &[]),
     ] {
         follow(&mut socket, "1", arguments.clone()).await;
@@ -109,6 +108,7 @@ async fn a_follower_begins_where_it_asks_to() {
         (json!({"batch": -1}), "VALIDATION_FAILED"),
         (json!({"after": "x"}), "GRAPHQL_VALIDATION_FAILED"),
         (json!({"after": "-1"}), "GRAPHQL_VALIDATION_FAILED"),
+        (json!({"after": "99"}), "CURSOR_AHEAD"),
         (json!({"from": "NOW"}), "GRAPHQL_VALIDATION_FAILED"),
         (json!({"s": ""}), "VALIDATION_FAILED"),
     ] {
@@ -237,6 +237,31 @@ async fn who_resumes_behind_a_trim_is_told_where_the_channel_begins_now() {
         socket.complete("1").await;
     }
     socket.silent().await;
+}
+
+#[tokio::test]
+async fn who_resumes_beyond_the_tail_is_told_where_the_channel_ends() {
+    let server = filled(2).await;
+    let mut socket = server.graphql().socket().await;
+    let refused = |errors: Value| (code(&errors[0]).to_owned(), errors[0]["extensions"]["tail"].clone());
+    for after in ["2", "999", "18446744073709551615"] {
+        follow(&mut socket, "1", json!({"after": after})).await;
+        assert_eq!(refused(socket.refused("1").await), ("CURSOR_AHEAD".to_owned(), json!("2")), "{after}");
+    }
+    follow(&mut socket, "1", json!({"after": "1"})).await;
+    assert_eq!(socket.event("1").await["endCursor"], "1", "the last record is where a follower may be");
+    server.append("s", "out", "2").await;
+    assert_eq!(numbers(&socket.event("1").await), ["2"]);
+    socket.complete("1").await;
+    // Who has waited for a session learns it when there is one.
+    follow(&mut socket, "later", json!({"s": "later", "after": "0"})).await;
+    socket.silent().await;
+    server.create(json!({"externalId": "later"})).await;
+    assert_eq!(refused(socket.refused("later").await), ("CURSOR_AHEAD".to_owned(), json!("0")));
+    server.post("/api/v1/sessions/s/close", &json!({})).await.expect(200);
+    follow(&mut socket, "closed", json!({"after": "9"})).await;
+    let closed = refused(socket.refused("closed").await);
+    assert_eq!(closed.0, "CURSOR_AHEAD", "a closed session has lost records all the same");
 }
 
 #[tokio::test]

@@ -112,6 +112,58 @@ async fn every_frame_that_lies_ends_its_session_with_a_word_and_costs_no_memory(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_compressed_batch_that_lies_is_refused_and_costs_no_memory() {
+    let data = tempfile::tempdir().expect("a folder");
+    let process = Process::serve(data.path()).await;
+    let wire = Wire::new(&process.url);
+    wire.create("s").await;
+    let stream = wire.open("s", "in").await;
+    let send = async |coding: &str, content_type: &str, body: Vec<u8>| {
+        let request = stream.request(Method::POST, "").header("content-encoding", coding);
+        let response =
+            request.header("content-type", content_type).body(body).send().await.expect("an answer");
+        let status = response.status().as_u16();
+        let body: Value = response.json().await.expect("JSON");
+        (status, body["code"].as_str().map(str::to_owned))
+    };
+    let json = br#"{"records":[{"body":"good"}]}"#;
+    let before = most_memory(&process);
+    for (name, coding, content_type, body, refused) in [
+        ("no gzip", "gzip", "application/json", json.to_vec(), (400, "bad_json")),
+        ("no zstd", "zstd", "application/protobuf", json.to_vec(), (400, "bad_proto")),
+        ("gzip under another name", "zstd", "application/json", gzip(json), (400, "bad_json")),
+        ("gzip cut short", "gzip", "application/json", gzip(json)[..25].to_vec(), (400, "bad_json")),
+        (
+            "something behind gzip",
+            "gzip",
+            "application/json",
+            [&gzip(json)[..], b"x"].concat(),
+            (400, "bad_json"),
+        ),
+        ("gzip in gzip", "gzip", "application/json", gzip(&gzip(json)), (400, "bad_json")),
+        ("a bomb of gzip", "gzip", "application/json", gzip(&vec![b' '; 256 << 20]), (413, "too_large")),
+        ("a bomb of zstd", "zstd", "application/json", zstd_of(b' ', 17, 8192), (413, "too_large")),
+        ("a large window", "zstd", "application/json", zstd_of(b' ', 23, 8192), (413, "too_large")),
+        ("a window of 128 MiB", "zstd", "application/json", zstd_of(b' ', 27, 8192), (400, "bad_json")),
+        ("a window of 2 GiB", "zstd", "application/json", zstd_of(b' ', 31, 8), (400, "bad_json")),
+        ("nothing", "gzip", "application/json", Vec::new(), (400, "bad_json")),
+    ] {
+        let answer = send(coding, content_type, body).await;
+        assert_eq!((answer.0, answer.1.as_deref()), (refused.0, Some(refused.1)), "{name}");
+    }
+    let grown = most_memory(&process) - before;
+    assert!(grown < GROWTH_MAX, "the process grew by {grown} KiB");
+    for (coding, body) in [("gzip", gzip(json)), ("GZIP", [gzip(&json[..9]), gzip(&json[9..])].concat())] {
+        assert_eq!(send(coding, "application/json", body).await, (200, None), "{coding}");
+    }
+    let proto = zstd::stream::encode_all(&batch(&["good"]).encode_to_vec()[..], 19).expect("memory takes it");
+    let request = stream.request(Method::POST, "").header("content-encoding", "zstd");
+    let answer = request.header("content-type", "application/protobuf").body(proto).send().await;
+    assert_eq!(answer.expect("an answer").status().as_u16(), 200);
+    assert_eq!(stream.bodies().await, ["good", "good", "good"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writers_that_read_no_acks_cost_little_and_hold_up_nobody() {
     const WRITERS: usize = 24;
     let data = tempfile::tempdir().expect("a folder");

@@ -59,6 +59,21 @@ async fn appends_reads_and_tails() {
 }
 
 #[tokio::test]
+async fn single_batches_may_be_compressed() {
+    let server = TestServer::start().await;
+    server.create(json!({"externalId": "s"})).await;
+    let opened = server.wire().open("s", "in").await;
+    let body = "all the same ".repeat(50_000);
+    for (index, compression) in [Compression::Gzip, Compression::Zstd].into_iter().enumerate() {
+        let stream = sdk(&server, &opened, compression);
+        let ack = stream.append(input(&[&body])).await.expect("an ack");
+        assert_eq!(ack.end.seq_num, index as u64 + 1);
+        let read = stream.read(from(index as u64)).await.expect("a batch");
+        assert!(read.records[0].body == body.as_bytes(), "{compression:?}");
+    }
+}
+
+#[tokio::test]
 async fn append_sessions_and_producers_pipeline_and_read_sessions_follow() {
     let server = TestServer::start().await;
     server.create(json!({"externalId": "s"})).await;

@@ -47,6 +47,8 @@ export class Conformance {
   async check(method, pathname, response) {
     const fault = (text) => this.#faults.push(`${method} ${pathname} -> ${response.status}: ${text}`);
     const path = this.#match(pathname);
+    // S2's control plane is no route: the router says so for whatever its clients ask.
+    if (!path && pathname.startsWith("/v1/") && response.status === 501) return undefined;
     if (!path) return void fault("the path is not documented");
     const operation = path.item[method.toLowerCase()];
     if (!operation) return void fault(`the method is not documented for ${path.template}`);

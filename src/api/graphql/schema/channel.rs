@@ -84,7 +84,8 @@ impl ChannelNode {
     }
 
     /// Stored records, oldest first; commands of the log (trim, fence) are left out. A page holds 1 to 100 records,
-    /// 50 by default, and is cut short at about 4 MiB. Cursors are record cursors.
+    /// 50 by default, and is cut short at about 4 MiB. Cursors are record cursors; the code is `CURSOR_AHEAD` if the
+    /// channel has no record at `after`.
     #[graphql(complexity = "page::cost(first, last, child_complexity)")]
     async fn records(
         &self,

@@ -30,7 +30,7 @@ impl Subscription {
     /// The records of a channel: stored ones first, then live ones, in order, without gaps or repeats. An `externalId`
     /// that no session has yet is waited for. After an event with `closed` the subscription completes. Subscribe
     /// again with `after: endCursor` to go on where you were; if records after it have been trimmed meanwhile the
-    /// code is `CURSOR_EXPIRED`.
+    /// code is `CURSOR_EXPIRED`, and `CURSOR_AHEAD` if the channel has no such record.
     #[expect(clippy::too_many_arguments, reason = "each is an argument of the schema")]
     async fn channel_records<'ctx>(
         &self,

@@ -50,6 +50,7 @@ fn user_errors(error: &Error) -> Option<Vec<UserError>> {
         | Error::ScopesExceeded(_)
         | Error::TooLarge { .. }
         | Error::Trimmed { .. }
+        | Error::CursorAhead { .. }
         | Error::RateLimited(_)
         | Error::Unavailable { .. }
         | Error::Internal(_) => None,

@@ -22,7 +22,7 @@ use super::accept::{Accept, Media};
 use super::{multipart, sse};
 use crate::api::App;
 use crate::api::error::Failure;
-use crate::api::extract::{LimitedBody, announced, authenticate, read_within};
+use crate::api::extract::{LimitedBody, announced, authenticate, read_within, require_plain};
 use crate::api::graphql::engine::{Asked, Credentials};
 use crate::api::graphql::error::{Fault, protocol};
 use crate::api::graphql::reply::Reply;
@@ -244,6 +244,7 @@ async fn from_stranger(
     request: &mut Request,
 ) -> Result<(Bytes, Option<OwnedSemaphorePermit>), Failure> {
     require_json(request.headers())?;
+    require_plain(request.headers())?;
     let announced = announced(request.headers());
     let room = app.strangers.room(announced)?;
     let limit = announced.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(stranger::BODY_MAX);

@@ -160,7 +160,7 @@ test("a subscription appends to the connection, and a record that came twice is 
   await collector.until("the live record", () => data().length >= 3);
   await context.close(session, "end");
   await collector.all();
-  assert.deepEqual(data(), ["a", "b", "c"]);
+  assert.deepEqual(data(), ["a", "b", "c", null], "the last one tells of the close");
   assert.equal(collector.values.at(-1).channelRecords.closed.reason, "end");
   await app.dispose();
 });

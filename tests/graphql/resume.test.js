@@ -252,6 +252,9 @@ test(`${SUBSCRIBERS} subscribers of ${RECORDS} records miss nothing and see noth
   assert.ok(hurts > 100, `only ${hurts} breaks`);
   assert.equal(written, RECORDS);
   const expected = Array.from({ length: WRITERS }, (_, writer) => Array.from({ length: RECORDS / WRITERS }, (_, n) => `${writer}-${n}`)).flat();
+  for (const { number, seqNums, values } of subscribers) {
+    assert.deepEqual([seqNums.pop(), values.pop()], [String(RECORDS), null], `subscriber ${number}: the last one tells of the close`);
+  }
   const order = subscribers[0].values.map(said);
   assert.deepEqual([...order].sort(), expected.sort(), "every record once");
   for (const { number, closed, seqNums, values } of subscribers) {

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { text } from "./lib/documents.js";
-import { SECRET, suite, unique, WRONG_TOKEN } from "./lib/suite.js";
+import { recordsOf, SECRET, suite, unique, WRONG_TOKEN } from "./lib/suite.js";
 import { transports } from "./lib/transports.js";
 
 const context = suite(prepare);
@@ -87,7 +87,7 @@ test("what the table above asks is answered with what it should be", async () =>
   assert.deepEqual(await codes({ ...appendOnce(mine), records: [{ text: "other", idempotencyKey: "the-key" }] }), ["IDEMPOTENCY_MISMATCH"]);
   assert.deepEqual(await codes({ ...appendOnce(mine) }), []);
   const events = (await ask("ChannelRecords", { ...by(closed), io: "OUT", batch: 3 })).map(({ data }) => data.channelRecords);
-  assert.deepEqual(events.flatMap(({ records }) => records.map(({ data }) => data.i)), [0, 1, 2, 3, 4, 5, 6]);
+  assert.deepEqual(recordsOf(events).map(({ i }) => i), [0, 1, 2, 3, 4, 5, 6]);
   assert.deepEqual(events.map((event) => event.closed?.reason ?? null).filter(Boolean), ["read me"]);
   const [{ data: row }] = await ask("OneSession", by(mine));
   assert.deepEqual(row.session.metadata, { n: 1.5, deep: [null, { a: "ü" }] });

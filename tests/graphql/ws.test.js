@@ -57,7 +57,7 @@ test("a subscription gives the history, live records and the end", async () => {
   await collector.all();
   assert.deepEqual(recordsOf(events(collector)), [1, "two", { three: [3, null] }, 4]);
   const last = events(collector).at(-1);
-  assert.deepEqual([last.closed.status, last.closed.reason, last.endCursor], ["CLOSED", "done", "3"]);
+  assert.deepEqual([last.closed.status, last.closed.reason, last.endCursor], ["CLOSED", "done", "4"]);
   assert.ok(events(collector).slice(0, -1).every(({ closed }) => closed === null), "only the last event is the end");
   await ws.dispose();
 });

@@ -208,7 +208,7 @@ test("closing the session ends its streams with [DONE] after the last record", a
   const late = await (await open(path, lasts)).rest();
   assert.equal(late.clean, true);
   assert.deepEqual(late.events.at(-1), { data: "[DONE]" });
-  assert.deepEqual(late.events.filter(({ event }) => event === "batch").flatMap(({ data }) => seqs(JSON.parse(data).records)), [0, 1]);
+  assert.deepEqual(late.events.filter(({ event }) => event === "batch").flatMap(({ data }) => seqs(JSON.parse(data).records)), [0, 1, 2], "the last one tells of the close");
 });
 
 test("stopping the server does not end a stream cleanly", async () => {

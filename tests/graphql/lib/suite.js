@@ -174,9 +174,9 @@ export class Collector {
   }
 }
 
-/** The data of the records in a list of channel events. */
+/** The data of the records in a list of channel events; control records, such as the one that tells of a close, have none. */
 export function recordsOf(events) {
-  return events.flatMap(({ records }) => records.map(({ data }) => data));
+  return events.flatMap(({ records }) => records.map(({ data }) => data)).filter((data) => data !== null);
 }
 
 export { SECRET, delay };

@@ -289,8 +289,11 @@ async fn either_process_may_be_killed_at_any_time() {
     told.iter().for_each(|(_, body)| *times.entry(body).or_default() += 1);
     assert!(times.values().all(|times| *times == 1));
     for follower in followers {
+        let mut seen = follower.await.expect("follows");
+        let (last, close) = seen.pop().expect("what tells of the close");
+        assert!(last == told.len() as u64 && close.contains("\"trigger\":\"close\""), "{close}");
         // Every append was answered in the end, so what is stored is exactly what was acknowledged.
-        assert_eq!(follower.await.expect("follows"), told);
+        assert_eq!(seen, told);
     }
     assert_eq!(told.last().map(|(seq, _)| *seq + 1), Some(told.len() as u64));
 }

@@ -23,9 +23,10 @@ export async function stored(context, session, { io = "out", channel } = {}) {
   return (await context.json(200, "GET", `${channelPath(session, io, channel)}/records`)).records;
 }
 
-/** The payloads that a channel holds. */
+/** The payloads that a channel holds, without the control record that tells of a close. */
 export async function payloads(context, session, options) {
-  return (await stored(context, session, options)).map(({ data }) => data);
+  const records = await stored(context, session, options);
+  return records.filter(({ headers }) => headers?.[0]?.[1] !== "session-closed").map(({ data }) => data);
 }
 
 /** Asks for direct writes to a channel; answers what the headers say. */

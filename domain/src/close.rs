@@ -55,8 +55,7 @@ pub fn says_closed(headers: &[Header]) -> bool {
 
 /// True for the record that [`input_record`] makes.
 pub(super) fn is_input_record(record: &Record, session: &SessionId) -> bool {
-    // Shorter than what is built to compare it with; most records are told apart by their length.
-    record.headers.is_empty() && record.body.len() < 256 && record.body == input_record(session).body
+    record.headers.is_empty() && record.body == input_record(session).body
 }
 
 /// True for a part id that only [`input_record`] may have: readers drop a record whose id they have seen, so one of a

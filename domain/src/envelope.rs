@@ -133,14 +133,14 @@ pub(super) fn record(direction: Direction, payload: &NewPayload<'_>) -> Result<N
 /// As [`record`].
 pub(super) fn adopt(direction: Direction, records: &mut [NewRecord]) -> Result<PartIds> {
     if direction == Direction::In {
+        if records.iter().any(|record| has_reserved_id(&record.body)) {
+            return Err(Error::invalid("id", RESERVED));
+        }
         for record in records.iter_mut() {
             if let Some(body) = body_without_forged_source(&record.body)? {
                 record.body = body;
             }
         }
-    }
-    if records.iter().any(|record| has_reserved_id(&record.body)) {
-        return Err(Error::invalid("id", RESERVED));
     }
     let mut ids = BTreeSet::new();
     for record in records.iter() {
@@ -479,6 +479,8 @@ mod tests {
         }
         let mut honest = [NewRecord::data(format!(r#"{{"data":"{id}","id":"a"}}"#))];
         assert!(adopt(Direction::In, &mut honest).is_ok());
+        let mut agents = [NewRecord::data(format!(r#"{{"data":1,"id":"{id}"}}"#))];
+        assert!(adopt(Direction::Out, &mut agents).is_ok(), "no record of the server's has an id there");
     }
 
     #[test]

@@ -450,8 +450,8 @@ impl Sessions {
         Ok(attached.chain(followed.map_ok(Item::Followed)).boxed())
     }
 
-    /// Whether the last record that is not a command says that the turn is complete, and nobody has asked for another one
-    /// since.
+    /// Whether the last record that is not a command says that the session is closed, or that the turn is complete and nobody
+    /// has asked for another one since.
     async fn is_settled(&self, key: &ChannelKey) -> Result<bool> {
         const WINDOW: usize = 16;
         let mut end = self.channels.bounds(key).await?;

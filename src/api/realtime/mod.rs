@@ -38,7 +38,8 @@ async fn cursor_ahead(
     Ok(tail.map(|tail| {
         app.metrics.cursor_ahead();
         tracing::warn!(
-            request.id = id.as_str(), session.id = %path.session, channel = ?path.channel, cursor = start - 1, tail,
+            request.id = id.as_str(), session.id = %path.session, io = path.channel.direction.as_str(),
+            channel = path.channel.name.as_ref().map(|name| name.as_str()), cursor = start - 1, tail,
             "a reader goes on at the tail: it has been given records that the channel does not have"
         );
         (CURSOR_AHEAD, HeaderValue::from(tail))

@@ -90,12 +90,9 @@ pub(super) async fn a_close_that_was_told_is_not_told_again(channels: Channels) 
         let key = channel();
         let mut records = Vec::new();
         for append in ends {
-            let append_records = append.records().to_vec();
-            records.extend(
-                append_records
-                    .into_iter()
-                    .filter(|record| record.headers.first().is_none_or(|(name, _)| !name.is_empty())),
-            );
+            let is_shown =
+                |record: &&NewRecord| record.headers.first().is_none_or(|(name, _)| !name.is_empty());
+            records.extend(append.records().iter().filter(is_shown).cloned());
             channels.append(&key, append).await;
         }
         channels.store.seal(&key.session, closure("done").into()).await.expect("seals");

@@ -19,16 +19,18 @@ use crate::api::{self, ApiConfig, ApiState};
 use crate::auth::Auth;
 use crate::auth::keys::{Keys, NewEnvironment, RevealedKey};
 use crate::auth::vault::Vault;
-use crate::config::{BlobPlace, Config, HttpConfig};
+use crate::config::{BlobPlace, ClickHouseConfig, Config, Fallback, HttpConfig, ListSource};
 use crate::domain::tenant::{Environment, EnvironmentKind, StoredKey};
 use crate::domain::timer::Timers;
-use crate::domain::{Backends, Blobs, ChannelStore, Clock, MetadataStore, Sessions, SessionsConfig};
+use crate::domain::{Backends, Blobs, ChannelStore, Clock, ListIndex, MetadataStore, Sessions, SessionsConfig};
 use crate::listener::Listener;
 use crate::shutdown::Shutdown;
 use crate::store::blob::{ObjectBlobs, S3Options};
 use crate::store::channel::log::{LogChannels, LogOptions};
 use crate::store::channel::s2::{S2Channels, S2Options};
 use crate::store::channel::{CommitStats, LogObserver};
+use crate::store::index::clickhouse::{ClickHouse, ClickHouseIndex, ClickHouseOptions};
+use crate::store::index::fallback::FallbackIndex;
 use crate::store::index::sql::SqlIndex;
 use crate::store::metadata::{OpenError, OpenOptions, SqlMetadata};
 use crate::telemetry::Metrics;
@@ -237,13 +239,12 @@ impl Server {
         claim_log(&control, engine.log_id()).await?;
         let (_, key) = control.default_environment(config.secret_key.clone()).await?;
         let timers = Timers::new(clock.clone());
-        let index = Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store)));
         let shutdown = Shutdown::default();
         let backends = Backends {
             store: control.store.clone(),
             waitpoints: control.store.clone(),
             channels: engine.channels(),
-            index,
+            index: open_index(&config.clickhouse, &control)?,
             blobs: open_blobs(&config, files.blobs)?,
             clock: clock.clone(),
             timers: timers.clone(),
@@ -354,6 +355,37 @@ pub fn prepare_process() -> anyhow::Result<()> {
     let mut full = tokio::signal::unix::signal(kind)?;
     tokio::spawn(async move { while full.recv().await.is_some() {} });
     Ok(())
+}
+
+/// A connection to the ClickHouse of the settings, not yet made.
+///
+/// # Errors
+/// If its URL needs TLS and this machine trusts no certificates.
+pub fn open_clickhouse(config: &ClickHouseConfig) -> anyhow::Result<ClickHouse> {
+    let options = ClickHouseOptions {
+        url: config.url.as_ref().map(ToString::to_string).unwrap_or_default(),
+        database: config.database.clone(),
+        user: config.user.clone(),
+        password: config.password.clone(),
+        query_timeout: config.query_timeout,
+        insert_timeout: config.insert_timeout,
+        cluster: config.cluster.clone(),
+        metadata_column: config.metadata_column,
+    };
+    ClickHouse::new(options).context("cannot use ClickHouse")
+}
+
+/// Asks ClickHouse nothing: it may be away when the server starts.
+fn open_index(config: &ClickHouseConfig, control: &Control) -> anyhow::Result<Arc<dyn ListIndex>> {
+    let sql = Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store)));
+    if config.url.is_none() || config.lists == ListSource::Sql {
+        return Ok(sql);
+    }
+    let index = Arc::new(ClickHouseIndex::new(open_clickhouse(config)?, control.store.clone()));
+    Ok(match config.fallback {
+        Fallback::None => index,
+        Fallback::Sql => Arc::new(FallbackIndex::new(index, sql)),
+    })
 }
 
 fn open_blobs(config: &Config, at_once: usize) -> anyhow::Result<Arc<dyn Blobs>> {

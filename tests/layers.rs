@@ -44,6 +44,7 @@ const CRATE_ROOMS: &[(&str, &[&str])] = &[
     ("reqwest", &["cli"]),
     ("figment", &["config"]),
     ("clap", &["cli", "main"]),
+    ("indicatif", &["cli"]),
     ("listenfd", &["listener"]),
     ("tikv_jemallocator", &["main"]),
     // Everyone else says `crate::domain` and `crate::store`, which the rule above sees.
@@ -53,7 +54,7 @@ const CRATE_ROOMS: &[(&str, &[&str])] = &[
 
 /// Adapters, which never name each other.
 const ADAPTERS: &[&str] =
-    &["blob", "metadata", "channel::log", "channel::s2", "index::sql", "index::clickhouse"];
+    &["blob", "metadata", "channel::log", "channel::s2", "index::sql", "index::clickhouse", "index::fallback"];
 /// The SQL index reads the tables that the SQL metadata store writes, through its connections.
 const SHARED_ADAPTERS: &[(&str, &str)] = &[("index::sql", "metadata")];
 

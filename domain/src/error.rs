@@ -120,6 +120,9 @@ pub enum Error {
         #[source]
         source: Option<Source>,
     },
+    /// A backend lacks what an operator must do first; says what, to anyone.
+    #[error("{0}")]
+    NotReady(&'static str),
     /// A bug or an inconsistency of ours.
     #[error("internal error")]
     Internal(#[source] Source),
@@ -178,7 +181,7 @@ impl Error {
             Self::Trimmed { .. } => Code::CursorExpired,
             Self::CursorAhead { .. } => Code::CursorAhead,
             Self::RateLimited(_) => Code::RateLimited,
-            Self::Unavailable { .. } => Code::Unavailable,
+            Self::Unavailable { .. } | Self::NotReady(_) => Code::Unavailable,
             Self::Internal(_) => Code::Internal,
         }
     }

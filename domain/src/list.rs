@@ -76,6 +76,27 @@ impl Filter {
             && self.created_to.is_none_or(|to| session.created_at <= to)
     }
 
+    /// The filter without repeats and without values that no session can have (nothing stored has a NUL, and Postgres
+    /// refuses it); `None` when no session can match. For a [`ListIndex`](super::ListIndex).
+    pub fn possible(&self) -> Option<Self> {
+        let mut filter = self.clone();
+        if filter.tags_all.iter().any(|tag| tag.contains('\0')) {
+            return None;
+        }
+        filter.tags_all.sort_unstable();
+        filter.tags_all.dedup();
+        for words in [&mut filter.kinds, &mut filter.tags_any, &mut filter.task_identifiers] {
+            let restricts = !words.is_empty();
+            words.retain(|word| !word.contains('\0'));
+            words.sort_unstable();
+            words.dedup();
+            if restricts && words.is_empty() {
+                return None;
+            }
+        }
+        Some(filter)
+    }
+
     /// Checks the number of values of each field.
     ///
     /// # Errors
@@ -230,6 +251,14 @@ pub struct TagQuery {
     pub offset: usize,
     /// Return at most this many.
     pub limit: usize,
+}
+
+impl TagQuery {
+    /// Whether any tag can match; see [`Filter::possible`].
+    pub fn is_possible(&self) -> bool {
+        let words = [self.prefix.as_deref(), self.contains.as_deref()];
+        self.limit > 0 && !words.into_iter().flatten().any(|word| word.contains('\0'))
+    }
 }
 
 #[cfg(test)]

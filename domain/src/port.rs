@@ -83,8 +83,11 @@ pub trait MetadataStore: Send + Sync {
         limit: usize,
     ) -> Result<Vec<SessionRun>>;
 
-    /// As [`MetadataStore::close_session`], for a seal that was found in the log after a crash. The one
-    /// query without an environment: the seal proves that its writer was allowed to close.
+    /// Sessions of every environment by ascending id, from behind `after`: for the server itself, which copies them.
+    async fn scan_sessions(&self, after: Option<&SessionId>, limit: usize) -> Result<Vec<Session>>;
+
+    /// As [`MetadataStore::close_session`], for a seal that was found in the log after a crash. Without
+    /// an environment: the seal proves that its writer was allowed to close.
     async fn complete_close(&self, id: &SessionId, closure: &Closure) -> Result<()>;
 
     /// Adds an environment.
@@ -221,6 +224,9 @@ pub trait ListIndex: Send + Sync {
 
     /// Distinct tags in ascending byte order.
     async fn tags(&self, environment: &EnvironmentId, query: &TagQuery) -> Result<Vec<String>>;
+
+    /// Answers if lists can be asked, with what is wrong with them all the same, in sentences that anyone may read.
+    async fn ping(&self) -> Result<Vec<String>>;
 }
 
 /// The log: one append-only sequence of records per [`ChannelKey`]. A channel exists as soon as it is named.

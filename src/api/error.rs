@@ -125,6 +125,9 @@ impl From<Arc<Error>> for Failure {
                 failure.message = AWAY.to_owned();
                 failure.headers.insert(RETRY_AFTER, AWAY_FOR);
             }
+            Error::NotReady(_) => {
+                failure.headers.insert(RETRY_AFTER, AWAY_FOR);
+            }
             Error::Internal(_) => failure.message = OUR_FAULT.to_owned(),
             _ => {}
         }

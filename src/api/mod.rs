@@ -278,7 +278,7 @@ async fn healthz(State(app): State<App>) -> Response {
     }
 }
 
-/// Whether it can take appends.
+/// Whether it can take appends. What else is amiss is told, and is no reason to send nobody here.
 async fn readyz(State(app): State<App>) -> Response {
     if app.shutdown.leaving().is_cancelled() {
         return Trouble::new("the server is shutting down", "none is needed: ask another one")
@@ -286,7 +286,12 @@ async fn readyz(State(app): State<App>) -> Response {
     }
     let ready = app.sessions.ready().await;
     let trouble = match (app.sessions.condition(), ready) {
-        (Condition::Sound, Ok(())) => return Json(json!({"status": "ok"})).into_response(),
+        (Condition::Sound, Ok(degraded)) if degraded.is_empty() => {
+            return Json(json!({"status": "ok"})).into_response();
+        }
+        (Condition::Sound, Ok(degraded)) => {
+            return Json(json!({"status": "ok", "degraded": degraded})).into_response();
+        }
         (Condition::Broken, _) => Trouble::broken(),
         (Condition::Full, _) => Trouble::new(
             "the disk of the log is full",

@@ -2,6 +2,7 @@
 
 mod client;
 mod control;
+mod index;
 mod output;
 mod serve;
 
@@ -49,6 +50,9 @@ enum Command {
     /// List, show, create, rotate or revoke secret keys
     #[command(subcommand)]
     Keys(control::KeysCommand),
+    /// Copy sessions to where lists come from
+    #[command(subcommand)]
+    Index(index::IndexCommand),
     /// Mint a public token for a browser
     Token(control::TokenArgs),
     /// Show the settings in force, secrets masked
@@ -117,6 +121,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Migrate(output) => control::migrate(&common, output).await,
         Command::Environments(command) => control::environments(&common, command).await,
         Command::Keys(command) => control::keys(&common, command).await,
+        Command::Index(command) => index::run(&common, command).await,
         Command::Token(args) => control::token(&common, args).await,
         Command::Config(output) => control::config(&common, output),
         Command::Schema => {

@@ -1,6 +1,7 @@
 //! Settings: embedded defaults < TOML file < `SESSIOND_*` environment < flags. Nobody else reads the environment.
 
 mod blobs;
+mod clickhouse;
 mod direct;
 mod graphql;
 mod http;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use crate::domain::{Error, Result, Violation};
 pub use blobs::{BlobPlace, BlobsConfig};
+pub use clickhouse::{ClickHouseConfig, Fallback, ListSource};
 pub use direct::DirectConfig;
 pub use graphql::GraphqlConfig;
 pub use http::{HttpConfig, RateLimitConfig, TlsConfig};
@@ -26,12 +28,14 @@ pub const DEFAULTS: &str = include_str!("../../config.default.toml");
 const PREFIX: &str = "SESSIOND_";
 /// Variables with our prefix that are not settings of the server: those of the client
 /// commands, the test suite and the build.
-const NOT_SETTINGS: [&str; 10] = [
+const NOT_SETTINGS: [&str; 12] = [
     "config",
     "url",
     "token",
     "bin",
     "test_postgres",
+    "test_clickhouse",
+    "test_clickhouse_lib",
     "test_s2",
     "test_s2_bin",
     "test_s3",
@@ -58,6 +62,8 @@ pub struct Config {
     pub metadata: MetadataConfig,
     /// The log.
     pub log: LogConfig,
+    /// Lists from ClickHouse.
+    pub clickhouse: ClickHouseConfig,
     /// Snapshots.
     pub blobs: BlobsConfig,
     /// Protection of keys.
@@ -136,6 +142,7 @@ impl Config {
         self.direct.validate(&mut faults);
         self.metadata.validate(&mut faults);
         self.log.validate(&mut faults);
+        self.clickhouse.validate(&mut faults);
         self.blobs.validate(&mut faults);
         if self.metadata.is_postgres() && self.auth.master_key.is_none() {
             faults.push(fault("auth.master_key", "is required with Postgres"));

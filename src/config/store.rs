@@ -100,10 +100,12 @@ fn is_basin(name: &str) -> bool {
         && !name.ends_with('-')
 }
 
-fn is_origin(url: &Url) -> bool {
+/// Scheme, host and port of an HTTP server, and nothing else.
+pub(super) fn is_origin(url: &Url) -> bool {
     matches!(url.scheme(), "http" | "https")
         && url.path() == "/"
         && url.username().is_empty()
+        && url.password().is_none()
         && url.query().is_none()
         && url.fragment().is_none()
 }

@@ -4,6 +4,7 @@ mod access;
 mod access_matrix;
 mod blobs;
 mod cli;
+mod clickhouse;
 mod contract;
 mod control_plane;
 mod core;

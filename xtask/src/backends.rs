@@ -1,5 +1,5 @@
-//! What the tests run against: a Postgres from Debian's packages, and the S2 and S3 servers of `tests/backends`. And
-//! `cargo xtask up`, which keeps them running.
+//! What the tests run against: a Postgres from Debian's packages, an engine of ClickHouse, and the S2 and S3 servers of
+//! `tests/backends`. And `cargo xtask up`, which keeps them running.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::clickhouse::{ClickHouse, Fetching};
 use crate::nextest::SELECTION;
 use crate::postgres::Postgres;
 use crate::server::Server;
@@ -70,20 +71,24 @@ impl Drop for Building {
 /// The running backends; dropping them stops them.
 pub(crate) struct Backends {
     postgres: Postgres,
+    clickhouse: ClickHouse,
+    clickhouse_library: PathBuf,
     s2: Server,
     s2_binary: PathBuf,
     s3: Server,
 }
 
 impl Backends {
-    /// Starts them, once their servers are built.
+    /// Starts them, once their servers are built and the engine of ClickHouse is at `library`.
     ///
     /// # Errors
     /// Says which one did not start, and what it printed.
-    pub(crate) fn start(workspace: &Workspace) -> Result<Self> {
+    pub(crate) fn start(workspace: &Workspace, library: PathBuf) -> Result<Self> {
         let s2_binary = workspace.debug_binary("s2-lite");
         Ok(Self {
             postgres: Postgres::start()?,
+            clickhouse: ClickHouse::start(workspace, &library)?,
+            clickhouse_library: library,
             s2: Server::start("s2-lite", |port, _| Ok(s2(&s2_binary, port)))?,
             s3: Server::start("s3s-fs", |port, folder| s3(&workspace.debug_binary("s3s-fs"), port, folder))?,
             s2_binary,
@@ -95,6 +100,8 @@ impl Backends {
         let s3 = format!("http://{S3_KEY}:{S3_SECRET}@127.0.0.1:{}/{S3_BUCKET}", self.s3.port);
         vec![
             ("SESSIOND_TEST_POSTGRES", self.postgres.url().to_owned()),
+            ("SESSIOND_TEST_CLICKHOUSE", self.clickhouse.url()),
+            ("SESSIOND_TEST_CLICKHOUSE_LIB", self.clickhouse_library.display().to_string()),
             ("SESSIOND_TEST_S2", self.s2_url()),
             ("SESSIOND_TEST_S2_BIN", self.s2_binary.display().to_string()),
             ("SESSIOND_TEST_S3", s3),
@@ -132,8 +139,9 @@ fn s3(binary: &Path, port: u16, folder: &Path) -> Result<Command> {
 pub(crate) fn up() -> Result<()> {
     let workspace = Workspace::locate()?;
     packages::install()?;
+    let engine = Fetching::start();
     Building::start(&workspace)?.finish()?;
-    let backends = Backends::start(&workspace)?;
+    let backends = Backends::start(&workspace, engine.finish()?)?;
     println!("\n# The backends run until Ctrl-C. In another terminal:");
     for (name, value) in backends.environment() {
         println!("export {name}='{value}'");

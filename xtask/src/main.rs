@@ -7,6 +7,7 @@ mod bench;
 #[cfg(not(feature = "bench"))]
 #[path = "bench_build.rs"]
 mod bench;
+mod clickhouse;
 mod interrupt;
 mod lint;
 mod nextest;

@@ -17,9 +17,9 @@ use crate::workspace::Workspace;
 pub(crate) const SELECTION: [&str; 3] = ["--workspace", "--features", "xtask/bench"];
 /// What holds tests, which the servers of `tests/backends` do not.
 pub(crate) const TARGETS: [&str; 1] = ["--tests"];
-/// The tests that need a Postgres, an S2 or an S3. One that needs them and is not named here fails in the first part,
+/// The tests that need a Postgres, a ClickHouse, an S2 or an S3. One that needs them and is not named here fails in the first part,
 /// and says what it misses.
-const ON_BACKENDS: &str = "binary(it) & test(/postgres|s2_engine|::s2::|on_s2|s3|bucket/)";
+const ON_BACKENDS: &str = "binary(it) & test(/postgres|clickhouse|s2_engine|::s2::|on_s2|s3|bucket/)";
 
 /// Which tests to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

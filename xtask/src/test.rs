@@ -7,6 +7,7 @@ use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 
 use crate::backends::{Backends, Building};
+use crate::clickhouse::Fetching;
 use crate::nextest::{Part, SELECTION, TARGETS, Tests};
 use crate::node::Suite;
 use crate::stage::Stages;
@@ -82,6 +83,7 @@ struct Run {
     /// Whether a step needs the backends.
     needs_backends: bool,
     building: RefCell<Option<Building>>,
+    engine: RefCell<Option<Fetching>>,
     backends: OnceCell<anyhow::Result<Backends>>,
 }
 
@@ -100,10 +102,14 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
         runs_rust: wanted(Stage::Rust),
         needs_backends: wanted(Stage::Rust) || wanted(Stage::Node),
         building: RefCell::new(None),
+        engine: RefCell::new(None),
         backends: OnceCell::new(),
     };
     let mut stages = Stages::new(!args.only.is_empty());
     stages.run("packages", || packages::install().map(|()| 0));
+    if run.needs_backends {
+        run.engine.replace(Some(Fetching::start()));
+    }
     for step in STEPS.iter().filter(|step| wanted(step.stage) || (step.stage == Stage::Build && drives)) {
         stages.run(step.name, || (step.run)(&run));
     }
@@ -130,7 +136,8 @@ impl Run {
     fn backends(&self) -> anyhow::Result<&Backends> {
         once(&self.backends, || {
             self.building.take().context("the build failed")?.finish()?;
-            Backends::start(&self.workspace)
+            let library = self.engine.take().context("the backends were not to run")?.finish()?;
+            Backends::start(&self.workspace, library)
         })
     }
 

@@ -184,13 +184,15 @@ impl Sessions {
         self.waiting.recover().await
     }
 
-    /// Answers if every backend can be used.
+    /// Answers if every backend can be used that appends and reads need; what is wrong beside that, in sentences that anyone
+    /// may read.
     ///
     /// # Errors
     /// The first backend's that cannot.
-    pub async fn ready(&self) -> Result<()> {
+    pub async fn ready(&self) -> Result<Vec<String>> {
         self.store.ping().await?;
-        self.channels.ping().await
+        self.channels.ping().await?;
+        Ok(self.index.ping().await.unwrap_or_else(|error| vec![error.to_string()]))
     }
 
     /// What keeps the log from taking appends, as far as it is known without asking. Never waits.

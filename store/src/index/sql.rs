@@ -52,7 +52,7 @@ impl ListIndex for SqlIndex {
         page: &PageRequest,
         now: Timestamp,
     ) -> Result<Page> {
-        let Some(filter) = possible(filter) else {
+        let Some(filter) = filter.possible() else {
             return Ok(Page::from_rows(page, Vec::new()));
         };
         let mut sql = self.sql(environment);
@@ -76,7 +76,7 @@ impl ListIndex for SqlIndex {
     }
 
     async fn count(&self, environment: &EnvironmentId, filter: &Filter, now: Timestamp) -> Result<u64> {
-        let Some(filter) = possible(filter) else {
+        let Some(filter) = filter.possible() else {
             return Ok(0);
         };
         let mut sql = self.sql(environment);
@@ -90,8 +90,7 @@ impl ListIndex for SqlIndex {
 
     /// Hops from one distinct tag to the next, so the cost grows with tags and not with sessions.
     async fn tags(&self, environment: &EnvironmentId, query: &TagQuery) -> Result<Vec<String>> {
-        let words = [query.prefix.as_deref(), query.contains.as_deref()];
-        if query.limit == 0 || words.into_iter().flatten().any(|word| word.contains('\0')) {
+        if !query.is_possible() {
             return Ok(Vec::new());
         }
         let mut sql = self.sql(environment);
@@ -99,27 +98,11 @@ impl ListIndex for SqlIndex {
         let rows = self.query(sql, &text).await?;
         rows.iter().map(|row| row.try_get("", "tag").map_err(fault)).collect()
     }
-}
 
-/// The filter without repeats and without values that no row can have; `None` when no row can match.
-/// Postgres refuses text with a NUL, and nothing stored has one.
-fn possible(filter: &Filter) -> Option<Filter> {
-    let mut filter = filter.clone();
-    if filter.tags_all.iter().any(|tag| tag.contains('\0')) {
-        return None;
+    /// The metadata store answers for itself.
+    async fn ping(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
     }
-    filter.tags_all.sort_unstable();
-    filter.tags_all.dedup();
-    for words in [&mut filter.kinds, &mut filter.tags_any, &mut filter.task_identifiers] {
-        let restricts = !words.is_empty();
-        words.retain(|word| !word.contains('\0'));
-        words.sort_unstable();
-        words.dedup();
-        if restricts && words.is_empty() {
-            return None;
-        }
-    }
-    Some(filter)
 }
 
 /// Which stretch of the list to walk, and which way.

@@ -136,6 +136,10 @@ impl MetadataStore for SqlMetadata {
         runs::newest(&self.reader, environment, session, limit).await
     }
 
+    async fn scan_sessions(&self, after: Option<&SessionId>, limit: usize) -> Result<Vec<Session>> {
+        sessions::scan(&self.reader, after, limit).await
+    }
+
     async fn complete_close(&self, id: &SessionId, closure: &Closure) -> Result<()> {
         sessions::write_closure(&self.writer, None, id, closure).await
     }

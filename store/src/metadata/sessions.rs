@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use entity::{session_tags, sessions};
-use sea_orm::sea_query::{Expr, ExprTrait, LockType, OnConflict, Query, SelectStatement, UpdateStatement};
+use sea_orm::sea_query::{Expr, ExprTrait, LockType, OnConflict, Order, Query, SelectStatement, UpdateStatement};
 use sea_orm::{ActiveValue::Set, ConnectionTrait, EntityTrait, QueryTrait};
 use serde_json::Value;
 use tracing::instrument;
@@ -63,6 +63,21 @@ pub(super) async fn find_many(
 ) -> Result<Vec<Session>> {
     let mut select = scoped(environment);
     select.and_where(Expr::col(sessions::Column::Id).is_in(ids.iter().map(|id| id.as_str())));
+    db.query_all(&select).await.map_err(fault)?.iter().map(rows::session).collect()
+}
+
+/// Sessions of every environment by ascending id.
+#[instrument(level = "debug", skip_all, name = "query")]
+pub(super) async fn scan(
+    db: &impl ConnectionTrait,
+    after: Option<&SessionId>,
+    limit: usize,
+) -> Result<Vec<Session>> {
+    let mut select = sessions::Entity::find().into_query();
+    if let Some(after) = after {
+        select.and_where(Expr::col(sessions::Column::Id).gt(after.as_str()));
+    }
+    select.order_by(sessions::Column::Id, Order::Asc).limit(limit as u64);
     db.query_all(&select).await.map_err(fault)?.iter().map(rows::session).collect()
 }
 

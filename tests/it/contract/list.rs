@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use sessiond::domain::list::Anchor;
 use sessiond::domain::{
-    Closure, Cursor, Filter, ListIndex, MetadataStore, Page, PageRequest, RunId, Session, SessionId,
+    Closure, Cursor, Filter, MetadataStore, Page, PageRequest, RunId, Session, SessionId,
     SessionPatch, Status, StatusSet, TagQuery, Timestamp,
 };
 
@@ -13,7 +13,7 @@ use crate::contract::suite;
 use crate::harness::database::{Sql, at, external, named, session, words};
 use crate::harness::seed::{self, Spread};
 
-suite!("ListIndex": [sqlite = Sql::sqlite, postgres = Sql::postgres], [
+suite!("ListIndex": [sqlite = Sql::sqlite, postgres = Sql::postgres, clickhouse = Sql::clickhouse, fallback = Sql::fallback], [
     an_empty_environment_has_an_empty_page,
     rows_come_newest_first_and_equal_times_by_id,
     a_page_says_whether_there_is_more_on_either_side,

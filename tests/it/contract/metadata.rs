@@ -30,6 +30,7 @@ suite!("MetadataStore": [sqlite = Sql::sqlite, postgres = Sql::postgres], [
     environments_do_not_see_each_other,
     an_absent_session_is_none,
     many_sessions_are_found_by_their_ids_and_only_here,
+    a_scan_meets_every_session_of_every_environment_once,
     an_update_changes_only_what_it_names,
     every_update_has_a_later_time_than_the_one_before,
     an_update_clears_metadata_and_external_id,
@@ -248,6 +249,25 @@ async fn every_update_has_a_later_time_than_the_one_before(sql: Sql) {
     let times: BTreeSet<_> = join_all(updates).await.into_iter().collect();
     assert_eq!(times, (1001..=1020).map(at).collect());
     assert_eq!(update(&sql, &mine, SessionPatch::default()).await.updated_at, at(5000));
+}
+
+async fn a_scan_meets_every_session_of_every_environment_once(sql: Sql) {
+    let elsewhere = Session { environment: sql.elsewhere.clone(), ..session(3000) };
+    let mut created = Vec::new();
+    for session in [session(9000), session(1000), elsewhere, session(5000), session(5000)] {
+        created.push(sql.create(session).await.session);
+    }
+    created.sort_by(|a, b| a.id.cmp(&b.id));
+    let mut scanned = Vec::new();
+    loop {
+        let after = scanned.last().map(|session: &Session| session.id.clone());
+        let page = sql.store.scan_sessions(after.as_ref(), 2).await.expect("scans");
+        if page.is_empty() {
+            break;
+        }
+        scanned.extend(page);
+    }
+    assert_eq!(scanned, created);
 }
 
 async fn an_update_changes_only_what_it_names(sql: Sql) {

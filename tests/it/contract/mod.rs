@@ -11,6 +11,8 @@ const ADAPTERS: &[(&str, &str, &[&str])] = &[
     ("MetadataStore", "SqlMetadata", &["sqlite", "postgres"]),
     ("Waitpoints", "SqlMetadata", &["sqlite", "postgres"]),
     ("ListIndex", "SqlIndex", &["sqlite", "postgres"]),
+    ("ListIndex", "ClickHouseIndex", &["clickhouse"]),
+    ("ListIndex", "FallbackIndex", &["fallback"]),
     ("ChannelStore", "LogChannels", &["log"]),
     ("ChannelStore", "S2Channels", &["s2"]),
     ("Blobs", "ObjectBlobs", &["folder", "s3"]),

@@ -5,10 +5,14 @@ use std::sync::Arc;
 use sea_orm::{ConnectionTrait, Database, DatabaseConnection};
 use sessiond::domain::port::Inserted;
 use sessiond::domain::tenant::{Environment, EnvironmentKind};
-use sessiond::domain::{EnvironmentId, ExternalId, MetadataStore, RunId, Session, SessionId, Timestamp};
+use sessiond::domain::{EnvironmentId, ExternalId, ListIndex, MetadataStore, RunId, Session, SessionId, Timestamp};
+use sessiond::store::index::clickhouse::ClickHouseIndex;
+use sessiond::store::index::fallback::FallbackIndex;
 use sessiond::store::index::sql::SqlIndex;
 use sessiond::store::metadata::{OpenOptions, SqlMetadata};
 use tempfile::TempDir;
+
+use super::clickhouse;
 
 /// The environment that cases work in.
 pub const HERE: &str = "env_here";
@@ -56,7 +60,7 @@ pub struct Sql {
     /// The metadata port.
     pub store: SqlMetadata,
     /// The list port.
-    pub index: SqlIndex,
+    pub index: Arc<dyn ListIndex>,
     /// [`HERE`].
     pub here: EnvironmentId,
     /// [`ELSEWHERE`].
@@ -72,13 +76,34 @@ impl Sql {
         Self::on(TestDatabase::postgres().await).await
     }
 
+    /// Sessions in SQLite, lists from a ClickHouse.
+    pub async fn clickhouse() -> Self {
+        Self::with_engine(&clickhouse::url()).await
+    }
+
+    /// Sessions in SQLite, and lists from there because there is no ClickHouse.
+    pub async fn fallback() -> Self {
+        let mut sql = Self::sqlite().await;
+        let nowhere = clickhouse::connect(clickhouse::options("http://127.0.0.1:1"));
+        let first = Arc::new(ClickHouseIndex::new(nowhere, Arc::new(sql.store.clone())));
+        sql.index = Arc::new(FallbackIndex::new(first, sql.index));
+        sql
+    }
+
+    /// As [`Sql::clickhouse`], on the engine at `url`.
+    pub async fn with_engine(url: &str) -> Self {
+        let mut sql = Self::sqlite().await;
+        sql.index = Arc::new(clickhouse::CaughtUp::over(url, Arc::new(sql.store.clone())).await);
+        sql
+    }
+
     async fn on(database: TestDatabase) -> Self {
         let store = open(&database.url).await;
         for id in [HERE, ELSEWHERE] {
             store.create_environment(environment(id, "main", id)).await.expect("a new environment");
         }
         let [here, elsewhere] = [HERE, ELSEWHERE].map(EnvironmentId::from_stored);
-        Self { database, index: SqlIndex::new(store.clone()), store, here, elsewhere }
+        Self { database, index: Arc::new(SqlIndex::new(store.clone())), store, here, elsewhere }
     }
 
     /// The same database through connections of its own, as another process would have it.

@@ -1,6 +1,7 @@
 //! What tests share: a real server in this process with a clock of its own, the real binary as a process of its
 //! own, databases, and readers for what comes back.
 
+pub mod clickhouse;
 pub mod database;
 pub mod engine;
 pub mod graphql;

@@ -53,6 +53,7 @@ fn user_errors(error: &Error) -> Option<Vec<UserError>> {
         | Error::CursorAhead { .. }
         | Error::RateLimited(_)
         | Error::Unavailable { .. }
+        | Error::NotReady(_)
         | Error::Internal(_) => None,
     }
 }

@@ -1,0 +1,190 @@
+//! The schema: versioned steps, each of which may run twice, at once from two replicas too.
+
+use clickhouse::Row;
+use serde::Deserialize;
+
+use super::client::{ClickHouse, Fault};
+
+/// Remembers which steps have been taken, and shows that the tables are ours.
+const STEPS_TABLE: &str = "schema_steps";
+/// What an exact list cannot do without, and the first version that has it.
+const NEEDED: (&str, &str) = ("use_skip_indexes_if_final_exact_mode", "25.6");
+
+/// The steps, from 1 on, with the statements of each. A step is frozen once it is released. [`Words`] fills in what stands in
+/// braces.
+///
+/// The columns and their order, the key and the engine are those of the sessions table that the published system keeps in
+/// ClickHouse, so that its queries go on working. `document` is ours: what a list gives back, as text, because the type
+/// `JSON` of `metadata` loses what it cannot hold (nulls, empty objects, keys with dots).
+const STEPS: &[&[&str]] = &[&[
+    "CREATE TABLE IF NOT EXISTS {database}.sessions_v1 {on_cluster} (
+        environment_id String,
+        organization_id String,
+        project_id String,
+        session_id String,
+        environment_type LowCardinality(String),
+        friendly_id String,
+        external_id String DEFAULT '',
+        type LowCardinality(String),
+        task_identifier String DEFAULT '',
+        tags Array(String) CODEC(ZSTD(1)),
+        metadata JSON(max_dynamic_paths=256),
+        closed_at Nullable(DateTime64(3)),
+        closed_reason String DEFAULT '',
+        expires_at Nullable(DateTime64(3)),
+        created_at DateTime64(3),
+        updated_at DateTime64(3),
+        is_test UInt8 DEFAULT 0,
+        _version UInt64,
+        _is_deleted UInt8 DEFAULT 0,
+        document String CODEC(ZSTD(1)),
+        INDEX tags_bloom tags TYPE bloom_filter(0.01) GRANULARITY 1,
+        INDEX external_bloom external_id TYPE bloom_filter(0.001) GRANULARITY 1
+    ) ENGINE = {replicated}ReplacingMergeTree(_version, _is_deleted)
+    PARTITION BY toYYYYMM(created_at, 'UTC')
+    ORDER BY (organization_id, project_id, environment_id, created_at, session_id)
+    SETTINGS min_age_to_force_merge_seconds = 3600, min_age_to_force_merge_on_partition_only = 1{durable}",
+    "CREATE TABLE IF NOT EXISTS {database}.rebuilds {on_cluster} (
+        version UInt64,
+        after String,
+        rows UInt64,
+        finished UInt8,
+        at DateTime64(3) DEFAULT now64(3)
+    ) ENGINE = {replicated}MergeTree ORDER BY (version, rows){durable_alone}",
+]];
+
+/// The newest step that this program knows.
+const KNOWN: u32 = STEPS.len() as u32;
+
+/// What stands in braces.
+struct Words {
+    database: String,
+    on_cluster: String,
+    replicated: &'static str,
+    durable: &'static str,
+    durable_alone: &'static str,
+}
+
+impl Words {
+    /// A single server must keep what it has acknowledged by itself; replicas do it by being several. Where a replicated
+    /// table has its path and the name of its replica from is the server's own configuration.
+    fn new(database: &str, cluster: Option<&str>) -> Self {
+        let alone = cluster.is_none();
+        Self {
+            database: identifier(database),
+            on_cluster: cluster.map_or_else(String::new, |name| format!("ON CLUSTER {}", identifier(name))),
+            replicated: if alone { "" } else { "Replicated" },
+            durable: if alone { ", fsync_after_insert = 1, fsync_part_directory = 1" } else { "" },
+            durable_alone: if alone {
+                " SETTINGS fsync_after_insert = 1, fsync_part_directory = 1"
+            } else {
+                ""
+            },
+        }
+    }
+
+    fn fill(&self, text: &str) -> String {
+        text.replace("{database}", &self.database)
+            .replace("{on_cluster}", &self.on_cluster)
+            .replace("{replicated}", self.replicated)
+            .replace("{durable}", self.durable)
+            .replace("{durable_alone}", self.durable_alone)
+    }
+}
+
+/// A name as ClickHouse reads it whatever it holds.
+fn identifier(name: &str) -> String {
+    format!("`{}`", name.replace('\\', "\\\\").replace('`', "\\`"))
+}
+
+#[derive(Debug, Row, Deserialize)]
+struct Tables {
+    ours: u8,
+    sessions: u8,
+    needed: u8,
+}
+
+/// Brings the tables to the schema of this program. Costs two questions where they are.
+///
+/// # Errors
+/// [`Fault::NewerSchema`], [`Fault::ForeignTable`], [`Fault::TooOld`]; otherwise what keeps the server from answering.
+pub(super) async fn migrate(clickhouse: &ClickHouse) -> Result<(), Fault> {
+    let database = clickhouse.database().to_owned();
+    let words = Words::new(&database, clickhouse.options().cluster.as_deref());
+    let tables = clickhouse.ask(
+        "SELECT countIf(name = 'schema_steps') > 0 AS ours, countIf(name = 'sessions_v1') > 0 AS sessions, \
+         (SELECT count() FROM system.settings WHERE name = {needed:String}) > 0 AS needed \
+         FROM system.tables WHERE database = {database:String}",
+    );
+    let tables = tables.param("needed", NEEDED.0).param("database", &database);
+    let found: Vec<Tables> = clickhouse.describe(tables).await?;
+    let found = found.first().map_or((false, false, false), |found| {
+        (found.ours == 1, found.sessions == 1, found.needed == 1)
+    });
+    let (ours, sessions, knows_setting) = found;
+    if !knows_setting {
+        return Err(Fault::TooOld { setting: NEEDED.0, needed: NEEDED.1 });
+    }
+    if sessions && !ours {
+        return Err(Fault::ForeignTable { database });
+    }
+    let taken = if ours { newest_step(clickhouse, &words).await? } else { 0 };
+    if taken > KNOWN {
+        return Err(Fault::NewerSchema { database, step: taken, known: KNOWN });
+    }
+    if !ours {
+        clickhouse.define(&words.fill("CREATE DATABASE IF NOT EXISTS {database} {on_cluster}")).await?;
+        let steps = format!(
+            "CREATE TABLE IF NOT EXISTS {{database}}.{STEPS_TABLE} {{on_cluster}} (step UInt32, taken_at DateTime DEFAULT \
+             now()) ENGINE = {{replicated}}MergeTree ORDER BY step{{durable_alone}}"
+        );
+        clickhouse.define(&words.fill(&steps)).await?;
+    }
+    for (step, statements) in (1..).zip(STEPS).skip(taken as usize) {
+        for statement in *statements {
+            clickhouse.define(&words.fill(statement)).await?;
+        }
+        let noted = format!("INSERT INTO {{database}}.{STEPS_TABLE} (step) VALUES ({step})");
+        clickhouse.define(&words.fill(&noted)).await?;
+        tracing::info!(database, step, "brought the tables of ClickHouse up to date");
+    }
+    Ok(())
+}
+
+async fn newest_step(clickhouse: &ClickHouse, words: &Words) -> Result<u32, Fault> {
+    let text = words.fill(&format!("SELECT max(step) FROM {{database}}.{STEPS_TABLE}"));
+    let newest: Vec<u32> = clickhouse.describe(clickhouse.ask(&text)).await?;
+    Ok(newest.first().copied().unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_single_server_syncs_what_it_stores() {
+        let words = Words::new("trigger_dev", None);
+        let [sessions, rebuilds] = [0, 1].map(|at| words.fill(STEPS[0][at]));
+        assert!(sessions.starts_with("CREATE TABLE IF NOT EXISTS `trigger_dev`.sessions_v1  ("), "{sessions}");
+        assert!(sessions.contains("ENGINE = ReplacingMergeTree(_version, _is_deleted)"), "{sessions}");
+        for text in [sessions, rebuilds] {
+            assert!(text.contains("fsync_after_insert = 1, fsync_part_directory = 1"), "{text}");
+            assert!(!text.contains('{'), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_cluster_gets_replicated_tables_on_every_node() {
+        let words = Words::new("odd`name", Some("main"));
+        let [sessions, rebuilds] = [0, 1].map(|at| words.fill(STEPS[0][at]));
+        assert!(
+            sessions.starts_with("CREATE TABLE IF NOT EXISTS `odd\\`name`.sessions_v1 ON CLUSTER `main` ("),
+            "{sessions}"
+        );
+        assert!(sessions.contains("ENGINE = ReplicatedReplacingMergeTree(_version, _is_deleted)"), "{sessions}");
+        assert!(rebuilds.contains("ENGINE = ReplicatedMergeTree ORDER BY"), "{rebuilds}");
+        for text in [sessions, rebuilds] {
+            assert!(!text.contains("fsync") && !text.contains('{'), "{text}");
+        }
+    }
+}

@@ -12,6 +12,7 @@ use tokio::process::Command;
 use tokio::time::timeout;
 
 use crate::harness::Process;
+use crate::harness::proxy::Relay;
 use crate::harness::server::KEY;
 
 /// Longest that a refusal takes.
@@ -184,6 +185,34 @@ async fn a_tail_goes_on_where_it_was_when_the_server_is_back_and_ends_quietly_wh
         assert!(!line.contains("panicked"), "{line}");
     }
     drop(process);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tail_from_the_latest_record_on_misses_nothing_over_a_restart() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path();
+    let process = Process::serve(data).await;
+    let send = async |url: &str, text: &str| {
+        let mut send = command(data, &["send", "talk", text, "--create"]);
+        let sent = send.env("SESSIOND_URL", url).output().await.expect("runs");
+        assert!(sent.status.success(), "{}", String::from_utf8_lossy(&sent.stderr));
+    };
+    send(&process.url, "before").await;
+    let mut relay = Relay::to(&process.url).await;
+    let mut tail = command(data, &["tail", "talk", "in", "--latest"]);
+    tail.env("SESSIOND_URL", &relay.url).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut tail = tail.spawn().expect("runs");
+    let mut lines = BufReader::new(tail.stdout.take().expect("a pipe")).lines();
+    let mut said = BufReader::new(tail.stderr.take().expect("a pipe")).lines();
+    relay.said("event: ping").await;
+    process.kill().await;
+    let lost = said.next_line().await.expect("output").expect("a line");
+    assert!(lost.ends_with("going on --after 0"), "{lost}");
+    // At another address, which the tail does not find before the record is stored.
+    let process = Process::serve(data).await;
+    send(&process.url, "meanwhile").await;
+    relay.lead_to(&process.url);
+    assert_eq!(lines.next_line().await.expect("output").as_deref(), Some("meanwhile"));
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! The OpenAPI document, made from the handlers themselves: a route that is served is in it by construction.
 
 use bytes::Bytes;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use utoipa::openapi::info::InfoBuilder;
 use utoipa::openapi::{OpenApi, OpenApiBuilder};
 use utoipa_axum::router::OpenApiRouter;
@@ -26,6 +26,9 @@ const BODY_REFUSALS: [(&str, &str); 5] = [
     ("415", "The body has a Content-Encoding that is not decoded here"),
     ("422", "The body breaks rules; every one is listed"),
 ];
+
+/// What the path of a named channel has more than that of the main one.
+const NAMED: &str = "/channels/{channel}";
 
 /// Every documented route.
 pub fn routes() -> OpenApiRouter<App> {
@@ -87,6 +90,7 @@ fn complete(document: &mut Value) {
         "properties": {"code": {"type": "string"}, "message": {"type": "string"}}
     });
     let Some(paths) = document["paths"].as_object_mut() else { return };
+    complete_named(paths);
     for (path, item) in paths {
         let Some(item) = item.as_object_mut() else { continue };
         let keys_only =
@@ -116,6 +120,29 @@ fn complete(document: &mut Value) {
                 };
                 if operation["responses"].get(status).is_none() {
                     operation["responses"][*status] = response;
+                }
+            }
+        }
+    }
+}
+
+/// Says of the routes of named channels what their annotations leave out, because the main channel's say it: what they take
+/// and answer.
+fn complete_named(paths: &mut Map<String, Value>) {
+    let named: Vec<String> = paths.keys().filter(|path| path.contains(NAMED)).cloned().collect();
+    for path in named {
+        let main = paths.get(&path.replacen(NAMED, "", 1)).and_then(Value::as_object).cloned();
+        let Some(item) = paths.get_mut(&path).and_then(Value::as_object_mut) else { continue };
+        for (method, mut said) in main.unwrap_or_default() {
+            let Some(operation) = item.get_mut(&method).and_then(Value::as_object_mut) else { continue };
+            let own = operation.get_mut("parameters").and_then(Value::as_array_mut);
+            let also = said.get_mut("parameters").and_then(Value::as_array_mut);
+            if let (Some(own), Some(also)) = (own, also) {
+                own.append(also);
+            }
+            for field in ["requestBody", "responses"] {
+                if let Some(value) = said.get(field) {
+                    operation.insert(field.to_owned(), value.clone());
                 }
             }
         }
@@ -152,6 +179,29 @@ mod tests {
             let pointer = reference.strip_prefix('#').expect("local");
             assert!(document.pointer(pointer).is_some(), "{reference}");
         }
+    }
+
+    #[test]
+    fn a_named_channel_takes_and_answers_what_the_main_one_does() {
+        let document = document();
+        let paths = document["paths"].as_object().expect("paths");
+        let mut operations = 0;
+        for (path, item) in paths.iter().filter(|(path, _)| path.contains(NAMED)) {
+            let main = &paths[&path.replacen(NAMED, "", 1)];
+            for (method, operation) in item.as_object().expect("an item") {
+                let (own, also) = (&operation["parameters"], &main[method]["parameters"]);
+                let own = own.as_array().expect("parameters").split_first().expect("one");
+                assert_eq!(
+                    (own.0["name"].as_str(), own.1),
+                    (Some("channel"), also.as_array().expect("parameters").as_slice())
+                );
+                for field in ["requestBody", "responses"] {
+                    assert_eq!(operation.get(field), main[method].get(field), "{method} {path}");
+                }
+                operations += 1;
+            }
+        }
+        assert_eq!(operations, 5);
     }
 
     #[test]

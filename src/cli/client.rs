@@ -16,6 +16,9 @@ use serde_json::{Value, json};
 use super::Common;
 use super::control::{EnvironmentArg, root_of};
 
+/// How long a server may be silent. A stream never is for longer than fifteen seconds.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+
 /// Where the server is and how to get in.
 #[derive(Debug, Args)]
 struct ServerArgs {
@@ -94,14 +97,18 @@ struct Client {
 
 impl Client {
     async fn new(common: &Common, args: &ServerArgs) -> anyhow::Result<Self> {
-        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let token = match &args.token {
             Some(token) => token.clone(),
             None => local_key(common).await?,
         };
-        // A stream is never silent for longer than fifteen seconds.
-        let http = reqwest::Client::builder().read_timeout(Duration::from_secs(60)).build()?;
-        Ok(Self { http, base: args.url.clone(), token })
+        Self::patient(SILENCE_MAX, args.url.clone(), token)
+    }
+
+    /// One that takes a server for gone once it has been silent for so long.
+    fn patient(silence: Duration, base: Url, token: String) -> anyhow::Result<Self> {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let http = reqwest::Client::builder().read_timeout(silence).build()?;
+        Ok(Self { http, base, token })
     }
 
     fn url(&self, segments: &[&str]) -> anyhow::Result<Url> {
@@ -200,9 +207,7 @@ pub(super) async fn send(common: &Common, args: SendArgs) -> anyhow::Result<()> 
 
 pub(super) async fn tail(common: &Common, args: TailArgs) -> anyhow::Result<()> {
     let client = Client::new(common, &args.server).await?;
-    let url = client.channel_url(&args.session, &args.server, args.io, None)?;
-    let next = args.after.map(|last| last.saturating_add(1));
-    let mut tail = Tail { client, url, next, args, followed: false, pauses: Backoff::default() };
+    let mut tail = Tail::new(client, args)?;
     loop {
         match tail.follow().await? {
             Left::Idle => {}
@@ -249,6 +254,12 @@ enum Left {
 }
 
 impl Tail {
+    fn new(client: Client, args: TailArgs) -> anyhow::Result<Self> {
+        let url = client.channel_url(&args.session, &args.server, args.io, None)?;
+        let next = args.after.map(|last| last.saturating_add(1));
+        Ok(Self { client, url, next, args, followed: false, pauses: Backoff::default() })
+    }
+
     /// Where to go on, as an argument says it.
     fn place(&self) -> String {
         let last = self.next.and_then(|next| next.checked_sub(1));
@@ -435,5 +446,47 @@ impl Event {
             }
         }
         event
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_falls_silent_is_left_and_asked_again_for_what_follows() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("an address"));
+        let server = ServerArgs { url: url.parse().expect("a URL"), token: None, channel: None };
+        let args =
+            TailArgs { session: "s".to_owned(), io: Io::Out, after: None, latest: true, json: false, server };
+        let silence = Duration::from_secs(1);
+        let client = Client::patient(silence, args.server.url.clone(), String::new()).expect("a client");
+        let mut tail = Tail::new(client, args).expect("a URL");
+        // The head of a request; then the connection stays open, and no more is said on it.
+        let answered = async |answer: &str| {
+            let (mut socket, _) = listener.accept().await.expect("a connection");
+            let mut asked = String::new();
+            while !asked.contains("\r\n\r\n") {
+                let mut bytes = [0; 1024];
+                let length = socket.read(&mut bytes).await.expect("a request");
+                asked.push_str(&String::from_utf8_lossy(&bytes[..length]).to_lowercase());
+            }
+            socket.write_all(answer.as_bytes()).await.expect("written");
+            (asked, socket)
+        };
+        let answer = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n\
+                      event: ping\ndata: {\"tail\":{\"seq_num\":7}}\n\n";
+        let (left, (asked, _open)) = tokio::join!(tail.follow(), answered(answer));
+        assert!(matches!(left, Ok(Left::Lost(_))), "it has waited for the silent server");
+        assert!(asked.contains("x-trigger-stream-start: latest"), "{asked}");
+        assert_eq!(tail.place(), " --after 6");
+        let end = "HTTP/1.1 200 OK\r\n\r\nevent: end\ndata: {\"reason\":\"closed\"}\n\n";
+        let (left, (asked, _open)) = tokio::join!(tail.follow(), answered(end));
+        assert!(matches!(left, Ok(Left::Ended)), "it goes on");
+        assert!(asked.contains("last-event-id: 6") && !asked.contains("stream-start"), "{asked}");
     }
 }

@@ -11,12 +11,12 @@ mod tls;
 use std::any::Any;
 use std::convert::Infallible;
 use std::future::Future;
-use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use std::{env, io};
 
 use anyhow::{Context, ensure};
 use axum::Router;
@@ -73,11 +73,16 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The socket that whoever started the process listens on, by `LISTEN_FDS` (sd_listen_fds(3)): while no process runs, clients
 /// wait in the kernel and are not refused.
 fn given() -> anyhow::Result<Option<TcpListener>> {
+    let count = env::var("LISTEN_FDS").unwrap_or_default();
+    // The crate takes what is no number for nothing, and the socket of whoever has set it would wait for ever.
+    let is_number = count.is_empty() || count.parse::<u16>().is_ok();
+    ensure!(is_number, "LISTEN_FDS is {count:?}, which is no number of sockets");
     let mut sockets = ListenFd::from_env();
     ensure!(sockets.len() <= 1, "LISTEN_FDS names {} sockets; one is served", sockets.len());
     let Some(socket) = sockets.take_tcp_listener(0).context("LISTEN_FDS names no TCP socket")? else {
         return Ok(None);
     };
+    ensure!(SockRef::from(&socket).is_listener()?, "LISTEN_FDS names a TCP socket that does not listen");
     socket.set_nonblocking(true)?;
     Ok(Some(TcpListener::from_std(socket)?))
 }

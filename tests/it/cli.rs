@@ -1,5 +1,7 @@
 //! The command line against a real server process.
 
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -7,9 +9,14 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
+use tokio::time::timeout;
 
 use crate::harness::Process;
+use crate::harness::proxy::Relay;
 use crate::harness::server::KEY;
+
+/// Longest that a refusal takes.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn command(data: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(Process::binary());
@@ -178,6 +185,66 @@ async fn a_tail_goes_on_where_it_was_when_the_server_is_back_and_ends_quietly_wh
         assert!(!line.contains("panicked"), "{line}");
     }
     drop(process);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tail_from_the_latest_record_on_misses_nothing_over_a_restart() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path();
+    let process = Process::serve(data).await;
+    let send = async |url: &str, text: &str| {
+        let mut send = command(data, &["send", "talk", text, "--create"]);
+        let sent = send.env("SESSIOND_URL", url).output().await.expect("runs");
+        assert!(sent.status.success(), "{}", String::from_utf8_lossy(&sent.stderr));
+    };
+    send(&process.url, "before").await;
+    let mut relay = Relay::to(&process.url).await;
+    let mut tail = command(data, &["tail", "talk", "in", "--latest"]);
+    tail.env("SESSIOND_URL", &relay.url).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut tail = tail.spawn().expect("runs");
+    let mut lines = BufReader::new(tail.stdout.take().expect("a pipe")).lines();
+    let mut said = BufReader::new(tail.stderr.take().expect("a pipe")).lines();
+    relay.said("event: ping").await;
+    process.kill().await;
+    let lost = said.next_line().await.expect("output").expect("a line");
+    assert!(lost.ends_with("going on --after 0"), "{lost}");
+    // At another address, which the tail does not find before the record is stored.
+    let process = Process::serve(data).await;
+    send(&process.url, "meanwhile").await;
+    relay.lead_to(&process.url);
+    assert_eq!(lines.next_line().await.expect("output").as_deref(), Some("meanwhile"));
+}
+
+#[tokio::test]
+async fn what_listen_fds_names_is_refused_unless_it_is_one_listening_socket() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let serve = |pid: &str, count: &str, socket: Stdio| {
+        let script = format!(r#"export LISTEN_PID={pid} LISTEN_FDS="$0"; exec "$@" 3<&0"#);
+        let mut command = Command::new("sh");
+        command.args(["-c", &script, count, Process::binary(), "serve", "--listen", "127.0.0.1:0", "--data"]);
+        command.arg(folder.path()).stdin(socket).kill_on_drop(true);
+        command
+    };
+    let refused = async |count: &str, socket: Stdio, sentence: &str| {
+        let output = timeout(PATIENCE, serve("$$", count, socket).output()).await;
+        let output = output.unwrap_or_else(|_| panic!("{sentence}: it serves")).expect("runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains(sentence), "{sentence}: {said}");
+    };
+    for count in ["one", "-1", "1.5", "99999999999"] {
+        let sentence = format!("LISTEN_FDS is \"{count}\", which is no number of sockets");
+        refused(count, Stdio::null(), &sentence).await;
+    }
+    refused("2", Stdio::null(), "LISTEN_FDS names 2 sockets; one is served").await;
+    refused("1", Stdio::null(), "LISTEN_FDS names no TCP socket: fd 3 is not a socket").await;
+    let datagrams = OwnedFd::from(UdpSocket::bind("127.0.0.1:0").expect("a port"));
+    refused("1", datagrams.into(), "LISTEN_FDS names no TCP socket: fd 3 is not a valid tcp socket").await;
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let connection = TcpStream::connect(listener.local_addr().expect("an address")).expect("a connection");
+    let connection = OwnedFd::from(connection);
+    refused("1", connection.into(), "LISTEN_FDS names a TCP socket that does not listen").await;
+    let elsewhere = banner(serve("1", "2", Stdio::null())).await;
+    assert!(elsewhere.contains("is ready"), "meant for another process: {elsewhere}");
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use crate::nextest::{Part, SELECTION, TARGETS, Tests};
 use crate::node::Suite;
 use crate::stage::Stages;
 use crate::workspace::Workspace;
-use crate::{lint, node, packages, playground, process, tools};
+use crate::{lint, node, packages, playground, process, python, tools};
 
 /// The SDK and S2's own client against the binary.
 const SDK: Suite = Suite { folder: "tests/node", limit: Duration::from_secs(60), at_once: 3 };
@@ -26,7 +26,8 @@ const BROWSER: Suite = Suite { folder: "tests/browser", limit: Duration::from_se
 pub(crate) struct TestArgs {
     /// Only these; without any, all of them
     stages: Vec<Stage>,
-    /// Only tests whose name contains one of these words (matches one, as a regular expression, in the suites of Node)
+    /// Only tests whose name contains one of these words (matches one, as a regular expression, in the suites of Node and
+    /// Python)
     #[arg(last = true, value_name = "NAME")]
     only: Vec<String>,
 }
@@ -48,6 +49,8 @@ enum Stage {
     Node,
     /// The suite of GraphQL clients against the binary
     Graphql,
+    /// The GraphQL client of Python against the binary
+    Python,
     /// The playground, and pages of other origins, in a browser
     Browser,
 }
@@ -70,6 +73,7 @@ const STEPS: &[Step] = &[
     Step { stage: Stage::Node, name: "node", run: |run| run.node(&SDK) },
     Step { stage: Stage::Node, name: "node on S2", run: Run::node_on_s2 },
     Step { stage: Stage::Graphql, name: "graphql", run: |run| run.node(&GRAPHQL) },
+    Step { stage: Stage::Python, name: "python", run: Run::python },
     Step { stage: Stage::Browser, name: "browser", run: Run::browser },
 ];
 
@@ -94,7 +98,8 @@ struct Run {
 pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
     let wanted = |stage| args.stages.is_empty() || args.stages.contains(&stage);
     // These drive what is built, so naming one alone builds it too.
-    let drives = [Stage::Rust, Stage::Node, Stage::Graphql, Stage::Browser].into_iter().any(wanted);
+    let drives =
+        [Stage::Rust, Stage::Node, Stage::Graphql, Stage::Python, Stage::Browser].into_iter().any(wanted);
     let run = Run {
         workspace: Workspace::locate()?,
         only: args.only.clone(),
@@ -158,6 +163,12 @@ impl Run {
     fn node_on_s2(&self) -> anyhow::Result<u64> {
         let s2 = self.backends()?.s2_url();
         node::run(&self.workspace, &SDK, &self.only, Some(&s2))
+    }
+
+    fn python(&self) -> anyhow::Result<u64> {
+        self.built()?;
+        let python = python::install(&self.workspace)?;
+        python::run(&self.workspace, &python, &self.only)
     }
 
     fn browser(&self) -> anyhow::Result<u64> {

@@ -71,11 +71,7 @@ pub async fn append(
 
 /// As for the main channel.
 #[utoipa::path(post, path = "/realtime/v1/sessions/{session}/channels/{channel}/{io}/append",
-    tag = "realtime", operation_id = "appendNamed",
-    request_body(content = String, content_type = "text/plain"),
-    params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path),
-        ("X-Part-Id" = Option<String>, Header, description = "Makes a repeat answer the original place")),
-    responses((status = 200, description = "Durable", body = AppendResponse)))]
+    tag = "realtime", operation_id = "appendNamed", params(("channel" = String, Path)))]
 pub async fn append_named(
     app: State<App>,
     asker: Asker,

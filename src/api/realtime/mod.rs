@@ -64,10 +64,7 @@ pub async fn head(
 
 /// As for the main channel.
 #[utoipa::path(head, path = "/realtime/v1/sessions/{session}/channels/{channel}/{io}", tag = "realtime",
-    operation_id = "headNamedChannel",
-    params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path)),
-    responses((status = 200, description = "The headers",
-        headers(("X-Last-Chunk-Index" = u64), ("X-Stream-Version" = String)))))]
+    operation_id = "headNamedChannel", params(("channel" = String, Path)))]
 pub async fn head_named(app: State<App>, asker: Asker, path: ChannelPath) -> Result<Response, Failure> {
     head(app, asker, path).await
 }

@@ -144,13 +144,7 @@ impl Text {
 
 /// As for the main channel.
 #[utoipa::path(get, path = "/realtime/v1/sessions/{session}/channels/{channel}/{io}/records",
-    tag = "realtime", operation_id = "readNamedRecords",
-    params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path),
-        ("afterEventId" = Option<String>, Query, description = "Digits; exclusive"),
-        ("limit" = Option<u32>, Query, description = "1 to 1000; the whole answer without it")),
-    responses((status = 200, description = "Records in order", body = RecordsResponse,
-        headers(("X-Cursor-Ahead" = u64, description = "The tail, if the channel has no record at afterEventId: records \
-            that were given out are lost, or the id is another channel's")))))]
+    tag = "realtime", operation_id = "readNamedRecords", params(("channel" = String, Path)))]
 pub async fn records_named(
     app: State<App>,
     asker: Asker,

@@ -39,7 +39,7 @@ const GAP_MAX: u64 = 600;
 const PING_MIN: u64 = 5000;
 const PING_MAX: u64 = 15_000;
 
-/// What the API document says of every stream.
+/// What the API document says of a stream.
 const EVENTS: &str = "batch, ping, error and end events. A clean end is an end event with a reason (closed, expired, settled, \
                       idle, token_expired) and, but for the last one, [DONE]";
 
@@ -98,15 +98,7 @@ pub async fn follow(
 
 /// As for the main channel.
 #[utoipa::path(get, path = "/realtime/v1/sessions/{session}/channels/{channel}/{io}", tag = "realtime",
-    operation_id = "followNamedChannel",
-    params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path),
-        ("Last-Event-ID" = Option<String>, Header), ("Timeout-Seconds" = Option<u32>, Header),
-        ("X-Peek-Settled" = Option<String>, Header), ("X-Trigger-Stream-Start" = Option<String>, Header)),
-    responses((status = 200, description = EVENTS, body = String,
-        content_type = "text/event-stream",
-        headers(("X-Session-Settled" = String, description = "true if nothing more is to be expected"),
-            ("X-Cursor-Ahead" = u64, description = "The tail, if the channel has no record at Last-Event-ID: records \
-                that were given out are lost, or the id is another channel's. The stream goes on at the tail")))))]
+    operation_id = "followNamedChannel", params(("channel" = String, Path)))]
 pub async fn follow_named(
     app: State<App>,
     asker: Asker,

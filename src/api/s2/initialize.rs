@@ -61,11 +61,7 @@ pub async fn initialize(
 
 /// As for the main channel.
 #[utoipa::path(put, path = "/realtime/v1/sessions/{session}/channels/{channel}/{io}", tag = "realtime",
-    operation_id = "initializeNamedChannel",
-    params(("session" = String, Path), ("channel" = String, Path), ("io" = String, Path)),
-    responses((status = 202, description = "The headers name the stream and open it", body = InitializeResponse,
-        headers(("X-S2-Access-Token" = String), ("X-S2-Stream-Name" = String), ("X-S2-Basin" = String),
-            ("X-S2-Endpoint" = String), ("X-S2-Flush-Interval-Ms" = u64), ("X-S2-Max-Retries" = u32)))))]
+    operation_id = "initializeNamedChannel", params(("channel" = String, Path)))]
 pub async fn initialize_named(
     app: State<App>,
     asker: Asker,

@@ -177,6 +177,9 @@ async fn half_an_emoji_in_a_variable_is_a_fault_of_its_operation_at_every_door()
         let request = graphql.request(Method::POST).header("content-type", "application/json");
         told(&graphql.send(request.body(body)).await.json()["errors"][0]);
     }
+    let query = "query($by: SessionBy!) { session(by: $by) { id } }";
+    let variables = r#"{"by":{"externalId":"\ud83d"}}"#;
+    told(&graphql.get(&[("query", query), ("variables", variables)]).await.json()["errors"][0]);
     let twice = format!(r#"{{"type":"subscribe","id":"lives","payload":{operation}}}"#);
     socket.send(Message::text(twice)).await;
     assert_eq!(socket.closed().await.0, 4409, "an id in use is not refused for what it says");

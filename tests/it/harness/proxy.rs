@@ -1,4 +1,4 @@
-//! A network that breaks: a TCP proxy that cuts its connections at random bytes.
+//! Networks that break: a TCP proxy that cuts its connections at random bytes, and one that leads nowhere for a while.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 /// Cuts every connection after some bytes, both ways counted. Every other time the server does not hear of it: its side
@@ -20,7 +21,7 @@ pub struct FlakyProxy {
 impl FlakyProxy {
     /// In front of the server at a base URL. The same seed cuts at the same bytes.
     pub async fn before(url: &str, seed: u64, bytes: Range<u64>) -> Self {
-        let server = url.strip_prefix("http://").expect("a plain URL").to_owned();
+        let server = address_of(url);
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let own = format!("http://{}", listener.local_addr().expect("an address"));
         let cuts = Arc::new(AtomicUsize::new(0));
@@ -59,6 +60,72 @@ impl Drop for FlakyProxy {
     fn drop(&mut self) {
         self.accepting.abort();
     }
+}
+
+/// A way to a server that may move, listened in to.
+pub struct Relay {
+    /// Base URL for clients.
+    pub url: String,
+    /// Where it leads; nowhere while the server is gone.
+    server: Arc<Mutex<String>>,
+    /// What servers have said and clients were sent.
+    said: watch::Receiver<String>,
+    accepting: JoinHandle<()>,
+}
+
+impl Relay {
+    /// To the server at a base URL.
+    pub async fn to(url: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let own = format!("http://{}", listener.local_addr().expect("an address"));
+        let server = Arc::new(Mutex::new(address_of(url)));
+        let (saying, said) = watch::channel(String::new());
+        let way = server.clone();
+        let accepting = tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let (server, saying) = (way.lock().expect("no panic while held").clone(), saying.clone());
+                tokio::spawn(async move {
+                    let Ok(mut upstream) = TcpStream::connect(server).await else { return };
+                    let (mut up, mut down) = ([0; 4096], [0; 4096]);
+                    loop {
+                        let (read, to, buffer) = tokio::select! {
+                            read = client.read(&mut up) => (read, &mut upstream, None),
+                            read = upstream.read(&mut down) => (read, &mut client, Some(&down)),
+                        };
+                        let length = read.unwrap_or(0);
+                        let bytes = &buffer.unwrap_or(&up)[..length];
+                        if length == 0 || to.write_all(bytes).await.is_err() {
+                            break;
+                        }
+                        if buffer.is_some() {
+                            saying.send_modify(|text| text.push_str(&String::from_utf8_lossy(bytes)));
+                        }
+                    }
+                });
+            }
+        });
+        Self { url: own, server, said, accepting }
+    }
+
+    /// Leads to another server from now on.
+    pub fn lead_to(&self, url: &str) {
+        *self.server.lock().expect("no panic while held") = address_of(url);
+    }
+
+    /// Waits until a client was sent these words.
+    pub async fn said(&mut self, words: &str) {
+        self.said.wait_for(|text| text.contains(words)).await.expect("the relay runs");
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+fn address_of(url: &str) -> String {
+    url.strip_prefix("http://").expect("a plain URL").to_owned()
 }
 
 /// Copies both ways until the budget is spent or a side ends; gives the server's side back.

@@ -22,7 +22,9 @@ use crate::auth::vault::Vault;
 use crate::config::{BlobPlace, ClickHouseConfig, Config, Fallback, HttpConfig, ListSource};
 use crate::domain::tenant::{Environment, EnvironmentKind, StoredKey};
 use crate::domain::timer::Timers;
-use crate::domain::{Backends, Blobs, ChannelStore, Clock, ListIndex, MetadataStore, Sessions, SessionsConfig};
+use crate::domain::{
+    Backends, Blobs, ChannelStore, Clock, ListIndex, MetadataStore, Sessions, SessionsConfig,
+};
 use crate::listener::Listener;
 use crate::shutdown::Shutdown;
 use crate::store::blob::{ObjectBlobs, S3Options};

@@ -53,8 +53,15 @@ const CRATE_ROOMS: &[(&str, &[&str])] = &[
 ];
 
 /// Adapters, which never name each other.
-const ADAPTERS: &[&str] =
-    &["blob", "metadata", "channel::log", "channel::s2", "index::sql", "index::clickhouse", "index::fallback"];
+const ADAPTERS: &[&str] = &[
+    "blob",
+    "metadata",
+    "channel::log",
+    "channel::s2",
+    "index::sql",
+    "index::clickhouse",
+    "index::fallback",
+];
 /// The SQL index reads the tables that the SQL metadata store writes, through its connections.
 const SHARED_ADAPTERS: &[(&str, &str)] = &[("index::sql", "metadata")];
 

@@ -78,9 +78,10 @@ impl ClickHouseConfig {
                 faults.push(fault(field, "must not be empty"));
             }
         }
-        for (field, limit) in
-            [("clickhouse.query_timeout", self.query_timeout), ("clickhouse.insert_timeout", self.insert_timeout)]
-        {
+        for (field, limit) in [
+            ("clickhouse.query_timeout", self.query_timeout),
+            ("clickhouse.insert_timeout", self.insert_timeout),
+        ] {
             if limit.is_zero() {
                 faults.push(fault(field, "must be longer than 0"));
             }

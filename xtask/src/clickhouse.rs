@@ -73,7 +73,8 @@ fn install(workspace: &Workspace) -> Result<PathBuf> {
 
 /// Runs a step whose output would stand in the middle of another's.
 fn silent(command: &mut Command) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start {command:?}"))?;
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("cannot start {command:?}"))?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?} ended with {}: {stderr}", output.status);
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use entity::{session_tags, sessions};
-use sea_orm::sea_query::{Expr, ExprTrait, LockType, OnConflict, Order, Query, SelectStatement, UpdateStatement};
+use sea_orm::sea_query::{
+    Expr, ExprTrait, LockType, OnConflict, Order, Query, SelectStatement, UpdateStatement,
+};
 use sea_orm::{ActiveValue::Set, ConnectionTrait, EntityTrait, QueryTrait};
 use serde_json::Value;
 use tracing::instrument;

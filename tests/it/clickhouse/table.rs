@@ -44,7 +44,8 @@ async fn lists_are_refused_in_words_until_a_rebuild_is_finished() {
     let sentence = "the list index has not been built: run `sessiond index rebuild`";
     assert_eq!(refusal(&clickhouse, &sql).await, sentence);
     let store = Arc::new(sql.store.clone());
-    let mut rebuild = Rebuild::begin(clickhouse.clone(), store.clone(), false, at(5000)).await.expect("begins");
+    let mut rebuild =
+        Rebuild::begin(clickhouse.clone(), store.clone(), false, at(5000)).await.expect("begins");
     assert!(!rebuild.step().await.expect("copies").finished);
     assert_eq!(refusal(&clickhouse, &sql).await, sentence, "half a copy is none");
     assert!(rebuild.step().await.expect("copies").finished);
@@ -60,7 +61,10 @@ async fn tables_of_a_later_version_are_left_alone() {
     clickhouse::rebuild(&clickhouse, Arc::new(sql.store.clone()), at(1)).await;
     run(&clickhouse::url(), &format!("INSERT INTO {database}.schema_steps (step) VALUES (1000)")).await;
     let refused = refusal(&clickhouse, &sql).await;
-    assert!(refused.ends_with("are of schema 1000, and this program knows 1: use the later one"), "{refused}");
+    assert!(
+        refused.ends_with("are of schema 1000, and this program knows 1: use the later one"),
+        "{refused}"
+    );
 }
 
 #[tokio::test]
@@ -121,13 +125,17 @@ async fn a_query_that_takes_too_long_is_given_up_there_too() {
     options.database = "default".to_owned();
     let clickhouse = connect(options);
     let mark = uuid::Uuid::new_v4().simple().to_string();
-    let text = format!("SELECT sleepEachRow(0.1) AS {} FROM numbers(1000) SETTINGS max_block_size = 1", format_args!("mark_{mark}"));
+    let text = format!(
+        "SELECT sleepEachRow(0.1) AS {} FROM numbers(1000) SETTINGS max_block_size = 1",
+        format_args!("mark_{mark}")
+    );
     let started = Instant::now();
     let answer = clickhouse.fetch::<u8>(clickhouse.query(&text)).await;
     assert!(answer.is_err());
     assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
     let client = ::clickhouse::Client::default().with_url(clickhouse::url());
-    let running = format!("SELECT count() FROM system.processes WHERE query LIKE 'SELECT sleepEachRow%{mark}%'");
+    let running =
+        format!("SELECT count() FROM system.processes WHERE query LIKE 'SELECT sleepEachRow%{mark}%'");
     let deadline = Instant::now() + Duration::from_secs(1);
     while client.query_raw(&running).fetch_one::<u64>().await.expect("counts") > 0 {
         assert!(Instant::now() < deadline, "it still runs");

@@ -3,10 +3,11 @@
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
+use futures_util::{StreamExt, stream};
 use sessiond::domain::list::Anchor;
 use sessiond::domain::{
-    Closure, Cursor, Filter, MetadataStore, Page, PageRequest, RunId, Session, SessionId,
-    SessionPatch, Status, StatusSet, TagQuery, Timestamp,
+    Closure, Cursor, Filter, MetadataStore, Page, PageRequest, RunId, Session, SessionId, SessionPatch,
+    Status, StatusSet, TagQuery, Timestamp,
 };
 
 use crate::contract::suite;
@@ -337,23 +338,30 @@ async fn random_filters_agree_with_the_oracle(sql: Sql) {
         if let Some(until) = sweep {
             sql.store.sweep_expired(until).await.expect("sweeps");
         }
-        for round in 0..60 {
-            let filter = random_filter(&mut dice);
-            let now = [at(5000), NOW, at(10_001), at(30_000)][dice.roll(4)];
-            for session in &sessions {
+        let questions: Vec<_> = (0..60)
+            .map(|_| {
+                let filter = random_filter(&mut dice);
+                let now = [at(5000), NOW, at(10_001), at(30_000)][dice.roll(4)];
+                (filter, now, 1 + dice.roll(7), dice.roll(2) == 0)
+            })
+            .collect();
+        let (sql, sessions) = (&sql, &sessions);
+        let asked = stream::iter(&questions).map(|(filter, now, size, forward)| async move {
+            let now = *now;
+            for session in sessions {
                 assert_eq!(
                     filter.matches(session, now),
-                    oracle(&filter, session, now),
+                    oracle(filter, session, now),
                     "{filter:?} {session:?}"
                 );
             }
-            let expected = expected(&filter, &sessions, now);
-            let (size, forward) = (1 + dice.roll(7), dice.roll(2) == 0);
-            let found = walk(&sql, &filter, size, forward, now).await;
-            assert_eq!(found, expected, "round {round}, {sweep:?}, {now:?}: {filter:?}");
-            let count = sql.index.count(&sql.here, &filter, now).await.expect("counts");
-            assert_eq!(count, expected.len() as u64, "round {round}: {filter:?}");
-        }
+            let expected = expected(filter, sessions, now);
+            let found = walk(sql, filter, *size, *forward, now).await;
+            assert_eq!(found, expected, "{sweep:?}, {now:?}: {filter:?}");
+            let count = sql.index.count(&sql.here, filter, now).await.expect("counts");
+            assert_eq!(count, expected.len() as u64, "{filter:?}");
+        });
+        asked.buffer_unordered(4).collect::<Vec<()>>().await;
     }
 }
 

@@ -57,7 +57,10 @@ pub async fn rebuild(clickhouse: &ClickHouse, store: Arc<dyn MetadataStore>, now
 }
 
 /// What a test asks beside the index: the rows of a text without parameters.
-pub async fn select<T: clickhouse::RowOwned + clickhouse::RowRead>(clickhouse: &ClickHouse, text: &str) -> Vec<T> {
+pub async fn select<T: clickhouse::RowOwned + clickhouse::RowRead>(
+    clickhouse: &ClickHouse,
+    text: &str,
+) -> Vec<T> {
     clickhouse.fetch(clickhouse.query(text)).await.expect("answers")
 }
 
@@ -101,8 +104,11 @@ impl CaughtUp {
             .into_iter()
             .map(|session| (session.id.clone(), session))
             .collect();
-        let row = |session: &Session| SessionRow::new(session.clone(), &environments[&session.environment], version);
-        let changed = now.values().filter(|session| copied.sessions.get(&session.id) != Some(session)).map(row);
+        let row = |session: &Session| {
+            SessionRow::new(session.clone(), &environments[&session.environment], version)
+        };
+        let changed =
+            now.values().filter(|session| copied.sessions.get(&session.id) != Some(session)).map(row);
         let gone = copied.sessions.values().filter(|session| !now.contains_key(&session.id));
         let buried = gone.map(|session| SessionRow { _is_deleted: 1, ..row(session) });
         let rows: Vec<_> = changed.chain(buried).collect();

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use sea_orm::{ConnectionTrait, Database, DatabaseConnection};
 use sessiond::domain::port::Inserted;
 use sessiond::domain::tenant::{Environment, EnvironmentKind};
-use sessiond::domain::{EnvironmentId, ExternalId, ListIndex, MetadataStore, RunId, Session, SessionId, Timestamp};
+use sessiond::domain::{
+    EnvironmentId, ExternalId, ListIndex, MetadataStore, RunId, Session, SessionId, Timestamp,
+};
 use sessiond::store::index::clickhouse::ClickHouseIndex;
 use sessiond::store::index::fallback::FallbackIndex;
 use sessiond::store::index::sql::SqlIndex;

@@ -26,7 +26,9 @@ pub(super) struct Breaker {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum State {
     Answering,
-    Silent { until: Instant },
+    Silent {
+        until: Instant,
+    },
     /// One query is trying.
     Trying,
 }
@@ -81,7 +83,9 @@ impl Pass<'_> {
         let before = *state;
         *state = if answered { State::Answering } else { State::Silent { until: Instant::now() + PAUSE } };
         match (before, answered) {
-            (State::Answering, false) => tracing::warn!("ClickHouse does not answer; lists do not wait for it"),
+            (State::Answering, false) => {
+                tracing::warn!("ClickHouse does not answer; lists do not wait for it")
+            }
             (State::Silent { .. } | State::Trying, true) => tracing::info!("ClickHouse answers again"),
             _ => {}
         }
@@ -125,7 +129,9 @@ mod tests {
     async fn an_error_that_the_server_tells_is_an_answer() {
         let breaker = Breaker::new(Duration::from_secs(5));
         let refused = || async {
-            Err::<(), _>(Fault::from(clickhouse::error::Error::BadResponse("Code: 241. DB::Exception".to_owned())))
+            Err::<(), _>(Fault::from(clickhouse::error::Error::BadResponse(
+                "Code: 241. DB::Exception".to_owned(),
+            )))
         };
         assert!(breaker.run(refused()).await.is_err());
         assert!(breaker.run(async { Ok(1) }).await.is_ok());
@@ -141,6 +147,10 @@ mod tests {
         let all = futures_util::future::join_all((0..100).map(|_| breaker.run(slow())));
         let started = Instant::now();
         assert!(all.await.iter().all(Result::is_err));
-        assert_eq!(started.elapsed(), Duration::from_secs(1), "the first sixteen waited, and nobody after them");
+        assert_eq!(
+            started.elapsed(),
+            Duration::from_secs(1),
+            "the first sixteen waited, and nobody after them"
+        );
     }
 }

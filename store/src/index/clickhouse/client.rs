@@ -85,7 +85,9 @@ pub enum Fault {
         source: ClientError,
     },
     /// A later version of this program has changed the tables.
-    #[error("the tables in {database} are of schema {step}, and this program knows {known}: use the later one")]
+    #[error(
+        "the tables in {database} are of schema {step}, and this program knows {known}: use the later one"
+    )]
     NewerSchema {
         /// The database.
         database: String,
@@ -137,8 +139,9 @@ impl Fault {
 impl From<ClientError> for Fault {
     fn from(error: ClientError) -> Self {
         match error {
+            ClientError::Network(_) | ClientError::TimedOut => Self::Away(error),
             ClientError::BadResponse(ref text) => Self::Refused { code: code(text), source: error },
-            other => Self::Away(other),
+            source => Self::Refused { code: 0, source },
         }
     }
 }
@@ -266,7 +269,8 @@ fn connector(options: &ClickHouseOptions) -> Result<HttpsConnector<HttpConnector
     let builder = if options.url.starts_with("https:") {
         builder.with_provider_and_native_roots(provider).map_err(|error| away(error.into()))?
     } else {
-        let config = ClientConfig::builder_with_provider(provider.into()).with_safe_default_protocol_versions();
+        let config =
+            ClientConfig::builder_with_provider(provider.into()).with_safe_default_protocol_versions();
         let config = config.map_err(|error| away(error.into()))?;
         builder.with_tls_config(config.with_root_certificates(RootCertStore::empty()).with_no_client_auth())
     };

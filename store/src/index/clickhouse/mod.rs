@@ -53,7 +53,13 @@ impl ClickHouseIndex {
     /// An index of the sessions of `store`. Nothing is asked before the first list, so ClickHouse may be away.
     pub fn new(clickhouse: ClickHouse, store: Arc<dyn MetadataStore>) -> Self {
         let breaker = Breaker::new(clickhouse.options().query_timeout);
-        Self { environments: Environments::new(store), clickhouse, breaker, usable: OnceCell::new(), repeats: AtomicU64::new(0) }
+        Self {
+            environments: Environments::new(store),
+            clickhouse,
+            breaker,
+            usable: OnceCell::new(),
+            repeats: AtomicU64::new(0),
+        }
     }
 
     /// Pages that needed more candidates than the first look had.
@@ -87,7 +93,8 @@ impl ClickHouseIndex {
             return Ok(Some(Tenant { organization, project, environment: environment.clone() }));
         }
         let found: Vec<(String, String)> = self.fetch(&query::tenant_of(environment)).await?;
-        let tenant = |(organization, project)| Tenant { organization, project, environment: environment.clone() };
+        let tenant =
+            |(organization, project)| Tenant { organization, project, environment: environment.clone() };
         Ok(found.into_iter().next().map(tenant))
     }
 
@@ -122,7 +129,8 @@ impl ListIndex for ClickHouseIndex {
             return Ok(Page::from_rows(page, Vec::new()));
         };
         let rows = self.rows(&PageQuery::new(&tenant, &filter, page, now)).await?;
-        let sessions = rows.into_iter().map(|row| row.into_session(environment)).collect::<Result<_, Fault>>()?;
+        let sessions =
+            rows.into_iter().map(|row| row.into_session(environment)).collect::<Result<_, Fault>>()?;
         Ok(Page::from_rows(page, sessions))
     }
 

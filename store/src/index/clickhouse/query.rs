@@ -119,7 +119,8 @@ impl Conditions {
         }
         if !filter.statuses.is_any() {
             let now = self.parameters.time(now);
-            let any: Vec<_> = filter.statuses.as_slice().iter().map(|one| status_condition(*one, &now)).collect();
+            let any: Vec<_> =
+                filter.statuses.as_slice().iter().map(|one| status_condition(*one, &now)).collect();
             self.and(&format!("({})", any.join(" OR ")));
         }
         for (sign, bound) in [(">=", filter.created_from), ("<=", filter.created_to)] {
@@ -134,7 +135,8 @@ impl Conditions {
     /// The time alone is what the primary key can use; the pair decides.
     fn from(mut self, way: Way, cursor: Option<&Cursor>) -> Self {
         if let Some(cursor) = cursor {
-            let (at, id) = (self.parameters.time(cursor.created_at), self.parameters.text(cursor.id.as_str()));
+            let (at, id) =
+                (self.parameters.time(cursor.created_at), self.parameters.text(cursor.id.as_str()));
             let sign = if way == Way::Older { "<" } else { ">" };
             self.and(&format!("created_at {sign}= {at} AND (created_at, session_id) {sign} ({at}, {id})"));
         }
@@ -293,7 +295,8 @@ mod tests {
         let (tenant, filter, page) = (tenant(), Filter::default(), PageRequest::first(20));
         let query = PageQuery::new(&tenant, &filter, &page, NOW);
         assert_eq!(query.tries(), [Some(91), Some(728), Some(5824), None]);
-        let matching = "organization_id = {p0:String} AND project_id = {p1:String} AND environment_id = {p2:String}";
+        let matching =
+            "organization_id = {p0:String} AND project_id = {p1:String} AND environment_id = {p2:String}";
         let order = "ORDER BY created_at DESC, session_id DESC";
         assert_eq!(
             query.rows(Some(91)).text,
@@ -341,7 +344,12 @@ mod tests {
         assert!(!statement.text.contains("DROP"), "{}", statement.text);
         assert_eq!(statement.parameters.0.len(), 3 + 5 + 3);
         assert_eq!(statement.settings, [("optimize_read_in_order", "0")]);
-        let query = TagQuery { prefix: Some("DROP".to_owned()), contains: Some("DROP".to_owned()), offset: 1, limit: 2 };
+        let query = TagQuery {
+            prefix: Some("DROP".to_owned()),
+            contains: Some("DROP".to_owned()),
+            offset: 1,
+            limit: 2,
+        };
         assert!(!tags(&tenant(), &query).text.contains("DROP"));
     }
 }

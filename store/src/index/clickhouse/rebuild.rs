@@ -114,7 +114,8 @@ impl Rebuild {
             let copied = page.len() as u64;
             let rows = self.rows(page).await?;
             let bytes: usize = rows.iter().map(|row| row.document.len()).sum();
-            self.page = if bytes > PAGE_BYTES { (self.page / 2).max(1) } else { (self.page * 2).min(PAGE_MAX) };
+            self.page =
+                if bytes > PAGE_BYTES { (self.page / 2).max(1) } else { (self.page * 2).min(PAGE_MAX) };
             self.progress.blanked += self.writer.insert_or_blank(rows).await? as u64;
             self.progress.sessions += copied;
             self.after = Some(last);
@@ -131,7 +132,8 @@ impl Rebuild {
         let mut rows = Vec::with_capacity(page.len());
         for session in page {
             let environment = self.environments.find(&session.environment).await?;
-            let environment = environment.ok_or_else(|| Error::internal("a session without an environment"))?;
+            let environment =
+                environment.ok_or_else(|| Error::internal("a session without an environment"))?;
             let row = SessionRow::new(session, &environment, self.version);
             rows.push(if column { row.with_metadata_column() } else { row });
         }

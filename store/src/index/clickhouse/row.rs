@@ -166,7 +166,9 @@ impl ListedRow {
         Ok(Session {
             id: SessionId::from_stored(&self.session_id),
             environment: environment.clone(),
-            external_id: Some(&self.external_id).filter(|id| !id.is_empty()).map(|id| ExternalId::from_stored(id)),
+            external_id: Some(&self.external_id)
+                .filter(|id| !id.is_empty())
+                .map(|id| ExternalId::from_stored(id)),
             kind: self.r#type,
             task_identifier: self.task_identifier,
             tags: self.tags,

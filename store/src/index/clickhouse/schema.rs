@@ -113,14 +113,14 @@ pub(super) async fn migrate(clickhouse: &ClickHouse) -> Result<(), Fault> {
     let words = Words::new(&database, clickhouse.options().cluster.as_deref());
     let tables = clickhouse.ask(
         "SELECT countIf(name = 'schema_steps') > 0 AS ours, countIf(name = 'sessions_v1') > 0 AS sessions, \
-         (SELECT count() FROM system.settings WHERE name = {needed:String}) > 0 AS needed \
+         ifNull((SELECT count() FROM system.settings WHERE name = {needed:String}), 0) > 0 AS needed \
          FROM system.tables WHERE database = {database:String}",
     );
     let tables = tables.param("needed", NEEDED.0).param("database", &database);
     let found: Vec<Tables> = clickhouse.describe(tables).await?;
-    let found = found.first().map_or((false, false, false), |found| {
-        (found.ours == 1, found.sessions == 1, found.needed == 1)
-    });
+    let found = found
+        .first()
+        .map_or((false, false, false), |found| (found.ours == 1, found.sessions == 1, found.needed == 1));
     let (ours, sessions, knows_setting) = found;
     if !knows_setting {
         return Err(Fault::TooOld { setting: NEEDED.0, needed: NEEDED.1 });
@@ -165,7 +165,10 @@ mod tests {
     fn a_single_server_syncs_what_it_stores() {
         let words = Words::new("trigger_dev", None);
         let [sessions, rebuilds] = [0, 1].map(|at| words.fill(STEPS[0][at]));
-        assert!(sessions.starts_with("CREATE TABLE IF NOT EXISTS `trigger_dev`.sessions_v1  ("), "{sessions}");
+        assert!(
+            sessions.starts_with("CREATE TABLE IF NOT EXISTS `trigger_dev`.sessions_v1  ("),
+            "{sessions}"
+        );
         assert!(sessions.contains("ENGINE = ReplacingMergeTree(_version, _is_deleted)"), "{sessions}");
         for text in [sessions, rebuilds] {
             assert!(text.contains("fsync_after_insert = 1, fsync_part_directory = 1"), "{text}");
@@ -181,7 +184,10 @@ mod tests {
             sessions.starts_with("CREATE TABLE IF NOT EXISTS `odd\\`name`.sessions_v1 ON CLUSTER `main` ("),
             "{sessions}"
         );
-        assert!(sessions.contains("ENGINE = ReplicatedReplacingMergeTree(_version, _is_deleted)"), "{sessions}");
+        assert!(
+            sessions.contains("ENGINE = ReplicatedReplacingMergeTree(_version, _is_deleted)"),
+            "{sessions}"
+        );
         assert!(rebuilds.contains("ENGINE = ReplicatedMergeTree ORDER BY"), "{rebuilds}");
         for text in [sessions, rebuilds] {
             assert!(!text.contains("fsync") && !text.contains('{'), "{text}");

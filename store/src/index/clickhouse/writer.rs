@@ -85,7 +85,8 @@ impl SessionWriter {
              SELECT environment_id, organization_id, project_id, session_id, environment_type, friendly_id, type, \
              created_at, updated_at, {version:UInt64}, 1 FROM sessions_v1 FINAL WHERE _version < {version:UInt64}";
         let query = self.clickhouse.client().query_raw(text).param("version", version);
-        let query = query.with_setting("async_insert", "0").with_setting("max_partitions_per_insert_block", "0");
+        let query =
+            query.with_setting("async_insert", "0").with_setting("max_partitions_per_insert_block", "0");
         self.clickhouse.execute(query).await
     }
 }

@@ -14,9 +14,9 @@ use figment::providers::{Env, Format, Serialized, Toml};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize, Serializer};
 
+pub use self::clickhouse::{ClickHouseConfig, Fallback, ListSource};
 use crate::domain::{Error, Result, Violation};
 pub use blobs::{BlobPlace, BlobsConfig};
-pub use clickhouse::{ClickHouseConfig, Fallback, ListSource};
 pub use direct::DirectConfig;
 pub use graphql::GraphqlConfig;
 pub use http::{HttpConfig, RateLimitConfig, TlsConfig};

@@ -84,7 +84,7 @@ impl Pass<'_> {
         *state = if answered { State::Answering } else { State::Silent { until: Instant::now() + PAUSE } };
         match (before, answered) {
             (State::Answering, false) => {
-                tracing::warn!("ClickHouse does not answer; lists do not wait for it")
+                tracing::warn!("ClickHouse does not answer; lists do not wait for it");
             }
             (State::Silent { .. } | State::Trying, true) => tracing::info!("ClickHouse answers again"),
             _ => {}

@@ -46,12 +46,13 @@ def main():
     # Blocked here, and so in every thread that the library starts: the main thread never returns to Python.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)
 
+    ending = threading.Lock()
+
     def end_with(event):
         event()
-        try:
+        # Once: the number of a closed pipe is soon another file's. Never released, because nothing comes after it.
+        if ending.acquire(blocking=False):
             os.close(held)
-        except OSError:
-            pass  # The other one has come first.
 
     def read_to_end():
         while os.read(sys.stdin.fileno(), 4096):

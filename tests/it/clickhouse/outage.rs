@@ -17,6 +17,7 @@ async fn server(clickhouse: &ClickHouse, fallback: sessiond::config::Fallback) -
     let server = TestServer::start_with(|config| {
         config.clickhouse.url = Some(options.url.parse().expect("a URL"));
         config.clickhouse.database.clone_from(&options.database);
+        config.clickhouse.lists = sessiond::config::ListSource::ClickHouse;
         config.clickhouse.query_timeout = TIMEOUT;
         config.clickhouse.fallback = fallback;
     })

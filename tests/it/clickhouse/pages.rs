@@ -145,12 +145,12 @@ impl Dice {
     fn filter(&mut self, listed: &[Listed]) -> Filter {
         let mut filter = Filter::default();
         let time = |dice: &mut Self| at(listed[dice.roll(listed.len())].created_at);
-        match self.roll(8) {
-            0 | 1 => filter.tags_any = words(&["shown", "rare"]),
-            2 => filter.tags_all = words(&["common", "shown"]),
-            3 => filter.tags_any = words(&[["rare", "team:1", "absent"][self.roll(3)]]),
-            4 => filter.tags_all = words(&["common"]),
-            5 => {
+        match self.roll(16) {
+            0 => filter.tags_any = words(&["shown", "rare"]),
+            1 => filter.tags_all = words(&["common", "shown"]),
+            2 | 3 => filter.tags_any = words(&[["rare", "team:1", "absent"][self.roll(3)]]),
+            4 | 5 => filter.tags_all = words(&["common"]),
+            6 | 7 => {
                 let ids = (0..20).map(|_| &listed[self.roll(listed.len())].external_id);
                 filter.external_ids =
                     ids.filter(|id| !id.is_empty()).map(|id| ExternalId::from_stored(id)).collect();

@@ -1,75 +1,131 @@
 //! [`Breaker`]: while ClickHouse says nothing, lists do not wait for it.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::client::Fault;
 use sessiond_domain::error::{Error, Result};
 
-/// How long nothing is asked after the server has been silent.
+/// Pause between two probes of a server that is silent.
 const PAUSE: Duration = Duration::from_secs(1);
+/// A query whose caller has left after this long leaves a doubt behind.
+const DOUBTFUL: Duration = Duration::from_secs(1);
 /// Queries that may be under way at once. One takes both cores of a small server.
 const QUERIES_MAX: usize = 16;
 
-/// Lets queries through while the server answers. After a silence (a refused connection, a timeout) it refuses at once for
-/// a second, then lets one query try.
+/// Asks the smallest question there is, in a short time.
+pub(super) type Probe = Arc<dyn Fn() -> BoxFuture<'static, Result<(), Fault>> + Send + Sync>;
+
+/// Lets queries through while the server answers. Once one has met silence (a refused connection, a timeout) the others are
+/// refused at once, until a probe is answered. So a query that is too large costs the others one probe, and nobody's query
+/// has to try.
 pub(super) struct Breaker {
-    state: Mutex<State>,
+    shared: Arc<Shared>,
     places: Semaphore,
     /// Longest a query may wait for its place.
     patience: Duration,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum State {
-    Answering,
-    Silent {
-        until: Instant,
-    },
-    /// One query is trying.
-    Trying,
+struct Shared {
+    state: Mutex<State>,
+    probe: Probe,
 }
 
-/// A query that has been let through. One that tries and is dropped has found nothing out.
-struct Pass<'a> {
+#[derive(Clone, Copy, Debug, Default)]
+struct State {
+    silent: bool,
+    /// A task asks the server.
+    probing: bool,
+}
+
+/// A query under way.
+struct Running<'a> {
     breaker: &'a Breaker,
-    tries: bool,
+    since: Instant,
+    ended: bool,
 }
 
 impl Breaker {
-    pub(super) fn new(patience: Duration) -> Self {
-        Self { state: Mutex::new(State::Answering), places: Semaphore::new(QUERIES_MAX), patience }
+    pub(super) fn new(patience: Duration, probe: Probe) -> Self {
+        let shared = Arc::new(Shared { state: Mutex::default(), probe });
+        Self { shared, places: Semaphore::new(QUERIES_MAX), patience }
     }
 
-    /// Runs `work`, or refuses.
+    /// Runs `work` once there is a place for it, or refuses.
     pub(super) async fn run<T>(&self, work: impl Future<Output = Result<T, Fault>>) -> Result<T> {
-        // Before the queue, and after it: what the server did meanwhile counts.
-        drop(self.pass()?);
+        // Before the queue and after it: what the server did meanwhile counts.
+        self.require_answering()?;
         let place = tokio::time::timeout(self.patience, self.places.acquire()).await;
         let _place = place.map_err(|_| away())?.map_err(Error::internal)?;
-        let pass = self.pass()?;
+        self.run_at_once(work).await
+    }
+
+    /// Runs `work` beside all others, for what is small.
+    pub(super) async fn run_at_once<T>(&self, work: impl Future<Output = Result<T, Fault>>) -> Result<T> {
+        self.require_answering()?;
+        let running = Running { breaker: self, since: Instant::now(), ended: false };
         let done = work.await;
-        pass.end(!done.as_ref().is_err_and(Fault::is_silence));
+        running.end(done.as_ref().err());
         Ok(done?)
     }
 
+    /// Refuses until a probe is answered.
+    pub(super) fn silence(&self, fault: &Fault) {
+        if !std::mem::replace(&mut self.shared.state().silent, true) {
+            tracing::warn!(
+                error = fault as &dyn std::error::Error,
+                "ClickHouse does not answer; lists do not wait for it"
+            );
+        }
+        self.probe();
+    }
+
+    /// Sends a probe, whose answer decides.
+    pub(super) fn probe(&self) {
+        let Ok(runtime) = Handle::try_current() else { return };
+        if !std::mem::replace(&mut self.shared.state().probing, true) {
+            runtime.spawn(probe_until_answered(Arc::downgrade(&self.shared), self.shared.probe.clone()));
+        }
+    }
+
+    fn require_answering(&self) -> Result<()> {
+        if self.shared.state().silent { Err(away()) } else { Ok(()) }
+    }
+}
+
+impl Shared {
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn pass(&self) -> Result<Pass<'_>> {
+    /// What a probe has found out.
+    fn heard(&self, answered: bool) {
         let mut state = self.state();
-        match *state {
-            State::Answering => Ok(Pass { breaker: self, tries: false }),
-            State::Silent { until } if until <= Instant::now() => {
-                *state = State::Trying;
-                Ok(Pass { breaker: self, tries: true })
-            }
-            State::Silent { .. } | State::Trying => Err(away()),
+        let was_silent = std::mem::replace(&mut state.silent, !answered);
+        state.probing = !answered;
+        if answered && was_silent {
+            tracing::info!("ClickHouse answers");
         }
+    }
+}
+
+/// Ends with an answer, or with the breaker.
+async fn probe_until_answered(shared: Weak<Shared>, probe: Probe) {
+    loop {
+        let answered = !probe().await.as_ref().is_err_and(Fault::is_silence);
+        match shared.upgrade() {
+            Some(shared) => shared.heard(answered),
+            None => return,
+        }
+        if answered {
+            return;
+        }
+        sleep(PAUSE).await;
     }
 }
 
@@ -77,71 +133,106 @@ fn away() -> Error {
     Error::Unavailable { what: "the list index", source: None }
 }
 
-impl Pass<'_> {
-    fn end(mut self, answered: bool) {
-        let mut state = self.breaker.state();
-        let before = *state;
-        *state = if answered { State::Answering } else { State::Silent { until: Instant::now() + PAUSE } };
-        match (before, answered) {
-            (State::Answering, false) => {
-                tracing::warn!("ClickHouse does not answer; lists do not wait for it");
-            }
-            (State::Silent { .. } | State::Trying, true) => tracing::info!("ClickHouse answers again"),
-            _ => {}
+impl Running<'_> {
+    fn end(mut self, fault: Option<&Fault>) {
+        self.ended = true;
+        if let Some(fault) = fault.filter(|fault| fault.is_silence()) {
+            self.breaker.silence(fault);
         }
-        self.tries = false;
     }
 }
 
-impl Drop for Pass<'_> {
+impl Drop for Running<'_> {
+    /// Callers may be less patient than we are, and all of them would wait for a server that is silent.
     fn drop(&mut self) {
-        if self.tries {
-            *self.breaker.state() = State::Silent { until: Instant::now() };
+        if !self.ended && self.since.elapsed() >= DOUBTFUL {
+            self.breaker.probe();
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
     use super::*;
+
+    /// A breaker whose server answers probes while the flag is set, and how many it has met.
+    fn breaker() -> (Breaker, Arc<AtomicBool>, Arc<AtomicUsize>) {
+        let (answers, probes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (answering, count) = (answers.clone(), probes.clone());
+        let probe: Probe = Arc::new(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+            let answer = if answering.load(Ordering::Relaxed) { Ok(()) } else { silence() };
+            Box::pin(async { answer })
+        });
+        (Breaker::new(Duration::from_secs(5), probe), answers, probes)
+    }
 
     fn silence<T>() -> Result<T, Fault> {
         Err(Fault::TimedOut(Duration::ZERO))
     }
 
+    async fn is_refused(breaker: &Breaker) -> bool {
+        let asked = AtomicBool::new(false);
+        let work = async {
+            asked.store(true, Ordering::Relaxed);
+            Ok(())
+        };
+        let refused = breaker.run(work).await.is_err();
+        assert_ne!(refused, asked.load(Ordering::Relaxed));
+        refused
+    }
+
     #[tokio::test(start_paused = true)]
-    async fn a_silence_is_answered_at_once_until_one_query_has_tried() {
-        let breaker = Breaker::new(Duration::from_secs(5));
+    async fn a_silence_refuses_all_until_a_probe_is_answered() {
+        let (breaker, answers, probes) = breaker();
         assert!(breaker.run(async { silence::<()>() }).await.is_err());
-        let never = || async { panic!("nothing may be asked") };
-        assert!(breaker.run::<()>(never()).await.is_err());
-        tokio::time::advance(PAUSE).await;
-        {
-            let mut trying = Box::pin(breaker.run(std::future::pending::<Result<(), Fault>>()));
-            assert!(futures_util::poll!(&mut trying).is_pending());
-            assert!(breaker.run::<()>(never()).await.is_err(), "one tries, the others do not");
-        }
-        assert!(breaker.run(async { Ok(1) }).await.is_ok(), "who tried has hung up, so the next one may");
-        assert!(breaker.run(async { Ok(1) }).await.is_ok());
+        assert!(is_refused(&breaker).await);
+        sleep(PAUSE * 3).await;
+        assert!(is_refused(&breaker).await);
+        assert!((3..=4).contains(&probes.load(Ordering::Relaxed)), "one probe a second");
+        answers.store(true, Ordering::Relaxed);
+        sleep(PAUSE).await;
+        assert!(!is_refused(&breaker).await);
+        let before = probes.load(Ordering::Relaxed);
+        sleep(PAUSE * 3).await;
+        assert_eq!(probes.load(Ordering::Relaxed), before, "nobody asks a server that answers");
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_error_that_the_server_tells_is_an_answer() {
-        let breaker = Breaker::new(Duration::from_secs(5));
-        let refused = || async {
+        let (breaker, ..) = breaker();
+        let refused = async {
             Err::<(), _>(Fault::from(clickhouse::error::Error::BadResponse(
                 "Code: 241. DB::Exception".to_owned(),
             )))
         };
-        assert!(breaker.run(refused()).await.is_err());
-        assert!(breaker.run(async { Ok(1) }).await.is_ok());
+        assert!(breaker.run(refused).await.is_err());
+        assert!(!is_refused(&breaker).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn callers_who_hang_up_before_we_do_do_not_hide_a_silence() {
+        let (breaker, answers, _) = breaker();
+        let impatient =
+            |after| tokio::time::timeout(after, breaker.run(std::future::pending::<Result<(), Fault>>()));
+        assert!(impatient(DOUBTFUL / 2).await.is_err());
+        sleep(PAUSE).await;
+        assert!(!is_refused(&breaker).await, "who leaves soon says nothing");
+        assert!(impatient(DOUBTFUL * 2).await.is_err());
+        sleep(PAUSE / 2).await;
+        assert!(is_refused(&breaker).await, "the probe was not answered");
+        answers.store(true, Ordering::Relaxed);
+        sleep(PAUSE).await;
+        assert!(!is_refused(&breaker).await);
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_waits_for_a_place_is_refused_once_the_server_is_silent() {
-        let breaker = Breaker::new(Duration::from_secs(5));
+        let (breaker, ..) = breaker();
         let slow = || async {
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            sleep(Duration::from_secs(1)).await;
             silence::<()>()
         };
         let all = futures_util::future::join_all((0..100).map(|_| breaker.run(slow())));

@@ -22,13 +22,19 @@ const SCHEMA_TIMEOUT: Duration = Duration::from_secs(60);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// What every query is sent with. FINAL looks at the newest version of a row; the first two keep its skip indexes usable
 /// and exact (with the second off, an old version that lands late is listed), the third spares merging over months, which
-/// a session never changes. The last two have a query whose client has gone stop, and change nothing.
-const QUERY_SETTINGS: [(&str, &str); 5] = [
+/// a session never changes. Then two have a query whose client has gone stop, and change nothing. The rest is what a profile
+/// of the server may have otherwise, and would make an answer partial, old or wrong.
+const QUERY_SETTINGS: [(&str, &str); 10] = [
     ("use_skip_indexes_if_final", "1"),
     ("use_skip_indexes_if_final_exact_mode", "1"),
     ("do_not_merge_across_partitions_select_final", "1"),
     ("cancel_http_readonly_queries_on_client_close", "1"),
     ("readonly", "2"),
+    ("optimize_move_to_prewhere_if_final", "0"),
+    ("timeout_overflow_mode", "throw"),
+    ("read_overflow_mode", "throw"),
+    ("result_overflow_mode", "throw"),
+    ("use_query_cache", "0"),
 ];
 
 /// Which ClickHouse, and how it is used.
@@ -78,7 +84,7 @@ pub enum Fault {
     /// It answers with an error of its own.
     #[error("ClickHouse refuses (code {code})")]
     Refused {
-        /// Its number for the error, such as 117; 0 where the answer names none.
+        /// Its number for the error, such as 117; 0 where the answer is none that can be read.
         code: u32,
         /// What it said.
         #[source]
@@ -140,7 +146,11 @@ impl From<ClientError> for Fault {
     fn from(error: ClientError) -> Self {
         match error {
             ClientError::Network(_) | ClientError::TimedOut => Self::Away(error),
-            ClientError::BadResponse(ref text) => Self::Refused { code: code(text), source: error },
+            ClientError::BadResponse(ref text) => match code(text) {
+                Some(code) => Self::Refused { code, source: error },
+                // A proxy in front of it.
+                None => Self::Away(error),
+            },
             source => Self::Refused { code: 0, source },
         }
     }
@@ -156,9 +166,8 @@ impl From<Fault> for Error {
 }
 
 /// The number in `Code: 117. DB::Exception: ...`.
-fn code(text: &str) -> u32 {
-    let digits = text.split("Code: ").nth(1).and_then(|rest| rest.split('.').next());
-    digits.and_then(|digits| digits.parse().ok()).unwrap_or(0)
+fn code(text: &str) -> Option<u32> {
+    text.split("Code: ").nth(1)?.split('.').next()?.parse().ok()
 }
 
 /// One database of ClickHouse. Cheap to clone; nothing is sent before something is asked.
@@ -200,6 +209,14 @@ impl ClickHouse {
         &self.options.database
     }
 
+    /// What statements that write need on a cluster: a quorum that keeps them, and a view of all that was written before.
+    pub(super) fn cluster_settings(&self) -> &'static [(&'static str, &'static str)] {
+        match self.options.cluster {
+            None => &[],
+            Some(_) => &[("insert_quorum", "auto"), ("select_sequential_consistency", "1")],
+        }
+    }
+
     /// The client for inserts.
     pub(super) fn client(&self) -> &Client {
         &self.client
@@ -220,22 +237,17 @@ impl ClickHouse {
         timely(self.options.query_timeout, query.fetch_all()).await
     }
 
-    /// A statement on the tables that takes as long as an insert may.
+    /// The one row of a query that has one.
     ///
     /// # Errors
     /// As [`ClickHouse::fetch`].
-    pub(super) async fn execute(&self, query: Query) -> Result<(), Fault> {
-        timely(self.options.insert_timeout, query.execute()).await
+    pub(super) async fn one<T: RowOwned + RowRead>(&self, query: Query) -> Result<T, Fault> {
+        timely(self.options.query_timeout, query.fetch_one()).await
     }
 
     /// A statement of the schema; it names the database itself.
     pub(super) async fn define(&self, text: &str) -> Result<(), Fault> {
         timely(SCHEMA_TIMEOUT, self.server.query_raw(text).execute()).await
-    }
-
-    /// Rows that tell of the schema.
-    pub(super) async fn describe<T: RowOwned + RowRead>(&self, query: Query) -> Result<Vec<T>, Fault> {
-        timely(self.options.query_timeout, query.fetch_all()).await
     }
 
     /// A question that needs no database.
@@ -289,9 +301,10 @@ mod tests {
     #[test]
     fn the_number_of_an_error_is_read_from_its_text() {
         let text = "Code: 117. DB::Exception: Cannot parse JSON. (INCORRECT_DATA) (version 26.7.2.1)";
-        assert_eq!(code(text), 117);
-        assert_eq!(code("502 Bad Gateway"), 0);
+        assert_eq!(code(text), Some(117));
         let fault = Fault::from(ClientError::BadResponse(text.to_owned()));
         assert!(fault.is_of_a_row() && !fault.is_silence(), "{fault:?}");
+        let fault = Fault::from(ClientError::BadResponse("502 Bad Gateway".to_owned()));
+        assert!(fault.is_silence(), "{fault:?}");
     }
 }

@@ -12,19 +12,19 @@ mod row;
 mod schema;
 mod writer;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use clickhouse::{RowOwned, RowRead};
-use tokio::sync::OnceCell;
+use tokio::time::Instant;
 use tracing::instrument;
 
-use breaker::Breaker;
+use breaker::{Breaker, Probe};
 pub use client::{ClickHouse, ClickHouseOptions, Fault};
 use environments::Environments;
-use query::{PageQuery, Statement, Tenant};
+use query::{Among, PageQuery, Statement, Tenant};
 pub use rebuild::{Progress, Rebuild};
 use row::ListedRow;
 pub use row::SessionRow;
@@ -36,35 +36,63 @@ pub use writer::SessionWriter;
 
 /// What lists answer until there is something to list.
 const NOT_BUILT: &str = "the list index has not been built: run `sessiond index rebuild`";
+/// How long it is remembered that there is nothing to list.
+const NOT_BUILT_FOR: Duration = Duration::from_secs(1);
 /// Longest that [`ListIndex::ping`] waits: probes of readiness are impatient.
-const PING_TIMEOUT: Duration = Duration::from_secs(1);
+const PING_TIMEOUT: Duration = Duration::from_millis(250);
+/// Longest that a probe of a silent server waits.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Lists over one database of ClickHouse.
 pub struct ClickHouseIndex {
     clickhouse: ClickHouse,
     environments: Environments,
     breaker: Breaker,
-    /// Set once the tables have been found usable.
-    usable: OnceCell<()>,
+    /// Set while the tables are known to be usable.
+    usable: AtomicBool,
+    /// Until when they are known not to be.
+    not_built_until: Mutex<Option<Instant>>,
     repeats: AtomicU64,
 }
 
 impl ClickHouseIndex {
     /// An index of the sessions of `store`. Nothing is asked before the first list, so ClickHouse may be away.
     pub fn new(clickhouse: ClickHouse, store: Arc<dyn MetadataStore>) -> Self {
-        let breaker = Breaker::new(clickhouse.options().query_timeout);
+        let probed = clickhouse.clone();
+        let probe: Probe = Arc::new(move || {
+            let clickhouse = probed.clone();
+            Box::pin(async move {
+                let answer = clickhouse.one::<u8>(clickhouse.ask("SELECT 1"));
+                let answer = tokio::time::timeout(PROBE_TIMEOUT, answer).await;
+                answer.unwrap_or(Err(Fault::TimedOut(PROBE_TIMEOUT))).map(drop)
+            })
+        });
         Self {
             environments: Environments::new(store),
+            breaker: Breaker::new(clickhouse.options().query_timeout, probe),
             clickhouse,
-            breaker,
-            usable: OnceCell::new(),
+            usable: AtomicBool::new(false),
+            not_built_until: Mutex::default(),
             repeats: AtomicU64::new(0),
         }
     }
 
-    /// Pages that needed more candidates than the first look had.
+    /// Looks that were repeated with more candidates, since the start.
     pub fn repeats(&self) -> u64 {
         self.repeats.load(Ordering::Relaxed)
+    }
+
+    /// Ends `answer` after the time that a list may take, however many statements it is.
+    async fn in_time<T>(&self, answer: impl Future<Output = Result<T>>) -> Result<T> {
+        let limit = self.clickhouse.options().query_timeout;
+        match tokio::time::timeout(limit, answer).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                let fault = Fault::TimedOut(limit);
+                self.breaker.silence(&fault);
+                Err(fault.into())
+            }
+        }
     }
 
     #[instrument(level = "debug", skip_all, name = "query")]
@@ -73,45 +101,68 @@ impl ClickHouseIndex {
         self.breaker.run(self.clickhouse.fetch(query)).await
     }
 
-    /// Refuses until there are tables of ours, and something in them.
+    /// Refuses until there are tables of ours, and a whole copy in them.
     async fn require_usable(&self) -> Result<()> {
-        let check = || async {
-            self.breaker.run(schema::migrate(&self.clickhouse)).await?;
-            match self.breaker.run(rebuild::last_finished(&self.clickhouse)).await? {
-                Some(_) => Ok(()),
-                None => Err(Error::NotReady(NOT_BUILT)),
-            }
-        };
-        self.usable.get_or_try_init(check).await.copied()
+        if self.usable.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let known = *self.not_built_until.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.is_some_and(|until| Instant::now() < until) {
+            return Err(Error::NotReady(NOT_BUILT));
+        }
+        self.built_at().await.map(drop)
     }
 
-    /// `None` if nothing of the environment can be there.
+    /// When the copy that lists come from was begun.
+    async fn built_at(&self) -> Result<Timestamp> {
+        let look = async {
+            match schema::is_current(&self.clickhouse).await? {
+                true => rebuild::last_finished(&self.clickhouse).await,
+                false => Ok(None),
+            }
+        };
+        let built = self.breaker.run_at_once(look).await?;
+        self.usable.store(built.is_some(), Ordering::Relaxed);
+        let until = built.is_none().then(|| Instant::now() + NOT_BUILT_FOR);
+        *self.not_built_until.lock().unwrap_or_else(PoisonError::into_inner) = until;
+        built.ok_or(Error::NotReady(NOT_BUILT))
+    }
+
+    /// `None` for an environment that there is not.
     async fn tenant(&self, environment: &EnvironmentId) -> Result<Option<Tenant>> {
         self.require_usable().await?;
-        if let Some(known) = self.environments.find(environment).await? {
-            let (organization, project) = (known.organization.clone(), known.project.clone());
-            return Ok(Some(Tenant { organization, project, environment: environment.clone() }));
-        }
-        let found: Vec<(String, String)> = self.fetch(&query::tenant_of(environment)).await?;
-        let tenant =
-            |(organization, project)| Tenant { organization, project, environment: environment.clone() };
-        Ok(found.into_iter().next().map(tenant))
+        let known = self.environments.find(environment).await?;
+        Ok(known.map(|known| Tenant {
+            organization: known.organization.clone(),
+            project: known.project.clone(),
+            environment: environment.clone(),
+        }))
     }
 
     /// The rows of a page, exactly; see [`PageQuery`].
     async fn rows(&self, page: &PageQuery<'_>) -> Result<Vec<ListedRow>> {
-        let mut rows = Vec::new();
-        for candidates in page.tries() {
-            rows = self.fetch(&page.rows(candidates)).await?;
-            let Some(limit) = candidates.filter(|_| rows.len() < page.wanted) else { break };
+        for (turn, limit) in page.tries().into_iter().enumerate() {
+            // Without a filter the first look is full but at the end of a list; with one, few candidates are common.
+            let looked = turn == 0 && !page.is_filtered();
+            if looked && let Some(rows) = self.full_page(page, limit).await? {
+                return Ok(rows);
+            }
             let counts: Vec<u64> = self.fetch(&page.candidates(limit)).await?;
             if counts.first().is_some_and(|count| *count < limit as u64) {
-                break;
+                return self.fetch(&page.rows(Among::Candidates)).await;
+            }
+            if !looked && let Some(rows) = self.full_page(page, limit).await? {
+                return Ok(rows);
             }
             self.repeats.fetch_add(1, Ordering::Relaxed);
-            tracing::debug!(candidates = limit, rows = rows.len(), "a page needs more candidates");
         }
-        Ok(rows)
+        self.fetch(&page.rows(Among::Everything)).await
+    }
+
+    /// The rows among the first candidates, if they fill the page.
+    async fn full_page(&self, page: &PageQuery<'_>, candidates: usize) -> Result<Option<Vec<ListedRow>>> {
+        let rows = self.fetch(&page.rows(Among::First(candidates))).await?;
+        Ok(Some(rows).filter(|rows| rows.len() == page.wanted))
     }
 }
 
@@ -124,38 +175,42 @@ impl ListIndex for ClickHouseIndex {
         page: &PageRequest,
         now: Timestamp,
     ) -> Result<Page> {
-        let tenant = self.tenant(environment).await?;
-        let (Some(tenant), Some(filter)) = (tenant, filter.possible()) else {
-            return Ok(Page::from_rows(page, Vec::new()));
+        let answer = async {
+            let tenant = self.tenant(environment).await?;
+            let (Some(tenant), Some(filter)) = (tenant, filter.possible()) else { return Ok(Vec::new()) };
+            self.rows(&PageQuery::new(&tenant, &filter, page, now)).await
         };
-        let rows = self.rows(&PageQuery::new(&tenant, &filter, page, now)).await?;
+        let rows = self.in_time(answer).await?;
         let sessions =
             rows.into_iter().map(|row| row.into_session(environment)).collect::<Result<_, Fault>>()?;
         Ok(Page::from_rows(page, sessions))
     }
 
     async fn count(&self, environment: &EnvironmentId, filter: &Filter, now: Timestamp) -> Result<u64> {
-        let tenant = self.tenant(environment).await?;
-        let (Some(tenant), Some(filter)) = (tenant, filter.possible()) else { return Ok(0) };
-        let counts: Vec<u64> = self.fetch(&query::count(&tenant, &filter, now)).await?;
-        counts.first().copied().ok_or_else(|| Error::internal("a count without a row"))
+        let answer = async {
+            let tenant = self.tenant(environment).await?;
+            let (Some(tenant), Some(filter)) = (tenant, filter.possible()) else { return Ok(0) };
+            let counts: Vec<u64> = self.fetch(&query::count(&tenant, &filter, now)).await?;
+            counts.first().copied().ok_or_else(|| Error::internal("a count without a row"))
+        };
+        self.in_time(answer).await
     }
 
     async fn tags(&self, environment: &EnvironmentId, query: &TagQuery) -> Result<Vec<String>> {
-        let Some(tenant) = self.tenant(environment).await?.filter(|_| query.is_possible()) else {
-            return Ok(Vec::new());
+        let answer = async {
+            let tenant = self.tenant(environment).await?;
+            let Some(tenant) = tenant.filter(|_| query.is_possible()) else { return Ok(Vec::new()) };
+            self.fetch(&query::tags(&tenant, query)).await
         };
-        self.fetch(&query::tags(&tenant, query)).await
+        self.in_time(answer).await
     }
 
     async fn ping(&self) -> Result<Vec<String>> {
-        let asked = async {
-            self.require_usable().await?;
-            self.breaker.run(rebuild::last_finished(&self.clickhouse)).await
+        let Ok(built) = tokio::time::timeout(PING_TIMEOUT, self.built_at()).await else {
+            // Nobody may have asked for a list.
+            self.breaker.probe();
+            return Err(Fault::TimedOut(PING_TIMEOUT).into());
         };
-        let built = tokio::time::timeout(PING_TIMEOUT, asked).await;
-        let built = built.map_err(|_| Fault::TimedOut(PING_TIMEOUT))??;
-        let stale = |at: Timestamp| format!("lists are of {at}: nothing keeps them up to date");
-        Ok(built.map(stale).into_iter().collect())
+        Ok(vec![format!("lists are of {}: nothing keeps them up to date", built?)])
     }
 }

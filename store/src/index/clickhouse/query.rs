@@ -173,8 +173,8 @@ enum Way {
 /// parts. The inner part reads the first `limit` *candidates* in list order without FINAL: keys of which some version
 /// matches. The outer part reads those keys with FINAL, which decides. Every row of the list is among the keys that have a
 /// matching version, and the candidates are a prefix of these, so the rows found are a prefix of the list: a full page is
-/// exact. A short one is exact if there were no more candidates; otherwise the page is asked for again with more of them,
-/// and at last with all.
+/// exact. A short one is asked for again: among all candidates if they are few, otherwise among more of them, and at last
+/// without this detour. That they are few does not by itself make a short page exact: a merge in between makes them fewer.
 #[derive(Debug)]
 pub(super) struct PageQuery<'a> {
     tenant: &'a Tenant,
@@ -195,22 +195,25 @@ impl<'a> PageQuery<'a> {
         Self { tenant, filter, way, cursor, now, wanted: page.size + 1 }
     }
 
-    /// Numbers of candidates to try, in order; `None` is all.
-    pub(super) fn tries(&self) -> [Option<usize>; 4] {
+    /// Numbers of candidates to try, in order.
+    pub(super) fn tries(&self) -> [usize; 3] {
         let first = self.wanted + SPARE_CANDIDATES;
-        [Some(first), Some(first * WIDER), Some(first * WIDER * WIDER), None]
+        [first, first * WIDER, first * WIDER * WIDER]
     }
 
-    /// The rows among that many candidates, nearest to the anchor first.
-    pub(super) fn rows(&self, candidates: Option<usize>) -> Statement {
+    /// The rows among these, nearest to the anchor first.
+    pub(super) fn rows(&self, among: Among) -> Statement {
         let conditions = self.conditions();
         let (matching, order) = (&conditions.text, self.order());
-        let keys = match candidates {
-            None => String::new(),
-            Some(limit) => format!(
-                " AND (created_at, session_id) IN (SELECT created_at, session_id FROM {TABLE} WHERE {matching} {order} \
-                 LIMIT {limit})"
-            ),
+        let keys = |limit: &str| {
+            format!(
+                " AND (created_at, session_id) IN (SELECT created_at, session_id FROM {TABLE} WHERE {matching}{limit})"
+            )
+        };
+        let keys = match among {
+            Among::First(limit) => keys(&format!(" {order} LIMIT {limit}")),
+            Among::Candidates => keys(""),
+            Among::Everything => String::new(),
         };
         let text = format!(
             "SELECT {} FROM {TABLE} FINAL WHERE {matching}{keys} {order} LIMIT {}",
@@ -218,6 +221,11 @@ impl<'a> PageQuery<'a> {
             self.wanted
         );
         conditions.into_statement(text)
+    }
+
+    /// Whether anything but the tenant and the place in the list restricts it.
+    pub(super) fn is_filtered(&self) -> bool {
+        *self.filter != Filter::default()
     }
 
     /// How many candidates there are, counted up to `limit`.
@@ -238,6 +246,17 @@ impl<'a> PageQuery<'a> {
             Way::Newer => "ORDER BY created_at ASC, session_id ASC",
         }
     }
+}
+
+/// Where the rows of a page are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Among {
+    /// Among that many candidates, the first in list order.
+    First(usize),
+    /// Among all candidates, which should be few. Exact.
+    Candidates,
+    /// Everywhere. Exact.
+    Everything,
 }
 
 /// How many sessions match.
@@ -268,15 +287,6 @@ pub(super) fn tags(tenant: &Tenant, query: &TagQuery) -> Statement {
     conditions.into_statement(text)
 }
 
-/// The organization and project of an environment that the metadata store does not know, as any of its rows has them.
-pub(super) fn tenant_of(environment: &EnvironmentId) -> Statement {
-    let mut parameters = Parameters::default();
-    let place = parameters.text(environment.as_str());
-    let text =
-        format!("SELECT organization_id, project_id FROM {TABLE} WHERE environment_id = {place} LIMIT 1");
-    Statement { text, parameters, settings: &[] }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -294,19 +304,20 @@ mod tests {
     fn a_plain_page_reads_the_keys_first() {
         let (tenant, filter, page) = (tenant(), Filter::default(), PageRequest::first(20));
         let query = PageQuery::new(&tenant, &filter, &page, NOW);
-        assert_eq!(query.tries(), [Some(91), Some(728), Some(5824), None]);
+        assert_eq!(query.tries(), [91, 728, 5824]);
         let matching =
             "organization_id = {p0:String} AND project_id = {p1:String} AND environment_id = {p2:String}";
         let order = "ORDER BY created_at DESC, session_id DESC";
         assert_eq!(
-            query.rows(Some(91)).text,
+            query.rows(Among::First(91)).text,
             format!(
                 "SELECT {} FROM sessions_v1 FINAL WHERE {matching} AND (created_at, session_id) IN (SELECT created_at, \
                  session_id FROM sessions_v1 WHERE {matching} {order} LIMIT 91) {order} LIMIT 21",
                 ListedRow::COLUMNS
             )
         );
-        assert!(!query.rows(None).text.contains(" IN "));
+        assert!(!query.rows(Among::Candidates).text.contains("LIMIT 91"));
+        assert!(!query.rows(Among::Everything).text.contains(" IN "));
     }
 
     #[test]
@@ -317,7 +328,7 @@ mod tests {
             [(Anchor::After(Some(cursor.clone())), "<", "DESC"), (Anchor::Before(Some(cursor)), ">", "ASC")]
         {
             let page = PageRequest { size: 1, anchor };
-            let text = PageQuery::new(&tenant, &filter, &page, NOW).rows(Some(1)).text;
+            let text = PageQuery::new(&tenant, &filter, &page, NOW).rows(Among::First(1)).text;
             let bound = format!(
                 "created_at {sign}= fromUnixTimestamp64Milli({{p3:Int64}}) AND (created_at, session_id) {sign} \
                  (fromUnixTimestamp64Milli({{p3:Int64}}), {{p4:String}})"

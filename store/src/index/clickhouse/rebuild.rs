@@ -21,7 +21,7 @@ use sessiond_domain::{SessionId, Timestamp};
 
 /// Sessions copied in one step at most, and what their documents may take together before a step is made smaller: the size
 /// of metadata has no limit of its own.
-const PAGE_MAX: usize = 4_000;
+const PAGE_MAX: usize = 500;
 const PAGE_BYTES: usize = 8 << 20;
 /// Versions of rebuilds lie below this; from here on they are the replicator's.
 const VERSION_END: u64 = 1 << 56;
@@ -43,7 +43,8 @@ pub struct Rebuild {
 pub struct Progress {
     /// Sessions copied, by an earlier run of the same rebuild too.
     pub sessions: u64,
-    /// Of these, those whose metadata the column of type `JSON` could not take; lists have it all the same.
+    /// Of those that this run has copied, those whose metadata the column of type `JSON` could not take; lists have it all the
+    /// same.
     pub blanked: u64,
     /// Whether it is complete.
     pub finished: bool,
@@ -79,7 +80,7 @@ impl Rebuild {
             store,
             version: u64::try_from(now.millis()).unwrap_or(1),
             after: None,
-            page: PAGE_MAX / 16,
+            page: PAGE_MAX / 2,
             progress: Progress::default(),
         };
         match last {
@@ -88,8 +89,9 @@ impl Rebuild {
                 rebuild.after = Some(SessionId::from_stored(&step.after)).filter(|_| !step.after.is_empty());
                 rebuild.progress.sessions = step.rows;
             }
-            // Whatever the clock says: what this one stores must count against what earlier ones have stored.
-            Some(step) => rebuild.version = rebuild.version.max(step.version + 1),
+            // Whatever the clock says: what this one stores must count against what earlier ones have stored, and its
+            // tombstones, which are one less, against nothing that lives.
+            Some(step) => rebuild.version = rebuild.version.max(step.version + 2),
             None => {}
         }
         if rebuild.version >= VERSION_END {
@@ -120,7 +122,10 @@ impl Rebuild {
             self.progress.sessions += copied;
             self.after = Some(last);
         } else {
-            self.writer.bury_older_than(self.version).await?;
+            // One that has begun after this one, and was faster, has not seen what this one stored.
+            let newest = last_step(&self.clickhouse, "WHERE finished = 1").await?;
+            let newest = newest.map_or(self.version, |step| step.version.max(self.version));
+            self.writer.bury_older_than(newest).await?;
             self.progress.finished = true;
         }
         self.note().await?;
@@ -152,7 +157,9 @@ impl Rebuild {
         };
         let work = async {
             let mut insert = self.clickhouse.client().insert::<Step>("rebuilds").await?;
-            insert = insert.with_setting("async_insert", "0");
+            for (name, value) in [("async_insert", "0")].iter().chain(self.clickhouse.cluster_settings()) {
+                insert = insert.with_setting(*name, *value);
+            }
             insert.write(&step).await?;
             insert.end().await
         };

@@ -8,7 +8,7 @@ use super::client::{ClickHouse, Fault};
 /// Remembers which steps have been taken, and shows that the tables are ours.
 const STEPS_TABLE: &str = "schema_steps";
 /// What an exact list cannot do without, and the first version that has it.
-const NEEDED: (&str, &str) = ("use_skip_indexes_if_final_exact_mode", "25.6");
+const NEEDED: (&str, &str) = ("use_skip_indexes_if_final_exact_mode", "25.5");
 
 /// The steps, from 1 on, with the statements of each. A step is frozen once it is released. [`Words`] fills in what stands in
 /// braces.
@@ -43,14 +43,14 @@ const STEPS: &[&[&str]] = &[&[
     ) ENGINE = {replicated}ReplacingMergeTree(_version, _is_deleted)
     PARTITION BY toYYYYMM(created_at, 'UTC')
     ORDER BY (organization_id, project_id, environment_id, created_at, session_id)
-    SETTINGS min_age_to_force_merge_seconds = 3600, min_age_to_force_merge_on_partition_only = 1{durable}",
+    SETTINGS {durable}, min_age_to_force_merge_seconds = 3600, min_age_to_force_merge_on_partition_only = 1",
     "CREATE TABLE IF NOT EXISTS {database}.rebuilds {on_cluster} (
         version UInt64,
         after String,
         rows UInt64,
         finished UInt8,
         at DateTime64(3) DEFAULT now64(3)
-    ) ENGINE = {replicated}MergeTree ORDER BY (version, rows){durable_alone}",
+    ) ENGINE = {replicated}MergeTree ORDER BY (version, rows) SETTINGS {durable}",
 ]];
 
 /// The newest step that this program knows.
@@ -62,7 +62,6 @@ struct Words {
     on_cluster: String,
     replicated: &'static str,
     durable: &'static str,
-    durable_alone: &'static str,
 }
 
 impl Words {
@@ -74,11 +73,10 @@ impl Words {
             database: identifier(database),
             on_cluster: cluster.map_or_else(String::new, |name| format!("ON CLUSTER {}", identifier(name))),
             replicated: if alone { "" } else { "Replicated" },
-            durable: if alone { ", fsync_after_insert = 1, fsync_part_directory = 1" } else { "" },
-            durable_alone: if alone {
-                " SETTINGS fsync_after_insert = 1, fsync_part_directory = 1"
+            durable: if alone {
+                "fsync_after_insert = 1, fsync_part_directory = 1"
             } else {
-                ""
+                "fsync_after_insert = 0, fsync_part_directory = 0"
             },
         }
     }
@@ -88,7 +86,6 @@ impl Words {
             .replace("{on_cluster}", &self.on_cluster)
             .replace("{replicated}", self.replicated)
             .replace("{durable}", self.durable)
-            .replace("{durable_alone}", self.durable_alone)
     }
 }
 
@@ -97,50 +94,40 @@ fn identifier(name: &str) -> String {
     format!("`{}`", name.replace('\\', "\\\\").replace('`', "\\`"))
 }
 
-#[derive(Debug, Row, Deserialize)]
-struct Tables {
-    ours: u8,
-    sessions: u8,
-    needed: u8,
+/// What a server has of ours.
+struct Found {
+    database: bool,
+    /// The newest step that was taken; `None` without the table that notes them.
+    step: Option<u32>,
+}
+
+/// Looks, and changes nothing. Whether there is something to list.
+///
+/// # Errors
+/// [`Fault::NewerSchema`], [`Fault::ForeignTable`], [`Fault::TooOld`]; otherwise what keeps the server from answering.
+pub(super) async fn is_current(clickhouse: &ClickHouse) -> Result<bool, Fault> {
+    Ok(look(clickhouse).await?.step == Some(KNOWN))
 }
 
 /// Brings the tables to the schema of this program. Costs two questions where they are.
 ///
 /// # Errors
-/// [`Fault::NewerSchema`], [`Fault::ForeignTable`], [`Fault::TooOld`]; otherwise what keeps the server from answering.
+/// As [`is_current`].
 pub(super) async fn migrate(clickhouse: &ClickHouse) -> Result<(), Fault> {
-    let database = clickhouse.database().to_owned();
-    let words = Words::new(&database, clickhouse.options().cluster.as_deref());
-    let tables = clickhouse.ask(
-        "SELECT countIf(name = 'schema_steps') > 0 AS ours, countIf(name = 'sessions_v1') > 0 AS sessions, \
-         ifNull((SELECT count() FROM system.settings WHERE name = {needed:String}), 0) > 0 AS needed \
-         FROM system.tables WHERE database = {database:String}",
-    );
-    let tables = tables.param("needed", NEEDED.0).param("database", &database);
-    let found: Vec<Tables> = clickhouse.describe(tables).await?;
-    let found = found
-        .first()
-        .map_or((false, false, false), |found| (found.ours == 1, found.sessions == 1, found.needed == 1));
-    let (ours, sessions, knows_setting) = found;
-    if !knows_setting {
-        return Err(Fault::TooOld { setting: NEEDED.0, needed: NEEDED.1 });
-    }
-    if sessions && !ours {
-        return Err(Fault::ForeignTable { database });
-    }
-    let taken = if ours { newest_step(clickhouse, &words).await? } else { 0 };
-    if taken > KNOWN {
-        return Err(Fault::NewerSchema { database, step: taken, known: KNOWN });
-    }
-    if !ours {
+    let found = look(clickhouse).await?;
+    let database = clickhouse.database();
+    let words = Words::new(database, clickhouse.options().cluster.as_deref());
+    if !found.database {
         clickhouse.define(&words.fill("CREATE DATABASE IF NOT EXISTS {database} {on_cluster}")).await?;
+    }
+    if found.step.is_none() {
         let steps = format!(
             "CREATE TABLE IF NOT EXISTS {{database}}.{STEPS_TABLE} {{on_cluster}} (step UInt32, taken_at DateTime DEFAULT \
-             now()) ENGINE = {{replicated}}MergeTree ORDER BY step{{durable_alone}}"
+             now()) ENGINE = {{replicated}}MergeTree ORDER BY step SETTINGS {{durable}}"
         );
         clickhouse.define(&words.fill(&steps)).await?;
     }
-    for (step, statements) in (1..).zip(STEPS).skip(taken as usize) {
+    for (step, statements) in (1..).zip(STEPS).skip(found.step.unwrap_or(0) as usize) {
         for statement in *statements {
             clickhouse.define(&words.fill(statement)).await?;
         }
@@ -151,10 +138,40 @@ pub(super) async fn migrate(clickhouse: &ClickHouse) -> Result<(), Fault> {
     Ok(())
 }
 
-async fn newest_step(clickhouse: &ClickHouse, words: &Words) -> Result<u32, Fault> {
-    let text = words.fill(&format!("SELECT max(step) FROM {{database}}.{STEPS_TABLE}"));
-    let newest: Vec<u32> = clickhouse.describe(clickhouse.ask(&text)).await?;
-    Ok(newest.first().copied().unwrap_or(0))
+async fn look(clickhouse: &ClickHouse) -> Result<Found, Fault> {
+    #[derive(Debug, Row, Deserialize)]
+    struct Tables {
+        database: u8,
+        ours: u8,
+        sessions: u8,
+        needed: u8,
+    }
+    let name = clickhouse.database();
+    let tables = clickhouse.ask(
+        "SELECT ifNull((SELECT count() FROM system.databases WHERE name = {database:String}), 0) > 0 AS database, \
+         countIf(name = 'schema_steps') > 0 AS ours, countIf(name = 'sessions_v1') > 0 AS sessions, \
+         ifNull((SELECT count() FROM system.settings WHERE name = {needed:String}), 0) > 0 AS needed \
+         FROM system.tables WHERE database = {database:String}",
+    );
+    let found: Tables = clickhouse.one(tables.param("needed", NEEDED.0).param("database", name)).await?;
+    if found.needed == 0 {
+        return Err(Fault::TooOld { setting: NEEDED.0, needed: NEEDED.1 });
+    }
+    if found.sessions == 1 && found.ours == 0 {
+        return Err(Fault::ForeignTable { database: name.to_owned() });
+    }
+    let step = if found.ours == 0 { None } else { Some(newest_step(clickhouse).await?) };
+    match step {
+        Some(step) if step > KNOWN => {
+            Err(Fault::NewerSchema { database: name.to_owned(), step, known: KNOWN })
+        }
+        step => Ok(Found { database: found.database == 1, step }),
+    }
+}
+
+async fn newest_step(clickhouse: &ClickHouse) -> Result<u32, Fault> {
+    let text = format!("SELECT max(step) FROM {}.{STEPS_TABLE}", identifier(clickhouse.database()));
+    clickhouse.one(clickhouse.ask(&text)).await
 }
 
 #[cfg(test)]
@@ -190,7 +207,10 @@ mod tests {
         );
         assert!(rebuilds.contains("ENGINE = ReplicatedMergeTree ORDER BY"), "{rebuilds}");
         for text in [sessions, rebuilds] {
-            assert!(!text.contains("fsync") && !text.contains('{'), "{text}");
+            assert!(
+                text.contains("fsync_after_insert = 0, fsync_part_directory = 0") && !text.contains('{'),
+                "{text}"
+            );
         }
     }
 }

@@ -1,5 +1,7 @@
 //! [`SessionWriter`]: rows into the table.
 
+use std::time::Duration;
+
 use super::client::{ClickHouse, Fault, timely};
 use super::row::SessionRow;
 
@@ -14,6 +16,9 @@ const INSERT_SETTINGS: [(&str, &str); 5] = [
     // Rows of one page may be from more than the hundred months that are allowed otherwise.
     ("max_partitions_per_insert_block", "0"),
 ];
+
+/// Longest that tombstones for one month may take: FINAL reads all of its rows.
+const BURY_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Writes versions of sessions. The greatest version of a session counts, in whatever order they come.
 #[derive(Clone, Debug)]
@@ -31,18 +36,15 @@ impl SessionWriter {
     /// on a quorum of replicas. Repeating it changes nothing.
     ///
     /// # Errors
-    /// [`Fault::Refused`] if it stored none; after [`Fault::Away`] and [`Fault::TimedOut`] nobody knows what it stored.
+    /// [`Fault::Away`], [`Fault::TimedOut`], [`Fault::Refused`]; after each of them some rows may be stored.
     pub async fn insert(&self, rows: &[SessionRow]) -> Result<(), Fault> {
         let (clickhouse, limit) = (&self.clickhouse, self.clickhouse.options().insert_timeout);
         let work = async {
             // With validation the crate sends the type `JSON` without its parameters, which the server refuses.
             let client = clickhouse.client().clone().with_validation(false);
             let mut insert = client.insert::<SessionRow>("sessions_v1").await?;
-            for (name, value) in INSERT_SETTINGS {
-                insert = insert.with_setting(name, value);
-            }
-            if clickhouse.options().cluster.is_some() {
-                insert = insert.with_setting("insert_quorum", "auto");
+            for (name, value) in INSERT_SETTINGS.iter().chain(clickhouse.cluster_settings()) {
+                insert = insert.with_setting(*name, *value);
             }
             for row in rows {
                 insert.write(row).await?;
@@ -58,15 +60,17 @@ impl SessionWriter {
     /// # Errors
     /// As [`SessionWriter::insert`].
     pub async fn insert_or_blank(&self, rows: Vec<SessionRow>) -> Result<usize, Fault> {
-        match self.insert(&rows).await {
-            Err(fault) if fault.is_of_a_row() && self.clickhouse.options().metadata_column => {}
-            other => return other.map(|()| 0),
-        }
-        let mut blanked = 0;
-        for row in rows {
-            match self.insert(std::slice::from_ref(&row)).await {
-                Err(fault) if fault.is_of_a_row() => {
-                    self.insert(&[row.without_metadata_column()]).await?;
+        let (mut blanked, mut parts) = (0, vec![rows]);
+        while let Some(mut rows) = parts.pop() {
+            match self.insert(&rows).await {
+                // Halved until what is refused is alone.
+                Err(fault) if fault.is_of_a_row() && rows.len() > 1 => {
+                    let rest = rows.split_off(rows.len() / 2);
+                    parts.extend([rest, rows]);
+                }
+                Err(fault) if fault.is_of_a_row() && self.clickhouse.options().metadata_column => {
+                    let rows: Vec<_> = rows.into_iter().map(SessionRow::without_metadata_column).collect();
+                    self.insert(&rows).await?;
                     blanked += 1;
                 }
                 other => other?,
@@ -75,18 +79,31 @@ impl SessionWriter {
         Ok(blanked)
     }
 
-    /// Puts a tombstone of `version` in the place of every session whose newest version is older.
+    /// Puts a tombstone in the place of every session whose newest version is older than `version`. Its own is one less, so
+    /// that it hides nothing that was stored at `version`.
     ///
     /// # Errors
     /// As [`SessionWriter::insert`].
     pub async fn bury_older_than(&self, version: u64) -> Result<(), Fault> {
+        let months = "SELECT DISTINCT partition_id FROM system.parts \
+                      WHERE database = {database:String} AND table = 'sessions_v1' AND active";
+        let months = self.clickhouse.query(months).param("database", self.clickhouse.database());
+        for month in self.clickhouse.fetch::<String>(months).await? {
+            self.bury_in(&month, version).await?;
+        }
+        Ok(())
+    }
+
+    async fn bury_in(&self, partition: &str, version: u64) -> Result<(), Fault> {
         let text = "INSERT INTO sessions_v1 (environment_id, organization_id, project_id, session_id, environment_type, \
              friendly_id, type, created_at, updated_at, _version, _is_deleted) \
              SELECT environment_id, organization_id, project_id, session_id, environment_type, friendly_id, type, \
-             created_at, updated_at, {version:UInt64}, 1 FROM sessions_v1 FINAL WHERE _version < {version:UInt64}";
-        let query = self.clickhouse.client().query_raw(text).param("version", version);
-        let query =
-            query.with_setting("async_insert", "0").with_setting("max_partitions_per_insert_block", "0");
-        self.clickhouse.execute(query).await
+             created_at, updated_at, {tombstone:UInt64}, 1 FROM sessions_v1 FINAL \
+             WHERE _partition_id = {partition:String} AND _version < {version:UInt64}";
+        let query = self.clickhouse.client().query_raw(text).param("partition", partition);
+        let query = query.param("version", version).param("tombstone", version.saturating_sub(1));
+        let settings = INSERT_SETTINGS.iter().chain(self.clickhouse.cluster_settings());
+        let query = settings.fold(query, |query, (name, value)| query.with_setting(*name, *value));
+        timely(BURY_TIMEOUT, query.execute()).await
     }
 }

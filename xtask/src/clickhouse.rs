@@ -94,7 +94,15 @@ impl ClickHouse {
     /// # Errors
     /// With what it printed, if it ends instead.
     pub(crate) fn start(workspace: &Workspace, library: &Path) -> Result<Self> {
-        let folder = Scratch::new(&env::temp_dir(), "sessiond-clickhouse")?;
+        Self::start_below(workspace, library, &env::temp_dir())
+    }
+
+    /// The same with its folder below `parent`.
+    ///
+    /// # Errors
+    /// As [`ClickHouse::start`].
+    pub(crate) fn start_below(workspace: &Workspace, library: &Path, parent: &Path) -> Result<Self> {
+        let folder = Scratch::new(parent, "sessiond-clickhouse")?;
         let log = fs::File::create(folder.path.join("log"))?;
         let mut command = Command::new("python3");
         command.arg(workspace.root.join(LAUNCHER)).arg(library).arg(folder.path.join("data"));
@@ -115,6 +123,12 @@ impl ClickHouse {
     /// Its HTTP interface; the user `default` needs no password.
     pub(crate) fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Its port on the loopback interface, and the number of its process.
+    #[cfg(feature = "bench")]
+    pub(crate) fn port_and_process(&self) -> (u16, u32) {
+        (self.port, self.engine.id())
     }
 }
 

@@ -1,5 +1,6 @@
 //! What the numbers should be, and whether they are.
 
+use super::clickhouse;
 use super::delivery::Pace;
 use super::direct::{DIRECT, direct};
 use super::graphql;
@@ -117,6 +118,32 @@ fn goals(samples: &Samples, floor: Spread) -> Vec<Goal> {
     ];
     goals.extend(direct_goals(samples));
     goals.extend(graphql_goals(samples));
+    goals.extend(clickhouse_goals(samples));
+    goals
+}
+
+/// Those of lists from ClickHouse, by what plain FINAL and rows without metadata cost in the same run.
+fn clickhouse_goals(samples: &Samples) -> Vec<Goal> {
+    let at_most = |value: f64, bound: f64| value <= bound;
+    let mut goals = Vec::new();
+    for row in clickhouse::JUDGED_PAGES {
+        let p50 = |server| samples.value(Table::ClickHouse, row, server, Metric::P50);
+        let wanted = Some(("<= 60 ms".to_owned(), 60.0));
+        goals.push(Goal::new(format!("{row}: p50"), wanted, p50(OURS), "ms", at_most));
+        let plain = p50(clickhouse::PLAIN);
+        let wanted =
+            plain.map(|plain| (format!("<= {:.2} ms (0.35 x plain FINAL)", 0.35 * plain), 0.35 * plain));
+        goals.push(Goal::new("the same beside plain FINAL", wanted, p50(OURS), "ms", at_most));
+    }
+    for (what, metric, unit) in
+        [("insert p50", Metric::P50, "ms"), ("engine memory after inserts", Metric::MibAfter, "MiB")]
+    {
+        let value = |row| samples.value(Table::Inserts, row, clickhouse::ENGINE, metric);
+        let wanted = value(clickhouse::NO_METADATA)
+            .map(|empty| (format!("<= {:.2} {unit} (1.5 x {{}})", 1.5 * empty), 1.5 * empty));
+        let measured = value(clickhouse::MANY_KEYS);
+        goals.push(Goal::new(format!("{what}, 300 random keys"), wanted, measured, unit, at_most));
+    }
     goals
 }
 

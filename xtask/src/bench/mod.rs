@@ -4,6 +4,7 @@
 //! own processor time is shown. Every answer is checked: a record lost, repeated or refused fails the run.
 
 mod catchup;
+mod clickhouse;
 mod delivery;
 mod direct;
 mod durable_streams;
@@ -55,7 +56,7 @@ type Targets = Vec<Box<dyn Target>>;
 /// Flags of `bench`.
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
-    /// What to measure [default: all but lists]
+    /// What to measure [default: all but lists and clickhouse-lists]
     #[arg(value_enum)]
     rows: Vec<Row>,
     /// Measure Redis, durable-streams and s2-lite in the same run, installing what is missing
@@ -115,7 +116,11 @@ fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Resu
     head.iter().for_each(|line| println!("{line}"));
     println!("data: {}", home.display());
     let mut floors = vec![sync_floor(home)?];
-    let wanted = |row| if args.rows.is_empty() { row != Row::Lists } else { args.rows.contains(&row) };
+    let asked_for_only = [Row::Lists, Row::ClickhouseLists];
+    let wanted = |row: Row| match args.rows.as_slice() {
+        [] => !asked_for_only.contains(&row),
+        rows => rows.contains(&row),
+    };
     if wanted(Row::Ack) {
         bench.ack(&targets, &extra, &mut floors)?;
     }
@@ -146,6 +151,9 @@ fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Resu
         }
         if wanted(Row::Lists) {
             bench.lists(ours.as_ref())?;
+        }
+        if wanted(Row::ClickhouseLists) {
+            head.extend(bench.clickhouse_lists(workspace, &binary(args, workspace))?);
         }
     }
     floors.push(sync_floor(home)?);

@@ -47,10 +47,7 @@ impl Target for Ours {
     }
 
     fn start(&self, home: &Path) -> anyhow::Result<Server> {
-        let mut command = Command::new(&self.binary);
-        command.args(["serve", "--listen", "127.0.0.1:0", "--data"]).arg(home.join("data"));
-        command.env("SESSIOND_SECRET_KEY", KEY).env("SESSIOND_HTTP__RATE_LIMIT__KEY_PER_10S", "0");
-        Server::start(&mut command, home, base_url)
+        start(&self.binary, home, &[])
     }
 
     fn proof(&self, server: &Server) -> anyhow::Result<Vec<String>> {
@@ -108,6 +105,15 @@ impl Target for Ours {
             ("records", Box::new(Body::new(ask(&records, server, &[])))),
         ]
     }
+}
+
+/// Serves what is in `home`, with these settings of the environment beside the usual ones.
+pub(crate) fn start(binary: &Path, home: &Path, settings: &[(&str, &str)]) -> anyhow::Result<Server> {
+    let mut command = Command::new(binary);
+    command.args(["serve", "--listen", "127.0.0.1:0", "--data"]).arg(home.join("data"));
+    command.env("SESSIOND_SECRET_KEY", KEY).env("SESSIOND_HTTP__RATE_LIMIT__KEY_PER_10S", "0");
+    command.envs(settings.iter().copied());
+    Server::start(&mut command, home, base_url)
 }
 
 /// A request of the secret key.

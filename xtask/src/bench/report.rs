@@ -24,6 +24,8 @@ pub(crate) enum Metric {
     FirstP99,
     MidP50,
     MidP99,
+    MibBefore,
+    MibAfter,
 }
 
 impl Metric {
@@ -44,6 +46,8 @@ impl Metric {
             Self::FirstP99 => "first page p99 ms",
             Self::MidP50 => "middle page p50 ms",
             Self::MidP99 => "middle page p99 ms",
+            Self::MibBefore => "engine MiB before",
+            Self::MibAfter => "engine MiB after",
         }
     }
 
@@ -54,7 +58,9 @@ impl Metric {
             | Self::MegabytesPerSecond
             | Self::RecordMegabytes
             | Self::BytesPerRecord => format!("{value:.0}"),
-            Self::ClientUs | Self::KibPerFollower | Self::EmptyMib => format!("{value:.1}"),
+            Self::ClientUs | Self::KibPerFollower | Self::EmptyMib | Self::MibBefore | Self::MibAfter => {
+                format!("{value:.1}")
+            }
             _ => format!("{value:.2}"),
         }
     }
@@ -75,11 +81,22 @@ pub(crate) enum Table {
     Memory,
     Page,
     Lists,
+    ClickHouse,
+    Inserts,
 }
 
 impl Table {
-    const ALL: [Self; 7] =
-        [Self::Ack, Self::Delivery, Self::CatchUp, Self::Direct, Self::Memory, Self::Page, Self::Lists];
+    const ALL: [Self; 9] = [
+        Self::Ack,
+        Self::Delivery,
+        Self::CatchUp,
+        Self::Direct,
+        Self::Memory,
+        Self::Page,
+        Self::Lists,
+        Self::ClickHouse,
+        Self::Inserts,
+    ];
 
     fn title(self) -> &'static str {
         match self {
@@ -90,6 +107,10 @@ impl Table {
             Self::Memory => "Resident memory of idle followers",
             Self::Page => "A page of 50 of 1000 sessions, six fields of each over GraphQL; CPU per page",
             Self::Lists => "Lists over HTTP, pages of 50 of 1,000,000 sessions in SQLite",
+            Self::ClickHouse => {
+                "Lists from ClickHouse over HTTP, pages of 50 of 1,000,000 sessions; plain FINAL is asked of the engine itself"
+            }
+            Self::Inserts => "Inserts of 10,000 sessions into ClickHouse, batches of 1000",
         }
     }
 }

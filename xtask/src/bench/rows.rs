@@ -53,6 +53,8 @@ pub(crate) enum Row {
     Graphql,
     /// List queries over 1,000,000 sessions, ours only
     Lists,
+    /// Lists, counts and tags from ClickHouse over 1,000,000 sessions beside plain FINAL, and inserts into it
+    ClickhouseLists,
 }
 
 /// Name of an ack row.

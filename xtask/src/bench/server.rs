@@ -75,9 +75,7 @@ impl Server {
 
     /// Its resident memory in KiB.
     pub(crate) fn rss(&self) -> anyhow::Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-        Ok(line.trim().trim_end_matches(" kB").parse()?)
+        rss(self.child.id())
     }
 
     /// Stops it and leaves its data where it is.
@@ -102,6 +100,13 @@ impl Drop for Server {
             let _ = fs::remove_dir_all(&self.home);
         }
     }
+}
+
+/// Resident memory of a process in KiB.
+pub(crate) fn rss(process: u32) -> anyhow::Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
 /// Processor time of this process.

@@ -112,7 +112,14 @@ impl Bench<'_> {
         let mut head =
             vec![format!("server: ClickHouse {}, as the tests run it", engine.tell("SELECT version()")?)];
         head.push(seed::seed(&engine, &tenants)?);
-        let server = ours::start(binary, &home, &[("SESSIOND_CLICKHOUSE__URL", engine.url())])?;
+        let server = ours::start(
+            binary,
+            &home,
+            &[
+                ("SESSIOND_CLICKHOUSE__URL", engine.url()),
+                ("SESSIOND_CLICKHOUSE__LISTS", "clickhouse".to_owned()),
+            ],
+        )?;
         for tenant in &tenants {
             head.push(self.lists_of(tenant, &server, &engine)?);
         }

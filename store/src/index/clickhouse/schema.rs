@@ -141,31 +141,31 @@ pub(super) async fn migrate(clickhouse: &ClickHouse) -> Result<(), Fault> {
 async fn look(clickhouse: &ClickHouse) -> Result<Found, Fault> {
     #[derive(Debug, Row, Deserialize)]
     struct Tables {
-        database: u8,
-        ours: u8,
-        sessions: u8,
-        needed: u8,
+        has_database: u8,
+        has_steps: u8,
+        has_sessions: u8,
+        has_setting: u8,
     }
     let name = clickhouse.database();
     let tables = clickhouse.ask(
-        "SELECT ifNull((SELECT count() FROM system.databases WHERE name = {database:String}), 0) > 0 AS database, \
-         countIf(name = 'schema_steps') > 0 AS ours, countIf(name = 'sessions_v1') > 0 AS sessions, \
-         ifNull((SELECT count() FROM system.settings WHERE name = {needed:String}), 0) > 0 AS needed \
+        "SELECT ifNull((SELECT count() FROM system.databases WHERE name = {database:String}), 0) > 0 AS has_database, \
+         countIf(name = 'schema_steps') > 0 AS has_steps, countIf(name = 'sessions_v1') > 0 AS has_sessions, \
+         ifNull((SELECT count() FROM system.settings WHERE name = {needed:String}), 0) > 0 AS has_setting \
          FROM system.tables WHERE database = {database:String}",
     );
     let found: Tables = clickhouse.one(tables.param("needed", NEEDED.0).param("database", name)).await?;
-    if found.needed == 0 {
+    if found.has_setting == 0 {
         return Err(Fault::TooOld { setting: NEEDED.0, needed: NEEDED.1 });
     }
-    if found.sessions == 1 && found.ours == 0 {
+    if found.has_sessions == 1 && found.has_steps == 0 {
         return Err(Fault::ForeignTable { database: name.to_owned() });
     }
-    let step = if found.ours == 0 { None } else { Some(newest_step(clickhouse).await?) };
+    let step = if found.has_steps == 0 { None } else { Some(newest_step(clickhouse).await?) };
     match step {
         Some(step) if step > KNOWN => {
             Err(Fault::NewerSchema { database: name.to_owned(), step, known: KNOWN })
         }
-        step => Ok(Found { database: found.database == 1, step }),
+        step => Ok(Found { database: found.has_database == 1, step }),
     }
 }
 

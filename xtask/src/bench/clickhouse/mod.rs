@@ -115,10 +115,7 @@ impl Bench<'_> {
         let server = ours::start(
             binary,
             &home,
-            &[
-                ("SESSIOND_CLICKHOUSE__URL", engine.url()),
-                ("SESSIOND_CLICKHOUSE__LISTS", "clickhouse".to_owned()),
-            ],
+            &[("SESSIOND_CLICKHOUSE__URL", engine.url()), ("SESSIOND_CLICKHOUSE__LISTS", "clickhouse")],
         )?;
         for tenant in &tenants {
             head.push(self.lists_of(tenant, &server, &engine)?);

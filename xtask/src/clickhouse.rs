@@ -11,7 +11,7 @@ use std::{env, panic, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::workspace::{Scratch, Workspace};
+use crate::workspace::{Scratch, Workspace, keep};
 use crate::{packages, process};
 
 /// The npm package that holds the library. Other versions lack what the launcher needs, the newest among them.
@@ -41,7 +41,7 @@ impl Fetching {
 
 fn install(workspace: &Workspace) -> Result<PathBuf> {
     let (_, version) = PACKAGE.rsplit_once('@').context("the package has a version")?;
-    let home = workspace.cache.join("tools").join(format!("clickhouse-{version}"));
+    let home = workspace.tool(&format!("clickhouse-{version}"));
     let library = home.join(LIBRARY);
     if library.exists() {
         return Ok(library);
@@ -54,30 +54,17 @@ fn install(workspace: &Workspace) -> Result<PathBuf> {
         packages::debian(&["python3"])?;
     }
     let work = workspace.scratch("clickhouse")?;
-    silent(Command::new("npm").args(["pack", "--silent", PACKAGE]).current_dir(&work.path))?;
-    let found = silent(Command::new("sha512sum").arg(TARBALL).current_dir(&work.path))?;
+    process::quiet(Command::new("npm").args(["pack", "--silent", PACKAGE]).current_dir(&work.path))?;
+    let found = process::quiet(Command::new("sha512sum").arg(TARBALL).current_dir(&work.path))?;
     ensure!(found.starts_with(SHA512), "{PACKAGE} is not the package that was tested: its SHA-512 differs");
     let root = work.path.join("root");
     fs::create_dir(&root)?;
     let file = format!("package/{LIBRARY}");
     let mut tar = Command::new("tar");
     tar.args(["-xzf", TARBALL, "--strip-components=1", "-C"]).arg(&root).arg(file);
-    silent(tar.current_dir(&work.path))?;
-    // Whole or not at all, whoever else installs it now.
-    fs::create_dir_all(home.parent().context("the cache has folders")?)?;
-    if let Err(error) = fs::rename(&root, &home) {
-        ensure!(library.exists(), "cannot move the engine of ClickHouse into the cache: {error}");
-    }
+    process::quiet(tar.current_dir(&work.path))?;
+    keep(&root, &home, &library)?;
     Ok(library)
-}
-
-/// Runs a step whose output would stand in the middle of another's.
-fn silent(command: &mut Command) -> Result<String> {
-    let output =
-        command.stdin(Stdio::null()).output().with_context(|| format!("cannot start {command:?}"))?;
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{command:?} ended with {}: {stderr}", output.status);
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// A running engine without any table; it ends with us, because its standard input does.

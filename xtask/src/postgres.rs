@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
+
+use crate::process;
 
 /// Where Debian keeps server binaries, one folder per major version.
 const DEBIAN_ROOT: &str = "/usr/lib/postgresql";
@@ -45,7 +47,7 @@ impl Postgres {
         let data = folder.join("data");
         let mut initdb = command(&binaries.join("initdb"), owner, &folder);
         initdb.args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C.UTF-8", "-D"]);
-        run(initdb.arg(&data))?;
+        process::quiet(initdb.arg(&data))?;
         let port = free_port()?;
         let server = spawn(&binaries, owner, &folder, &data, port)?;
         let url = format!("postgres://postgres@127.0.0.1:{port}/postgres");
@@ -79,7 +81,7 @@ impl Postgres {
     /// SIGINT is Postgres' fast shutdown: clients are cut off, files are left clean.
     fn stop(&mut self) -> Result<()> {
         let pid = self.server.id().to_string();
-        run(Command::new("kill").args(["-s", "INT", &pid]))?;
+        process::quiet(Command::new("kill").args(["-s", "INT", &pid]))?;
         let asked = Instant::now();
         while self.server.try_wait()?.is_none() {
             if asked.elapsed() > STOP_PATIENCE {
@@ -129,7 +131,7 @@ fn owner() -> Result<Option<(u32, u32)>> {
         return Ok(None);
     }
     if id("-u", Some(USER)).is_err() {
-        run(Command::new("useradd").args([
+        process::quiet(Command::new("useradd").args([
             "--system",
             "--no-create-home",
             "--shell",
@@ -141,7 +143,7 @@ fn owner() -> Result<Option<(u32, u32)>> {
 }
 
 fn id(what: &str, user: Option<&str>) -> Result<u32> {
-    let text = run(Command::new("id").arg(what).args(user))?;
+    let text = process::quiet(Command::new("id").arg(what).args(user))?;
     text.trim().parse().with_context(|| format!("id printed {text:?}"))
 }
 
@@ -175,12 +177,4 @@ fn command(program: &Path, owner: Option<(u32, u32)>, folder: &Path) -> Command 
         command.uid(user).gid(group);
     }
     command
-}
-
-/// Runs a step to its end and returns what it printed.
-fn run(command: &mut Command) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {command:?}"))?;
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{command:?} ended with {}: {stderr}", output.status);
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

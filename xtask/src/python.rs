@@ -1,13 +1,12 @@
 //! The suite that Python runs against the binary that was just built: the GraphQL client of Python.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 
 use crate::tap::Counts;
-use crate::workspace::Workspace;
+use crate::workspace::{Workspace, keep};
 use crate::{packages, process};
 
 const FOLDER: &str = "tests/python";
@@ -29,7 +28,7 @@ pub(crate) fn install(workspace: &Workspace) -> anyhow::Result<PathBuf> {
     let requirements = workspace.root.join(FOLDER).join(REQUIREMENTS);
     let key = process::answer(Command::new("python3").args(["-c", KEY]).arg(&requirements))
         .context("python3 does not run here")?;
-    let home = workspace.cache.join("tools").join(format!("python-{key}"));
+    let home = workspace.tool(&format!("python-{key}"));
     let python = python_of(&home);
     if python.exists() {
         return Ok(python);
@@ -40,11 +39,8 @@ pub(crate) fn install(workspace: &Workspace) -> anyhow::Result<PathBuf> {
     let mut pip = Command::new(python_of(&environment));
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]);
     process::run(pip.args(["--only-binary=:all:", "--require-hashes", "--requirement"]).arg(&requirements))?;
-    // Whole or not at all, whoever else installs it now. Scripts in it would name the old place; its Python does not.
-    fs::create_dir_all(home.parent().context("the cache has folders")?)?;
-    if let Err(error) = fs::rename(&environment, &home) {
-        ensure!(python.exists(), "cannot move the packages of Python into the cache: {error}");
-    }
+    // Scripts in it would name the old place; its Python does not.
+    keep(&environment, &home, &python)?;
     Ok(python)
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 
-use crate::workspace::Workspace;
+use crate::workspace::{Workspace, keep};
 use crate::{packages, process};
 
 /// Runs the Rust tests, each in a process of its own, and takes their times.
@@ -43,7 +43,7 @@ impl Tool {
     /// # Errors
     /// If there is neither a published build for this machine nor a way to compile it.
     pub(crate) fn install(&self, workspace: &Workspace) -> anyhow::Result<PathBuf> {
-        let home = workspace.cache.join("tools").join(format!("{}-{}", self.name, self.version));
+        let home = workspace.tool(&format!("{}-{}", self.name, self.version));
         let binary = home.join("bin").join(self.name);
         if binary.exists() {
             return Ok(binary);
@@ -54,11 +54,7 @@ impl Tool {
             println!("no published build of {} here ({error:#}), so it is compiled", self.name);
             self.compile(&work.path, &root)?;
         }
-        // Whole or not at all, whoever else installs it now.
-        fs::create_dir_all(home.parent().context("the cache has folders")?)?;
-        if let Err(error) = fs::rename(&root, &home) {
-            ensure!(binary.exists(), "cannot move {} into the cache: {error}", self.name);
-        }
+        keep(&root, &home, &binary)?;
         Ok(binary)
     }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 
 use crate::process;
 
@@ -62,10 +62,28 @@ impl Workspace {
         Scratch::new(&self.cache, purpose)
     }
 
+    /// Where a tool is kept in the cache, by its name and version.
+    pub(crate) fn tool(&self, name: &str) -> PathBuf {
+        self.cache.join("tools").join(name)
+    }
+
     /// A binary of the workspace's debug build.
     pub(crate) fn debug_binary(&self, name: &str) -> PathBuf {
         self.target.join("debug").join(name)
     }
+}
+
+/// Moves what was `made` to its `home` in the cache: whole or not at all, whoever else does it now. `proof` is a file below
+/// `home` that shows that it is there.
+///
+/// # Errors
+/// If it cannot be moved, and nobody else has put it there.
+pub(crate) fn keep(made: &Path, home: &Path, proof: &Path) -> anyhow::Result<()> {
+    fs::create_dir_all(home.parent().context("the cache has folders")?)?;
+    if let Err(error) = fs::rename(made, home) {
+        ensure!(proof.exists(), "cannot move {} to {}: {error}", made.display(), home.display());
+    }
+    Ok(())
 }
 
 /// A folder that is removed when dropped.

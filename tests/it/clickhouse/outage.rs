@@ -45,13 +45,11 @@ async fn costs_one_wait(server: &TestServer) {
     let started = Instant::now();
     assert!(is_refusal(&server.get(SESSIONS).await));
     assert!(started.elapsed() < TIMEOUT + Duration::from_millis(500), "{:?}", started.elapsed());
-    let (mut refused, started) = (0, Instant::now());
-    // Within the second in which nobody tries.
-    while started.elapsed() < Duration::from_millis(700) && refused < 100 {
+    let started = Instant::now();
+    for _ in 0..100 {
         assert!(is_refusal(&server.get(SESSIONS).await));
-        refused += 1;
     }
-    assert!(started.elapsed() < Duration::from_millis(50) * refused, "{refused} in {:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_millis(50) * 100, "{:?}", started.elapsed());
     let (status, body) = readyz(server).await;
     assert_eq!((status, &body["degraded"]), (200, &json!(["the list index is unavailable"])), "{body}");
     let query = json!({"query": "{ sessions(first: 1) { edges { node { id } } } }"});

@@ -13,6 +13,7 @@ use sessiond::domain::{
 };
 use sessiond::store::index::clickhouse::{ClickHouse, ClickHouseIndex, ClickHouseOptions};
 
+use crate::harness::Dice;
 use crate::harness::clickhouse::{connect, options, rebuild, url};
 use crate::harness::database::{HERE, Sql, at, words};
 
@@ -127,62 +128,47 @@ async fn filled() -> (Sql, ClickHouse, Vec<Listed>) {
     (sql, clickhouse, listed)
 }
 
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 % sides as u64).expect("fits")
+/// A filter in which each field stands now and then, so that every one does in some hundred questions.
+fn some_filter(dice: &mut Dice, listed: &[Listed]) -> Filter {
+    let mut filter = Filter::default();
+    let time = |dice: &mut Dice| at(listed[dice.roll(listed.len())].created_at);
+    match dice.roll(16) {
+        0 => filter.tags_any = words(&["shown", "rare"]),
+        1 => filter.tags_all = words(&["common", "shown"]),
+        2 | 3 => filter.tags_any = words(&[["rare", "team:1", "absent"][dice.roll(3)]]),
+        4 | 5 => filter.tags_all = words(&["common"]),
+        6 | 7 => {
+            let ids = (0..20).map(|_| &listed[dice.roll(listed.len())].external_id);
+            filter.external_ids =
+                ids.filter(|id| !id.is_empty()).map(|id| ExternalId::from_stored(id)).collect();
+        }
+        _ => {}
     }
-
-    fn one_in(&mut self, sides: usize) -> bool {
-        self.roll(sides) == 0
+    if dice.one_in(4) {
+        filter.kinds = words(&["chat"]);
     }
-
-    /// A filter in which each field stands now and then, so that every one does in some hundred questions.
-    fn filter(&mut self, listed: &[Listed]) -> Filter {
-        let mut filter = Filter::default();
-        let time = |dice: &mut Self| at(listed[dice.roll(listed.len())].created_at);
-        match self.roll(16) {
-            0 => filter.tags_any = words(&["shown", "rare"]),
-            1 => filter.tags_all = words(&["common", "shown"]),
-            2 | 3 => filter.tags_any = words(&[["rare", "team:1", "absent"][self.roll(3)]]),
-            4 | 5 => filter.tags_all = words(&["common"]),
-            6 | 7 => {
-                let ids = (0..20).map(|_| &listed[self.roll(listed.len())].external_id);
-                filter.external_ids =
-                    ids.filter(|id| !id.is_empty()).map(|id| ExternalId::from_stored(id)).collect();
-            }
-            _ => {}
-        }
-        if self.one_in(4) {
-            filter.kinds = words(&["chat"]);
-        }
-        if self.one_in(4) {
-            filter.task_identifiers = words(&[["support", "sales"][self.roll(2)]]);
-        }
-        if self.one_in(3) {
-            filter.statuses = StatusSet::new(vec![Status::ALL[self.roll(3)], Status::ALL[self.roll(3)]]);
-        }
-        if self.one_in(8) {
-            filter.created_from = Some(time(self));
-        }
-        if self.one_in(8) {
-            filter.created_to = Some(time(self));
-        }
-        filter
+    if dice.one_in(4) {
+        filter.task_identifiers = words(&[["support", "sales"][dice.roll(2)]]);
     }
-
-    /// A page from somewhere, often from the stretch with fifteen versions.
-    fn page(&mut self, listed: &[Listed]) -> PageRequest {
-        let hot = listed.iter().position(|session| session.session_id.as_str() >= "session_00069000");
-        let place = if self.one_in(6) { hot.expect("hot ones") } else { self.roll(listed.len()) };
-        let cursor = (!self.one_in(6)).then(|| listed[place].cursor());
-        let anchor = if self.one_in(2) { Anchor::After(cursor) } else { Anchor::Before(cursor) };
-        PageRequest::new(1 + self.roll(100), anchor).expect("a size in range")
+    if dice.one_in(3) {
+        filter.statuses = StatusSet::new(vec![Status::ALL[dice.roll(3)], Status::ALL[dice.roll(3)]]);
     }
+    if dice.one_in(8) {
+        filter.created_from = Some(time(dice));
+    }
+    if dice.one_in(8) {
+        filter.created_to = Some(time(dice));
+    }
+    filter
+}
+
+/// A page from somewhere, often from the stretch with fifteen versions.
+fn some_page(dice: &mut Dice, listed: &[Listed]) -> PageRequest {
+    let hot = listed.iter().position(|session| session.session_id.as_str() >= "session_00069000");
+    let place = if dice.one_in(6) { hot.expect("hot ones") } else { dice.roll(listed.len()) };
+    let cursor = (!dice.one_in(6)).then(|| listed[place].cursor());
+    let anchor = if dice.one_in(2) { Anchor::After(cursor) } else { Anchor::Before(cursor) };
+    PageRequest::new(1 + dice.roll(100), anchor).expect("a size in range")
 }
 
 /// The ids of a page, by looking at every row.
@@ -207,8 +193,9 @@ async fn five_hundred_pages_are_those_of_plain_final() {
     let (sql, clickhouse, listed) = filled().await;
     let index = ClickHouseIndex::new(clickhouse, Arc::new(sql.store.clone()));
     let (index, sql, listed) = (&index, &sql, &listed);
-    let mut dice = Dice(0x5eed);
-    let questions: Vec<_> = (0..PAGES).map(|_| (dice.filter(listed), dice.page(listed))).collect();
+    let mut dice = Dice::new(0x5eed);
+    let questions: Vec<_> =
+        (0..PAGES).map(|_| (some_filter(&mut dice, listed), some_page(&mut dice, listed))).collect();
     let asked = stream::iter(&questions).map(|(filter, page)| async move {
         let answer = index.list(&sql.here, filter, page, NOW).await.expect("lists");
         let ids: Vec<_> = answer.sessions.iter().map(|session| session.id.to_string()).collect();

@@ -11,6 +11,7 @@ use sessiond::domain::{
 };
 
 use crate::contract::suite;
+use crate::harness::Dice;
 use crate::harness::database::{Sql, at, external, named, session, words};
 use crate::harness::seed::{self, Spread};
 
@@ -39,22 +40,6 @@ suite!("ListIndex": [sqlite = Sql::sqlite, postgres = Sql::postgres, clickhouse 
 ]);
 
 const NOW: Timestamp = Timestamp::from_millis(10_000);
-
-/// Random numbers that are the same in every run (xorshift).
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 % sides as u64).expect("fits")
-    }
-
-    fn some_of(&mut self, choices: &[&str]) -> Vec<String> {
-        choices.iter().filter(|_| self.roll(3) == 0).map(|&word| word.to_owned()).collect()
-    }
-}
 
 /// Whether a session matches, by the words of the contract.
 fn oracle(filter: &Filter, session: &Session, now: Timestamp) -> bool {
@@ -198,7 +183,7 @@ async fn a_page_says_whether_there_is_more_on_either_side(sql: Sql) {
 }
 
 async fn paging_forward_and_backward_meets_every_row_once(sql: Sql) {
-    let sessions = populate(&sql, &mut Dice(7), 40).await;
+    let sessions = populate(&sql, &mut Dice::new(7), 40).await;
     let tagged = Filter { tags_any: words(&["red", "blue"]), ..Filter::default() };
     for filter in [Filter::default(), tagged] {
         let expected = expected(&filter, &sessions, NOW);
@@ -211,7 +196,7 @@ async fn paging_forward_and_backward_meets_every_row_once(sql: Sql) {
 }
 
 async fn rows_inserted_while_paging_neither_repeat_nor_hide_any(sql: Sql) {
-    let (mut dice, any) = (Dice(11), Filter::default());
+    let (mut dice, any) = (Dice::new(11), Filter::default());
     let mut old = BTreeSet::new();
     for size in 1..=7 {
         for forward in [true, false] {
@@ -331,7 +316,7 @@ async fn a_session_expires_at_its_millisecond_and_closed_wins(sql: Sql) {
 }
 
 async fn random_filters_agree_with_the_oracle(sql: Sql) {
-    let mut dice = Dice(3);
+    let mut dice = Dice::new(3);
     let sessions = populate(&sql, &mut dice, 60).await;
     // The hint that a sweep leaves may be missing, fresh, or ahead of the time that is asked for.
     for sweep in [None, Some(at(9999)), Some(at(15_000))] {

@@ -3,6 +3,7 @@
 
 pub mod clickhouse;
 pub mod database;
+pub mod dice;
 pub mod engine;
 pub mod graphql;
 pub mod openapi;
@@ -15,6 +16,7 @@ pub mod server;
 pub mod sse;
 pub mod websocket;
 
+pub use dice::Dice;
 pub use graphql::Graphql;
 pub use process::Process;
 pub use server::{Answer, TestServer};

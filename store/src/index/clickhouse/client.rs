@@ -17,8 +17,7 @@ use sessiond_domain::error::{Error, Result};
 
 /// Longest a statement that changes the schema may take.
 const SCHEMA_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long an idle connection is kept. The server's own default is 3 s, and a connection that it has just closed costs a
-/// query.
+/// How long an idle connection is kept: less than servers do, because a connection that one has just closed costs a query.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// What every query is sent with. FINAL looks at the newest version of a row; the first two keep its skip indexes usable
 /// and exact (with the second off, an old version that lands late is listed), the third spares merging over months, which

@@ -1,4 +1,4 @@
-//! The suite that Python runs against the binary that was just built: the GraphQL client of Python.
+//! The suite that Python runs against the binary that was just built: the GraphQL client of Python, and S2's own.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

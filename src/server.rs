@@ -23,7 +23,8 @@ use crate::config::{BlobPlace, ClickHouseConfig, Config, Fallback, HttpConfig, L
 use crate::domain::tenant::{Environment, EnvironmentKind, StoredKey};
 use crate::domain::timer::Timers;
 use crate::domain::{
-    Backends, Blobs, ChannelStore, Clock, ListIndex, MetadataStore, Sessions, SessionsConfig,
+    Backends, Background, Blobs, ChannelStore, Clock, ListIndex, MetadataStore, Sessions, SessionsConfig,
+    Ticker,
 };
 use crate::listener::Listener;
 use crate::shutdown::Shutdown;
@@ -35,7 +36,7 @@ use crate::store::index::clickhouse::{ClickHouse, ClickHouseIndex, ClickHouseOpt
 use crate::store::index::fallback::FallbackIndex;
 use crate::store::index::sql::SqlIndex;
 use crate::store::metadata::{OpenError, OpenOptions, SqlMetadata};
-use crate::telemetry::Metrics;
+use crate::telemetry::{self, Metrics};
 use files::Files;
 pub use private::keep_private;
 
@@ -171,12 +172,18 @@ enum Engine {
 }
 
 impl Engine {
-    async fn open(config: &Config, clock: Arc<dyn Clock>, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
+    async fn open(
+        config: &Config,
+        clock: Arc<dyn Clock>,
+        metrics: Arc<Metrics>,
+        background: Arc<Background>,
+    ) -> anyhow::Result<Self> {
         let observer = Arc::new(LogMetrics(metrics));
         let retention = config.log.retention;
         let Some(basin) = config.log.basin() else {
             let disk_reserve = config.log.disk_reserve_mib.map(|mib| mib.saturating_mul(1 << 20));
-            let options = LogOptions { retention, disk_reserve, observer, ..LogOptions::default() };
+            let options =
+                LogOptions { retention, disk_reserve, observer, background, ..LogOptions::default() };
             let log = LogChannels::open(config.log_dir(), options, clock).context("cannot open the log")?;
             return Ok(Self::Log(Arc::new(log)));
         };
@@ -187,6 +194,7 @@ impl Engine {
             retention,
             longest_pause: S2Options::LONGEST_PAUSE,
             observer,
+            background,
         };
         Ok(Self::S2(Arc::new(S2Channels::open(options, clock).await.context("cannot open the log")?)))
     }
@@ -237,19 +245,22 @@ impl Server {
         let listener = Listener::bind(http, files.downloads(), metrics.clone()).await?;
         private::repair(&config);
         let control = Control::open(&config, clock.clone()).await?;
-        let engine = Engine::open(&config, clock.clone(), metrics.clone()).await?;
+        let faults = metrics.clone();
+        let shutdown = Shutdown::new(move |task| faults.task_fault(task));
+        let background = shutdown.background().clone();
+        let engine = Engine::open(&config, clock.clone(), metrics.clone(), background.clone()).await?;
         claim_log(&control, engine.log_id()).await?;
         let (_, key) = control.default_environment(config.secret_key.clone()).await?;
         let timers = Timers::new(clock.clone());
-        let shutdown = Shutdown::default();
         let backends = Backends {
             store: control.store.clone(),
             waitpoints: control.store.clone(),
             channels: engine.channels(),
-            index: open_index(&config.clickhouse, &control)?,
+            index: open_index(&config.clickhouse, &control, &background)?,
             blobs: open_blobs(&config, files.blobs)?,
             clock: clock.clone(),
             timers: timers.clone(),
+            background,
             stopping: shutdown.draining().clone(),
         };
         let rows =
@@ -290,39 +301,42 @@ impl Server {
         &self.control
     }
 
-    /// Serves until `stop` completes, and for `http.shutdown_delay` longer unless `hurry` completes; then stops gracefully.
+    /// What the front ends stand on.
+    pub fn api_state(&self) -> ApiState {
+        ApiState {
+            sessions: self.sessions.clone(),
+            auth: self.auth.clone(),
+            metrics: self.metrics.clone(),
+            clock: self.control.clock.clone(),
+            config: api_config(&self.config),
+            shutdown: self.shutdown.clone(),
+        }
+    }
+
+    /// Serves until `stop` completes, and for `http.shutdown_delay` longer unless `hurry` completes; then stops gracefully. Stops
+    /// as well, at once, when a task has failed without which it must not go on.
     ///
     /// # Errors
-    /// If the log cannot be closed.
+    /// If such a task has failed, or the log cannot be closed.
     pub async fn run(
         self,
         stop: impl Future<Output = ()>,
         hurry: impl Future<Output = ()>,
     ) -> anyhow::Result<()> {
         let address = self.local_addr()?;
-        let draining = self.shutdown.draining().clone();
-        if self.engine.is_shared() {
-            tokio::spawn(self.sessions.clone().watch_replicas(draining.clone()));
-            tokio::spawn(recover_regularly(self.sessions.clone(), draining.clone()));
-        }
-        let router = api::router(ApiState {
-            sessions: self.sessions.clone(),
-            auth: self.auth.clone(),
-            metrics: self.metrics,
-            clock: self.control.clock.clone(),
-            config: api_config(&self.config),
-            shutdown: self.shutdown.clone(),
-        });
-        let listening = tokio::spawn(self.listener.serve(router, self.shutdown.clone()));
-        tokio::spawn(self.timers.clone().run(draining.clone()));
-        tokio::spawn(self.sessions.end_waits());
-        tokio::spawn(self.auth.watch_keys(draining.clone()));
-        tokio::spawn(sweep_expired(self.control.store.clone(), self.control.clock.clone(), draining));
+        self.keep_tasks();
+        let router = api::router(self.api_state());
+        let background = self.shutdown.background();
+        let listening = background.require("listener", self.listener.serve(router, self.shutdown.clone()));
         tracing::info!(%address, "listening");
-        stop.await;
+        let failed = tokio::select! {
+            () = stop => None,
+            task = background.failed() => Some(task),
+        };
         self.shutdown.announce();
         let delay = self.config.http.shutdown_delay;
-        if !delay.is_zero() {
+        // What a failed task leaves undone is worse than a client that comes too late.
+        if failed.is_none() && !delay.is_zero() {
             tracing::info!(?delay, "not ready any more; stopping after the delay, or at a second signal");
             let _ = tokio::time::timeout(delay, hurry).await;
         }
@@ -339,17 +353,41 @@ impl Server {
         }
         self.control.store.close().await;
         tracing::info!("stopped");
-        Ok(())
+        match failed {
+            Some(task) => bail!("the background task {task:?} has failed, and nothing can go on without it"),
+            None => Ok(()),
+        }
+    }
+
+    /// Begins what runs beside the requests. Without timers streams do not end on time, and without the watch over keys
+    /// revoked ones go on opening: then the server ends, and whoever runs it starts it again.
+    fn keep_tasks(&self) {
+        let (background, stop) = (self.shutdown.background(), self.shutdown.draining());
+        background.require("timers", self.timers.clone().run(stop.clone()));
+        background.require("watch over keys", self.auth.clone().watch_keys(stop.clone()));
+        let (sessions, clock, store) =
+            (self.sessions.clone(), self.control.clock.clone(), self.control.store.clone());
+        let token = stop.clone();
+        background
+            .keep("expired sessions", move || sweep_expired(store.clone(), clock.clone(), token.clone()));
+        if self.engine.is_shared() {
+            let (shared, token) = (sessions.clone(), stop.clone());
+            background.keep("closes elsewhere", move || shared.clone().watch_replicas(token.clone()));
+            let (shared, token) = (sessions.clone(), stop.clone());
+            background.keep("unfinished closes", move || recover_regularly(shared.clone(), token.clone()));
+        }
+        background.keep("waits", move || sessions.clone().end_waits());
     }
 }
 
-/// Sets what holds for the whole process: one TLS provider, all the files we may open, no death by SIGXFSZ.
+/// Sets what holds for the whole process: one TLS provider, panics in the log, all the files we may open, no death by SIGXFSZ.
 ///
 /// # Errors
 /// If the signal handler cannot be installed.
 pub fn prepare_process() -> anyhow::Result<()> {
     // A second call finds the provider in place, which is what we want.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    telemetry::log_panics();
     if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
         tracing::warn!(error = &error as &dyn std::error::Error, "cannot raise the limit on open files");
     }
@@ -378,12 +416,17 @@ pub fn open_clickhouse(config: &ClickHouseConfig) -> anyhow::Result<ClickHouse> 
 }
 
 /// Asks ClickHouse nothing: it may be away when the server starts.
-fn open_index(config: &ClickHouseConfig, control: &Control) -> anyhow::Result<Arc<dyn ListIndex>> {
+fn open_index(
+    config: &ClickHouseConfig,
+    control: &Control,
+    background: &Arc<Background>,
+) -> anyhow::Result<Arc<dyn ListIndex>> {
     let sql = Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store)));
     if config.url.is_none() || config.lists == ListSource::Sql {
         return Ok(sql);
     }
-    let index = Arc::new(ClickHouseIndex::new(open_clickhouse(config)?, control.store.clone()));
+    let clickhouse = open_clickhouse(config)?;
+    let index = Arc::new(ClickHouseIndex::new(clickhouse, control.store.clone(), background.clone()));
     Ok(match config.fallback {
         Fallback::None => index,
         Fallback::Sql => Arc::new(FallbackIndex::new(index, sql)),
@@ -446,10 +489,10 @@ fn api_config(config: &Config) -> ApiConfig {
 
 /// Finds closes of replicas that died between the log and the row, and did not come back.
 async fn recover_regularly(sessions: Arc<Sessions>, stop: CancellationToken) {
-    let mut beat = tokio::time::interval(RECOVER_EVERY);
-    // The first beat is at once, and the start has done that already.
-    beat.tick().await;
-    while stop.run_until_cancelled(beat.tick()).await.is_some() {
+    let mut ticker = Ticker::new(RECOVER_EVERY, stop);
+    // The first tick is at once, and the start has done that already.
+    ticker.tick().await;
+    while ticker.tick().await {
         if let Err(error) = sessions.recover().await {
             tracing::warn!(error = &error as &dyn std::error::Error, "cannot look for closes without a row");
         }
@@ -458,8 +501,8 @@ async fn recover_regularly(sessions: Arc<Sessions>, stop: CancellationToken) {
 
 /// Keeps lists by status fast; they are exact without it.
 async fn sweep_expired(store: Arc<SqlMetadata>, clock: Arc<dyn Clock>, stop: CancellationToken) {
-    let mut beat = tokio::time::interval(SWEEP_EVERY);
-    while stop.run_until_cancelled(beat.tick()).await.is_some() {
+    let mut ticker = Ticker::new(SWEEP_EVERY, stop);
+    while ticker.tick().await {
         if let Err(error) = store.sweep_expired(clock.now()).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "cannot mark expired sessions");
         }

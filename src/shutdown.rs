@@ -1,22 +1,43 @@
 //! How the server stops: no new connections, let the open ones finish, then cut.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 
+use crate::domain::Background;
+
 /// The state of a stop, shared by everything that runs.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Shutdown {
     tasks: TaskTracker,
     leaving: CancellationToken,
     draining: CancellationToken,
     cut: CancellationToken,
+    background: Arc<Background>,
 }
 
 impl Shutdown {
+    /// A server that runs, whose tasks tell `listener` when they fail.
+    pub fn new(listener: impl Fn(&'static str) + Send + Sync + 'static) -> Self {
+        let draining = CancellationToken::new();
+        Self {
+            background: Arc::new(Background::new(draining.clone(), listener)),
+            draining,
+            tasks: TaskTracker::new(),
+            leaving: CancellationToken::new(),
+            cut: CancellationToken::new(),
+        }
+    }
+
+    /// What watches tasks that end with the server, or before it drains.
+    pub fn background(&self) -> &Arc<Background> {
+        &self.background
+    }
+
     /// Cancelled when it is known that the server will stop: whoever asks whether to send it traffic is told no, and
     /// everything is served as before.
     pub fn leaving(&self) -> &CancellationToken {
@@ -28,11 +49,15 @@ impl Shutdown {
         &self.draining
     }
 
-    /// Runs a task that a stop waits for, and drops it at the deadline.
-    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+    /// Runs a task that a stop waits for, and drops it at the deadline. A panic is counted under `name`.
+    pub fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         // Boxed, because every async layer around a future keeps room for it twice.
         let task = Box::pin(task);
-        self.tasks.spawn(self.cut.clone().run_until_cancelled_owned(task).map(drop));
+        let background = self.background.clone();
+        let caught = async move {
+            background.caught(name, task).await;
+        };
+        self.tasks.spawn(self.cut.clone().run_until_cancelled_owned(caught).map(drop));
     }
 
     /// Announces the stop.

@@ -100,6 +100,11 @@ struct FollowerLabels {
     door: Door,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TaskLabels {
+    task: &'static str,
+}
+
 /// Everything that `/metrics` shows.
 pub struct Metrics {
     registry: Registry,
@@ -110,6 +115,7 @@ pub struct Metrics {
     websockets: Gauge,
     append_sessions: Gauge,
     cursors_ahead: Counter,
+    task_faults: Family<TaskLabels, Counter>,
     commits: Histogram,
     commit_records: Histogram,
     commit_bytes: Counter,
@@ -128,6 +134,7 @@ impl Metrics {
             websockets: Gauge::default(),
             append_sessions: Gauge::default(),
             cursors_ahead: Counter::default(),
+            task_faults: Family::default(),
             commits: latency_histogram(),
             commit_records: size_histogram(),
             commit_bytes: Counter::default(),
@@ -158,7 +165,14 @@ impl Metrics {
             commits.clone(),
         );
         let Self {
-            registry, append_sessions, cursors_ahead, commit_records, commit_bytes, log_healthy, ..
+            registry,
+            append_sessions,
+            cursors_ahead,
+            task_faults,
+            commit_records,
+            commit_bytes,
+            log_healthy,
+            ..
         } = &mut metrics;
         registry.register(
             "append_sessions",
@@ -170,6 +184,7 @@ impl Metrics {
             "Reads over HTTP that were to go on after a record which the channel does not have",
             cursors_ahead.clone(),
         );
+        registry.register("task_faults", "Panics of tasks beside the requests", task_faults.clone());
         registry.register("log_commit_records", "Records in one group commit", commit_records.clone());
         registry.register("log_bytes", "Metered bytes committed to the log", commit_bytes.clone());
         registry.register(
@@ -237,6 +252,11 @@ impl Metrics {
         self.cursors_ahead.inc();
     }
 
+    /// A background task has failed; `task` is its name in the code.
+    pub fn task_fault(&self, task: &'static str) {
+        self.task_faults.get_or_create(&TaskLabels { task }).inc();
+    }
+
     /// The log has committed a group.
     pub fn committed(&self, records: usize, bytes: usize, elapsed: Duration) {
         self.commits.observe(elapsed.as_secs_f64());
@@ -271,6 +291,17 @@ impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.dec();
     }
+}
+
+/// Logs panics as everything else is logged, with their place. The message is left out if it was made at run time: it may hold
+/// a piece of what a client has sent.
+pub fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        let message = panic.payload().downcast_ref::<&'static str>().copied().unwrap_or("(made at run time)");
+        tracing::error!(thread = thread.name(), place, message, "a panic, which is a fault of sessiond");
+    }));
 }
 
 /// Sends log lines to standard error, as the configuration says.

@@ -17,7 +17,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("store", &["domain"]),
     ("telemetry", &["config", "domain"]),
     ("config", &["domain"]),
-    ("shutdown", &[]),
+    ("shutdown", &["domain"]),
     ("domain", &[]),
 ];
 
@@ -92,6 +92,17 @@ fn the_core_depends_on_no_transport_and_no_database() {
     for (name, _) in CRATE_ROOMS.iter().chain(&[("sessiond", &[][..])]) {
         let dashed = name.replace('_', "-");
         assert!(!names.iter().any(|found| found == name || *found == dashed), "the core depends on {name}");
+    }
+}
+
+/// A panic ends the task that it happens in, and no more: `Background` and the front ends count on it.
+#[test]
+fn no_profile_makes_a_panic_end_the_process() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for file in ["Cargo.toml", ".cargo/config.toml"] {
+        let text = fs::read_to_string(root.join(file)).expect("readable");
+        let setting = |line: &str| !line.starts_with('#') && line.contains("panic") && line.contains("abort");
+        assert!(!text.lines().map(str::trim).any(setting), "{file}");
     }
 }
 

@@ -3,6 +3,7 @@
 //! Knows no transport, no database, no token format. Start reading at [`Sessions`].
 
 pub mod access;
+pub mod background;
 pub mod blob;
 pub mod channel;
 pub mod clock;
@@ -26,6 +27,7 @@ pub mod waitpoint;
 pub mod watch;
 
 pub use access::{Action, Caller, CallerKind, Resource, Scopes};
+pub use background::{Background, Ticker};
 pub use blob::{Blob, BlobInfo, BlobKey, Blobs, ByteStream};
 pub use channel::{ChannelAddress, ChannelKey, ChannelName, Direction};
 pub use clock::{Clock, SystemClock, TestClock, Timestamp};

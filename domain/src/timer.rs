@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use super::background::Ticker;
 use super::clock::{Clock, Timestamp};
 
 /// How late a wake-up may be. Every deadline of a stream is in whole seconds, so a quarter is fine.
@@ -41,8 +42,8 @@ impl Timers {
 
     /// Fires what is due, until `stop` is cancelled.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
-        let mut beat = tokio::time::interval(RESOLUTION);
-        while stop.run_until_cancelled(beat.tick()).await.is_some() {
+        let mut ticker = Ticker::new(RESOLUTION, stop);
+        while ticker.tick().await {
             self.fire();
         }
     }

@@ -170,6 +170,11 @@ impl Shared {
 
 /// Every route of the public HTTP interface.
 pub fn router(state: ApiState) -> Router {
+    router_with(state, Router::new())
+}
+
+/// As [`router`], with routes of the caller's own behind the same layers.
+pub fn router_with(state: ApiState, more: Router<App>) -> Router {
     let (routes, document) = openapi::routes().split_for_parts();
     let document = openapi::finished(document);
     let rate_limiter = RateLimiter::new(state.config.rate_limits);
@@ -185,6 +190,7 @@ pub fn router(state: ApiState) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/openapi.json", get(document_json))
+        .merge(more)
         .fallback(unrouted)
         .method_not_allowed_fallback(unallowed)
         .layer(middleware::from_fn_with_state(app.clone(), trace::observe))

@@ -1,10 +1,12 @@
 //! The outermost layer: request ids, W3C trace context, CORS, the access log and request metrics.
 
+use std::panic::AssertUnwindSafe;
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
+use futures_util::FutureExt;
 use http::Method;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use tracing::Instrument;
@@ -12,6 +14,7 @@ use tracing::Instrument;
 use super::App;
 use super::cors;
 use super::error::Failure;
+use crate::domain::Error;
 
 /// Names a request in logs and answers.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -86,7 +89,11 @@ pub async fn observe(State(app): State<App>, mut request: Request, next: Next) -
     let mut response = if request.method() == Method::OPTIONS {
         cors::preflight(origin, request.headers())
     } else {
-        let mut response = next.run(request).instrument(span.clone()).await;
+        // A connection carries other requests, before this one and behind it.
+        let mut response = AssertUnwindSafe(next.run(request).instrument(span.clone()))
+            .catch_unwind()
+            .await
+            .unwrap_or_else(|_| Failure::from(Error::internal("the handler has panicked")).into_response());
         if let Some(failure) = response.extensions_mut().remove::<Failure>() {
             log_fault(&failure, &id, &traceparent);
             response = failure.render(Some(id.as_str()));

@@ -20,7 +20,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::domain::timer::Timers;
 use crate::domain::{
-    Caller, CallerKind, Clock, EnvironmentId, Error, KeyId, MetadataStore, Result, Scopes, Session, Timestamp,
+    Caller, CallerKind, Clock, EnvironmentId, Error, KeyId, MetadataStore, Result, Scopes, Session, Ticker,
+    Timestamp,
 };
 use cache::{BearerCache, BearerHash};
 use direct::Grant;
@@ -231,8 +232,8 @@ impl Auth {
 
     /// Watches for keys that change or end, until `stop` is cancelled.
     pub async fn watch_keys(self: Arc<Self>, stop: CancellationToken) {
-        let mut beat = tokio::time::interval(REVISION_EVERY);
-        while stop.run_until_cancelled(beat.tick()).await.is_some() {
+        let mut ticker = Ticker::new(REVISION_EVERY, stop);
+        while ticker.tick().await {
             if let Err(error) = self.refresh().await {
                 tracing::warn!(error = &error as &dyn std::error::Error, "cannot check for revoked keys");
             }

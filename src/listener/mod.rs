@@ -38,7 +38,7 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
 use crate::config::HttpConfig;
-use crate::domain::{ConnectionBudget, SendBudget};
+use crate::domain::{Background, ConnectionBudget, SendBudget};
 use crate::shutdown::Shutdown;
 use crate::telemetry::Metrics;
 use handshake::Handshake;
@@ -152,8 +152,9 @@ impl Listener {
                 held: Arc::new((permit, self.metrics.connection())),
                 heard: Arc::default(),
                 switching: Arc::default(),
+                background: shutdown.background().clone(),
             };
-            shutdown.spawn(connection.serve(socket));
+            shutdown.spawn("connection", connection.serve(socket));
         }
     }
 
@@ -183,6 +184,7 @@ struct Connection {
     heard: Arc<AtomicBool>,
     /// Set by an answer that ends HTTP.
     switching: Arc<AtomicBool>,
+    background: Arc<Background>,
 }
 
 impl Connection {
@@ -237,7 +239,7 @@ impl Connection {
     }
 
     async fn serve_http2<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(&self, socket: S) {
-        let streams = Streams::new(self.write_timeout);
+        let streams = Streams::new(self.write_timeout, self.background.clone());
         let silent = async {
             let heard = self.heard.load(Ordering::Relaxed);
             streams.silent(if heard { FAREWELL_HEARD } else { FAREWELL_UNHEARD }).await;

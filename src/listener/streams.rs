@@ -1,15 +1,18 @@
 //! Tells an HTTP/2 connection on which something is under way from one that is only open.
 
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use hyper::rt::Executor;
 use tokio::time::sleep;
 use tokio_util::task::TaskTracker;
 
 use super::outgoing;
+use crate::domain::Background;
 
 /// The streams of one connection, and what moves on its socket.
 #[derive(Clone, Debug)]
@@ -17,12 +20,13 @@ pub(super) struct Streams {
     running: TaskTracker,
     moved: Arc<AtomicU64>,
     write_timeout: Duration,
+    background: Arc<Background>,
 }
 
 impl Streams {
     /// None yet. One whose client takes nothing of what waits for it for `write_timeout` is reset.
-    pub(super) fn new(write_timeout: Duration) -> Self {
-        Self { running: TaskTracker::new(), moved: Arc::default(), write_timeout }
+    pub(super) fn new(write_timeout: Duration, background: Arc<Background>) -> Self {
+        Self { running: TaskTracker::new(), moved: Arc::default(), write_timeout, background }
     }
 
     /// Counts the bytes that move on the socket, both ways.
@@ -47,6 +51,12 @@ impl Streams {
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
     fn execute(&self, stream: F) {
-        self.running.spawn(outgoing::watched(stream, self.write_timeout));
+        let background = self.background.clone();
+        let watched = AssertUnwindSafe(outgoing::watched(stream, self.write_timeout)).catch_unwind();
+        self.running.spawn(watched.map(move |ended| {
+            if ended.is_err() {
+                background.faulted("stream of a connection");
+            }
+        }));
     }
 }

@@ -1,5 +1,6 @@
 //! The use cases over the real adapters, for what no route can show: control records, commands, settled turns, races.
 
+mod background;
 mod records;
 mod watch;
 
@@ -42,6 +43,11 @@ struct Core {
 
 impl Core {
     async fn open() -> Self {
+        Self::open_with(|_| {}).await
+    }
+
+    /// On other backends.
+    async fn open_with(change: impl FnOnce(&mut Backends)) -> Self {
         let data = tempfile::tempdir().expect("a folder");
         let test_clock = TestClock::at(START);
         let clock: Arc<dyn Clock> = Arc::new(test_clock.clone());
@@ -57,16 +63,18 @@ impl Core {
         let (environment, key) = control.keys().create_environment(new, None).await.expect("an environment");
         let log = LogChannels::open(config.log_dir(), LogOptions::default(), clock.clone()).expect("a log");
         let (timers, stopping) = (Timers::new(clock.clone()), CancellationToken::new());
-        let backends = Backends {
+        let mut backends = Backends {
             store: control.store.clone(),
             waitpoints: control.store.clone(),
             channels: Arc::new(log),
             index: Arc::new(SqlIndex::new(SqlMetadata::clone(&control.store))),
             blobs: Arc::new(ObjectBlobs::folder(&config.blobs_dir()).expect("a folder of blobs")),
             timers: timers.clone(),
+            background: Arc::default(),
             clock,
             stopping: stopping.clone(),
         };
+        change(&mut backends);
         let sessions = Sessions::new(backends, SessionsConfig::default());
         let root = Caller {
             signed_with: None,

@@ -2,6 +2,7 @@
 
 mod access;
 mod access_matrix;
+mod background;
 mod blobs;
 mod cli;
 mod clickhouse;

@@ -21,6 +21,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
 use super::access::{Action, Caller, Resource, UNAUTHORIZED, Verdict};
+use super::background::Background;
 use super::blob::Blobs;
 use super::channel::ChannelKey;
 use super::clock::Clock;
@@ -124,6 +125,8 @@ pub struct Backends {
     pub clock: Arc<dyn Clock>,
     /// Wakes streams.
     pub timers: Arc<Timers>,
+    /// Watches what runs beside the requests.
+    pub background: Arc<Background>,
     /// Cancelled when the server begins to stop; [`Timers::wake_all`] must follow.
     pub stopping: CancellationToken,
 }
@@ -141,15 +144,23 @@ pub struct Sessions {
     room: Room,
     parses: Parses,
     waiting: Arc<Waiting>,
+    background: Arc<Background>,
 }
 
 impl Sessions {
     /// The use cases over a set of adapters. [`Timers::run`] must be running for streams to end on time.
     pub fn new(backends: Backends, config: SessionsConfig) -> Arc<Self> {
-        let Backends { store, waitpoints, channels, index, blobs, clock, timers, stopping } = backends;
+        let Backends { store, waitpoints, channels, index, blobs, clock, timers, background, stopping } =
+            backends;
         let rows = Rows::new(store.clone(), config);
-        let waiting =
-            Waiting::new(store.clone(), waitpoints.clone(), channels.clone(), clock.clone(), timers.clone());
+        let waiting = Waiting::new(
+            store.clone(),
+            waitpoints.clone(),
+            channels.clone(),
+            clock.clone(),
+            timers.clone(),
+            background.clone(),
+        );
         let bounds = Bounds { clock: clock.clone(), timers, stopping };
         Arc::new(Self {
             store,
@@ -163,6 +174,7 @@ impl Sessions {
             room: Room::default(),
             parses: Parses::default(),
             waiting,
+            background,
         })
     }
 
@@ -192,7 +204,9 @@ impl Sessions {
     pub async fn ready(&self) -> Result<Vec<String>> {
         self.store.ping().await?;
         self.channels.ping().await?;
-        Ok(self.index.ping().await.unwrap_or_else(|error| vec![error.to_string()]))
+        let mut degraded = self.index.ping().await.unwrap_or_else(|error| vec![error.to_string()]);
+        degraded.extend(self.background.troubles());
+        Ok(degraded)
     }
 
     /// What keeps the log from taking appends, as far as it is known without asking. Never waits.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::Sessions;
+use crate::background::Ticker;
 use crate::error::Result;
 use crate::id::{EnvironmentId, SessionId};
 
@@ -17,9 +18,8 @@ impl Sessions {
     /// Ends open writers of sessions that another process closes, until `stop` is cancelled. The log refuses what they
     /// send from the moment of the close; this tells those who send nothing.
     pub async fn watch_replicas(self: Arc<Self>, stop: CancellationToken) {
-        let mut beat = tokio::time::interval(LOOK_EVERY);
-        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        while stop.run_until_cancelled(beat.tick()).await.is_some() {
+        let mut ticker = Ticker::new(LOOK_EVERY, stop);
+        while ticker.tick().await {
             if let Err(error) = self.look_at_open().await {
                 let error = &error as &dyn std::error::Error;
                 tracing::warn!(error, "cannot look for sessions that another replica has closed");

@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use tokio::sync::futures::OwnedNotified;
 use tokio_util::sync::CancellationToken;
 
+use crate::background::{Background, Ticker};
 use crate::channel::{ChannelAddress, ChannelKey, Direction};
 use crate::clock::{Clock, Timestamp};
 use crate::close;
@@ -28,6 +29,8 @@ use crate::session::Closure;
 use crate::timer::Timers;
 use crate::waitpoint::{Waitpoint, WaitpointCursor};
 
+/// What ends waits, as a background task.
+const TASK: &str = "ending of waits";
 /// How often to look for waits that another replica has made or ended.
 const BEAT: Duration = Duration::from_secs(1);
 /// Beats between two passes over everything that is open.
@@ -50,6 +53,7 @@ pub(super) struct Waiting {
     channels: Arc<dyn ChannelStore>,
     clock: Arc<dyn Clock>,
     timers: Arc<Timers>,
+    background: Arc<Background>,
     index: Mutex<Index>,
     /// Waits in the index, so that an append where nobody waits at all costs no lock.
     open: AtomicUsize,
@@ -116,6 +120,7 @@ impl Waiting {
         channels: Arc<dyn ChannelStore>,
         clock: Arc<dyn Clock>,
         timers: Arc<Timers>,
+        background: Arc<Background>,
     ) -> Arc<Self> {
         Arc::new(Self {
             store,
@@ -123,6 +128,7 @@ impl Waiting {
             channels,
             clock,
             timers,
+            background,
             index: Mutex::default(),
             open: AtomicUsize::new(0),
             awaited: Mutex::default(),
@@ -173,11 +179,8 @@ impl Waiting {
     pub(super) async fn settle(self: &Arc<Self>, key: &ChannelKey, look: bool) {
         match self.begin(key, look) {
             Turn::Mine => {
-                // A caller that hangs up must not leave the channel marked as being worked on.
-                let work = tokio::spawn(self.clone().work(key.clone()));
-                if let Err(error) = work.await {
-                    tracing::error!(channel = %key, %error, "ending waits has failed");
-                }
+                // A caller that hangs up must not end it. A panic is logged, and leaves the rest to the next beat.
+                let _ = self.background.once(TASK, self.clone().work(key.clone())).await;
             }
             Turn::Others(done) => done.await,
             Turn::Nothing => {}
@@ -186,7 +189,7 @@ impl Waiting {
 
     fn kick(self: &Arc<Self>, key: &ChannelKey, look: bool) {
         if matches!(self.begin(key, look), Turn::Mine) {
-            tokio::spawn(self.clone().work(key.clone()));
+            self.background.once(TASK, self.clone().work(key.clone()));
         }
     }
 
@@ -203,16 +206,17 @@ impl Waiting {
     }
 
     async fn work(self: Arc<Self>, key: ChannelKey) {
+        let turn = Working { waiting: &self, key: &key, ended: false };
         loop {
             let (open, look) = {
                 let mut index = self.lock();
-                let Some(waits) = index.channels.get_mut(&key) else { return };
+                let Some(waits) = index.channels.get_mut(&key) else { return turn.end() };
                 waits.work = Work::Running;
                 (waits.open.clone(), std::mem::take(&mut waits.look))
             };
             let outcome = self.end(&key, &open, look).await;
             let mut index = self.lock();
-            let Some(waits) = index.channels.get_mut(&key) else { return };
+            let Some(waits) = index.channels.get_mut(&key) else { return turn.end() };
             if let Err(error) = &outcome {
                 tracing::warn!(channel = %key, %error, "cannot tell yet whether waits have ended");
             }
@@ -226,7 +230,7 @@ impl Waiting {
             if waits.open.is_empty() {
                 index.channels.remove(&key);
             }
-            return;
+            return turn.end();
         }
     }
 
@@ -365,8 +369,7 @@ impl Waiting {
 
     /// Ends waits at their time and looks out for other replicas, until `stop` is cancelled.
     pub(super) async fn run(self: Arc<Self>, stop: CancellationToken) {
-        let mut beat = tokio::time::interval(BEAT);
-        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut ticker = Ticker::new(BEAT, stop);
         let mut beats: u32 = 0;
         loop {
             // The alarm is set before the clock is read, or the moment could pass in between.
@@ -379,10 +382,12 @@ impl Waiting {
                 }
             };
             tokio::select! {
-                () = stop.cancelled() => return,
                 () = alarm => {}
                 () = self.hurry.notified() => {}
-                _ = beat.tick() => {
+                ticked = ticker.tick() => {
+                    if !ticked {
+                        return;
+                    }
                     beats = beats.wrapping_add(1);
                     if let Err(error) = self.look_around(beats.is_multiple_of(PASS_EVERY)).await {
                         tracing::warn!(%error, "cannot look for waits of other replicas");
@@ -426,7 +431,7 @@ impl Waiting {
         }
         if !keys.is_empty() {
             let this = self.clone();
-            tokio::spawn(async move { this.settle_all(keys).await });
+            self.background.once(TASK, async move { this.settle_all(keys).await });
         }
         let awaited: Vec<_> = self.awaited().keys().cloned().collect();
         for ids in awaited.chunks(IDS) {
@@ -457,6 +462,33 @@ impl Waiting {
 
     fn awaited(&self) -> MutexGuard<'_, HashMap<WaitpointId, Arc<Notify>>> {
         self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The turn of a task at the waits of a channel.
+struct Working<'a> {
+    waiting: &'a Waiting,
+    key: &'a ChannelKey,
+    ended: bool,
+}
+
+impl Working<'_> {
+    fn end(mut self) {
+        self.ended = true;
+    }
+}
+
+impl Drop for Working<'_> {
+    /// After a panic nobody is at it any more: whoever waits for this turn goes on, and the next beat takes another.
+    fn drop(&mut self) {
+        if !self.ended
+            && let Some(waits) = self.waiting.lock().channels.get_mut(self.key)
+        {
+            waits.work = Work::Idle;
+            waits.failed = true;
+            waits.look = true;
+            waits.done.notify_waiters();
+        }
     }
 }
 

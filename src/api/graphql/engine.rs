@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use async_graphql::parser::parse_query;
@@ -31,6 +32,7 @@ use crate::api::own_task::in_own_task;
 use crate::api::rate_limit::{Counted, Exceeded};
 use crate::api::trace::RequestId;
 use crate::config::GraphqlConfig;
+use crate::domain::error::Source;
 use crate::domain::send_budget::Reservation;
 use crate::domain::{Caller, ConnectionBudget, Error};
 use crate::telemetry::Door;
@@ -237,16 +239,20 @@ impl Engine {
     pub(super) fn answers(
         self: &Arc<Self>,
         prepared: Prepared,
-        mut room: Reservation,
+        room: Reservation,
     ) -> BoxStream<'static, Answer> {
+        let id = prepared.asked.id.clone();
+        caught(self.answering(prepared, room), id)
+    }
+
+    fn answering(self: &Arc<Self>, prepared: Prepared, mut room: Reservation) -> BoxStream<'static, Answer> {
         let this = self.clone();
-        let failed = |fault| Answer::Failed(vec![Failure::from(Error::internal(fault)).into()]);
         // Tasks of their own: whoever polls the answers may wait for its client for long, and a query has a turn, a subscription
         // that begins a place in a pool, that others wait for.
         if prepared.is_subscription() {
             let begin = async move { this.subscribe(prepared, room).await };
             let begun = AbortOnDropHandle::new(tokio::spawn(begin.in_current_span()));
-            let failed = move |fault| stream::iter([failed(fault)]).boxed();
+            let failed = |fault| stream::iter([failed(fault)]).boxed();
             stream::once(async move { begun.await.unwrap_or_else(failed) }).flatten().boxed()
         } else {
             let is_query = prepared.kind == OperationType::Query;
@@ -294,6 +300,22 @@ impl Answer {
             None => Self::Next(Text { json: reply.json, room }),
         }
     }
+}
+
+/// What a fault of ours answers.
+fn failed(fault: impl Into<Source>) -> Answer {
+    Answer::Failed(vec![Error::internal(fault).into()])
+}
+
+/// Ends an operation that panics, and it alone: its connection carries others.
+fn caught(answers: BoxStream<'static, Answer>, id: RequestId) -> BoxStream<'static, Answer> {
+    let answers = AssertUnwindSafe(answers).catch_unwind();
+    let told = move |_| {
+        let faults = vec![Fault::from(Error::internal("the operation has panicked"))];
+        super::reply::log(&faults, &id);
+        Answer::Failed(faults)
+    };
+    answers.map(move |answer| answer.unwrap_or_else(&told)).boxed()
 }
 
 fn answer(response: Response, id: &RequestId, cost: usize) -> Answer {
@@ -464,5 +486,25 @@ fn unwrap_root_fields(document: &mut ExecutableDocument) {
 impl fmt::Debug for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Engine").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_operation_that_panics_ends_with_an_error_of_ours() {
+        let answers = stream::iter(0..3).map(|number| {
+            assert!(number == 0, "on purpose");
+            Answer::Next(Text { json: "{}".into(), room: None })
+        });
+        let id = RequestId(http::HeaderValue::from_static("of-the-test"));
+        let answers: Vec<_> = caught(answers.boxed(), id).collect().await;
+        let [Answer::Next(_), Answer::Failed(faults)] = &answers[..] else {
+            panic!("{} answers", answers.len())
+        };
+        let [fault] = &faults[..] else { panic!("{} faults", faults.len()) };
+        assert_eq!(fault.failure.code, "internal");
     }
 }

@@ -191,7 +191,7 @@ fn expected(listed: &[Listed], filter: &Filter, page: &PageRequest) -> Vec<Strin
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn five_hundred_pages_are_those_of_plain_final() {
     let (sql, clickhouse, listed) = filled().await;
-    let index = ClickHouseIndex::new(clickhouse, Arc::new(sql.store.clone()));
+    let index = ClickHouseIndex::new(clickhouse, Arc::new(sql.store.clone()), Arc::default());
     let (index, sql, listed) = (&index, &sql, &listed);
     let mut dice = Dice::new(0x5eed);
     let questions: Vec<_> =
@@ -244,7 +244,7 @@ async fn a_list_by_tag_leaves_granules_out_by_the_index_of_tags() {
     let (sql, filled, listed) = filled().await;
     let (url, sent) = recorder().await;
     let through = connect(ClickHouseOptions { url, ..filled.options().clone() });
-    let index = ClickHouseIndex::new(through, Arc::new(sql.store.clone()));
+    let index = ClickHouseIndex::new(through, Arc::new(sql.store.clone()), Arc::default());
     let filter = Filter { tags_any: words(&["rare"]), ..Filter::default() };
     let page = PageRequest::first(20);
     let answer = index.list(&sql.here, &filter, &page, NOW).await.expect("lists");

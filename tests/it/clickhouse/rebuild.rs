@@ -61,7 +61,7 @@ async fn all(index: &dyn ListIndex, sql: &Sql, filter: &Filter) -> Vec<Session> 
 
 /// Lists and counts of both are the same.
 async fn assert_same(sql: &Sql, clickhouse: &ClickHouse) {
-    let ours = ClickHouseIndex::new(clickhouse.clone(), Arc::new(sql.store.clone()));
+    let ours = ClickHouseIndex::new(clickhouse.clone(), Arc::new(sql.store.clone()), Arc::default());
     let theirs = SqlIndex::new(sql.store.clone());
     let everything = Filter::default();
     let (ours_all, theirs_all) = tokio::join!(all(&ours, sql, &everything), all(&theirs, sql, &everything));
@@ -194,7 +194,7 @@ async fn a_walk_may_change_between_sql_and_clickhouse_at_every_page() {
     }
     let clickhouse = connect(options(&clickhouse::url()));
     clickhouse::rebuild(&clickhouse, Arc::new(sql.store.clone()), at(1)).await;
-    let ours = ClickHouseIndex::new(clickhouse, Arc::new(sql.store.clone()));
+    let ours = ClickHouseIndex::new(clickhouse, Arc::new(sql.store.clone()), Arc::default());
     let theirs = SqlIndex::new(sql.store.clone());
     let expected = all(&theirs, &sql, &Filter::default()).await;
     assert_eq!(expected.len(), 100);

@@ -11,7 +11,7 @@ use crate::harness::database::{Sql, at, session};
 
 /// What keeps lists from being answered, cause by cause.
 async fn refusal(clickhouse: &ClickHouse, sql: &Sql) -> String {
-    let index = ClickHouseIndex::new(clickhouse.clone(), Arc::new(sql.store.clone()));
+    let index = ClickHouseIndex::new(clickhouse.clone(), Arc::new(sql.store.clone()), Arc::default());
     let listed = index.list(&sql.here, &Filter::default(), &PageRequest::first(1), at(1)).await;
     let error = listed.expect_err("nothing to list");
     let mut text = error.to_string();
@@ -49,7 +49,7 @@ async fn lists_are_refused_in_words_until_a_rebuild_is_finished() {
     assert!(!rebuild.step().await.expect("copies").finished);
     assert_eq!(refusal(&clickhouse, &sql).await, sentence, "half a copy is none");
     assert!(rebuild.step().await.expect("copies").finished);
-    let index = ClickHouseIndex::new(clickhouse, store);
+    let index = ClickHouseIndex::new(clickhouse, store, Arc::default());
     assert_eq!(index.count(&sql.here, &Filter::default(), at(1)).await.expect("counts"), 1);
 }
 
@@ -113,7 +113,7 @@ async fn an_engine_ends_with_who_started_it_and_keeps_what_it_stored() {
     clickhouse::rebuild(&clickhouse, store.clone(), at(7)).await;
     engine.hang_up();
     let _engine = engine.restart();
-    let index = ClickHouseIndex::new(clickhouse, store);
+    let index = ClickHouseIndex::new(clickhouse, store, Arc::default());
     let degraded = index.ping().await.expect("answers");
     assert_eq!(degraded, ["lists are of 1970-01-01T00:00:00.007Z: nothing keeps them up to date"]);
 }

@@ -84,7 +84,7 @@ impl CaughtUp {
         let clickhouse = connect(options(url));
         rebuild(&clickhouse, store.clone(), Timestamp::from_millis(1)).await;
         Self {
-            index: ClickHouseIndex::new(clickhouse.clone(), store.clone()),
+            index: ClickHouseIndex::new(clickhouse.clone(), store.clone(), Arc::default()),
             writer: SessionWriter::new(clickhouse),
             store,
             copied: Mutex::default(),

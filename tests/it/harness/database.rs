@@ -87,7 +87,7 @@ impl Sql {
     pub async fn fallback() -> Self {
         let mut sql = Self::sqlite().await;
         let nowhere = clickhouse::connect(clickhouse::options("http://127.0.0.1:1"));
-        let first = Arc::new(ClickHouseIndex::new(nowhere, Arc::new(sql.store.clone())));
+        let first = Arc::new(ClickHouseIndex::new(nowhere, Arc::new(sql.store.clone()), Arc::default()));
         sql.index = Arc::new(FallbackIndex::new(first, sql.index));
         sql
     }

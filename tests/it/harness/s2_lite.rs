@@ -43,6 +43,7 @@ pub fn options(endpoint: &str, basin: &str) -> S2Options {
         retention: None,
         longest_pause: LONGEST_PAUSE,
         observer: Arc::new(()),
+        background: Arc::default(),
     }
 }
 

@@ -69,6 +69,12 @@ impl Answer {
     }
 }
 
+/// A server that is bound and does not run yet.
+pub async fn start(data: &Path, clock: Arc<dyn Clock>, change: impl FnOnce(&mut Config)) -> Server {
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    Server::start(config(data, change), clock).await.expect("the server starts")
+}
+
 impl TestServer {
     /// A fresh server with default settings, but for the rate limits, which are off.
     pub async fn start() -> Self {
@@ -82,9 +88,7 @@ impl TestServer {
     }
 
     async fn on(data: Arc<TempDir>, clock: TestClock, change: impl FnOnce(&mut Config)) -> Self {
-        let config = config(data.path(), change);
-        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        let server = Server::start(config, Arc::new(clock.clone())).await.expect("the server starts");
+        let server = start(data.path(), Arc::new(clock.clone()), change).await;
         let url = server.base_url().expect("an address");
         let (stop, stopped) = oneshot::channel::<()>();
         let running = tokio::spawn(async move {
@@ -234,7 +238,8 @@ impl TestServer {
     }
 }
 
-fn config(data: &Path, change: impl FnOnce(&mut Config)) -> Config {
+/// The settings of every test server.
+pub fn config(data: &Path, change: impl FnOnce(&mut Config)) -> Config {
     let overrides = Overrides {
         data: Some(data.to_path_buf()),
         listen: Some("127.0.0.1:0".to_owned()),

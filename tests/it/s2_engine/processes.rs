@@ -1,9 +1,10 @@
 //! Real processes: two servers on one Postgres and one s2-lite, killed whenever it hurts.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use futures_util::stream::FuturesUnordered;
 use reqwest::{Method, RequestBuilder, Response};
 use sea_orm::{ConnectionTrait, Statement, TransactionTrait};
 use serde_json::{Value, json};
@@ -169,6 +170,74 @@ async fn killed_between_seal_and_row_a_retry_and_the_list_agree() {
     let (status, _) = append(&restarted.url, "restarted", "in", "late", "late").await;
     assert_eq!(status, 409);
     assert!(direct.unsettled().await.expect("lists").is_empty());
+}
+
+/// The data of every record of a channel.
+async fn data(url: &str, session: &str, io: &str) -> Vec<Value> {
+    let path = format!("/realtime/v1/sessions/{session}/{io}/records");
+    let (status, page) = answer(request(url, Method::GET, &path)).await;
+    assert_eq!(status, 200, "{page}");
+    let records = page["records"].as_array().expect("records");
+    records.iter().map(|record| record["data"].clone()).collect()
+}
+
+/// Checks that the close of a session is told once on each main channel, or on none if it is not made.
+async fn told_once_or_not_made(url: &str, session: &str, may_be_open: bool) {
+    let (status, row) = answer(request(url, Method::GET, &format!("/api/v1/sessions/{session}"))).await;
+    assert_eq!(status, 200, "{row}");
+    let close = json!({"kind": "message", "payload": {"trigger": "close"}}).to_string();
+    let [input, output] = [data(url, session, "in").await, data(url, session, "out").await];
+    if row["closedAt"].is_null() {
+        assert!(may_be_open, "{session} was closed");
+        assert_eq!((input, output.len()), (vec![json!("first")], 0), "{session}");
+    } else {
+        assert_eq!((input, output.len()), (vec![json!("first"), json!(close)], 1), "{session}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_close_that_kill_9_meets_is_told_once_or_not_made() {
+    const CLOSES: usize = 32;
+    let stores = Stores::fresh().await;
+    let (a, b) = (stores.replica("a").await, stores.replica("b").await);
+    let sessions: Vec<String> = (0..CLOSES).map(|index| format!("close-{index}")).collect();
+    for session in &sessions {
+        create(&a.url, session).await;
+        assert_eq!(append(&a.url, session, "in", "first", "first").await.0, 200);
+    }
+    // All at once, so that some are at every step whenever it is killed.
+    let closes = sessions.iter().map(|session| {
+        let path = format!("/api/v1/sessions/{session}/close");
+        let sent = request(&a.url, Method::POST, &path).json(&json!({"reason": "done"})).send();
+        let session = session.clone();
+        tokio::spawn(async move { (session, sent.await.is_ok_and(|answer| answer.status() == 200)) })
+    });
+    let mut closes: FuturesUnordered<_> = closes.collect();
+    let mut acked = HashSet::new();
+    while acked.len() < CLOSES / 4 {
+        let (session, done) = closes.next().await.expect("closes enough").expect("a close");
+        assert!(done, "before it was killed");
+        acked.insert(session);
+    }
+    a.kill().await;
+    while let Some(closed) = closes.next().await {
+        let (session, done) = closed.expect("a close");
+        if done {
+            acked.insert(session);
+        }
+    }
+    assert!(acked.len() < CLOSES, "some were on their way");
+
+    // A start finishes what it finds, and so may the other one, beside it, whatever each of them meets.
+    let a = stores.replica("a").await;
+    for session in &sessions {
+        told_once_or_not_made(&b.url, session, !acked.contains(session)).await;
+    }
+    for session in &sessions {
+        let (one, other) = tokio::join!(close(&a.url, session), close(&b.url, session));
+        assert_eq!((one.0, other.0), (200, 200), "{one:?} {other:?}");
+        told_once_or_not_made(&a.url, session, false).await;
+    }
 }
 
 /// The servers that writers and followers may use, by turns.

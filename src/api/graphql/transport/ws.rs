@@ -99,7 +99,7 @@ pub(super) async fn upgrade(app: App, id: RequestId, request: Request) -> Respon
     }
     upgrade.on_upgrade(move |socket| async move {
         let tasks = app.shutdown.clone();
-        tasks.spawn(async move {
+        tasks.spawn("websocket", async move {
             let _held = held;
             let _open = app.metrics.websocket();
             let mut connection = Connection::new(app, id, socket, credentials, stranger, budget.clone());

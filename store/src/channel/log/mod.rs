@@ -39,8 +39,8 @@ use super::observer::{CommitStats, LogObserver};
 use sessiond_domain::port::{Condition, Followed};
 use sessiond_domain::record::{Bounds, ReadLimit};
 use sessiond_domain::{
-    AppendAck, AppendInput, ChannelKey, ChannelStore, Clock, Close, Closure, ConnectionBudget, Error,
-    ReadStart, RecordBatch, Result, SessionId,
+    AppendAck, AppendInput, Background, ChannelKey, ChannelStore, Clock, Close, Closure, ConnectionBudget,
+    Error, ReadStart, RecordBatch, Result, SessionId,
 };
 
 /// Reads that may wait for the disk at one time.
@@ -59,6 +59,8 @@ pub struct LogOptions {
     pub disk_reserve: Option<u64>,
     /// Who is told what the log does.
     pub observer: Arc<dyn LogObserver>,
+    /// Who is told when a thread of the log fails.
+    pub background: Arc<Background>,
 }
 
 impl Default for LogOptions {
@@ -68,6 +70,7 @@ impl Default for LogOptions {
             sweep_every: Duration::from_secs(300),
             disk_reserve: None,
             observer: Arc::new(()),
+            background: Arc::default(),
         }
     }
 }
@@ -95,6 +98,7 @@ struct Shared {
     tails: Cache<ChannelKey, Bounds>,
     clock: Arc<dyn Clock>,
     observer: Arc<dyn LogObserver>,
+    background: Arc<Background>,
     readers: Arc<Semaphore>,
     sweeper: mpsc::Sender<Wake>,
     sweeper_woken: AtomicBool,
@@ -112,7 +116,7 @@ impl Shared {
     }
 
     /// Takes no writes any more.
-    fn poison(&self, error: &fjall::Error) {
+    fn poison(&self, error: &dyn fmt::Display) {
         if !self.poisoned.swap(true, Ordering::SeqCst) {
             self.observer.poisoned();
             tracing::error!(error = %error, "the log could not be written and takes no appends until a restart");
@@ -218,6 +222,7 @@ impl LogChannels {
             tails: Cache::new(KNOWN_TAILS),
             clock,
             observer: options.observer.clone(),
+            background: options.background.clone(),
             readers: Arc::new(Semaphore::new(READERS)),
             sweeper,
             sweeper_woken: AtomicBool::new(false),

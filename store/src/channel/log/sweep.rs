@@ -1,6 +1,7 @@
 //! The thread that finds what may be forgotten and hands it to the writer in small slices: records past
 //! their retention, trimmed records, part ids past their time. It only reads, so it holds no append up.
 
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use super::codec;
 use super::queue::{Request, Sweep, gone};
 use super::store::Store;
 use super::{LogOptions, Shared};
+use sessiond_domain::background;
 use sessiond_domain::{ChannelKey, Error, Result, SeqNum, Timestamp};
 
 /// Rows deleted in one slice, so that the appends of the same commit wait little longer.
@@ -31,8 +33,28 @@ pub(super) enum Wake {
     Stop,
 }
 
-/// Runs until told to stop.
+/// Runs until told to stop. After a panic it begins again, after a pause that grows.
 pub(super) fn run(shared: &Arc<Shared>, options: &LogOptions, wake: &Receiver<Wake>) {
+    let mut pause = background::FIRST_PAUSE;
+    // What a turn shares with others it leaves behind locks that are taken whether they are poisoned or not.
+    while panic::catch_unwind(AssertUnwindSafe(|| turns(shared, options, wake))).is_err() {
+        shared.background.faulted("log sweeper");
+        let until = Instant::now() + pause;
+        // Whoever has woken it meanwhile gets what the next turn finds.
+        while let Some(left) = until.checked_duration_since(Instant::now()) {
+            match wake.recv_timeout(left) {
+                Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(Wake::Trimmed) => shared.sweep_woken(),
+                Ok(Wake::Now(reply)) => drop(reply.send(Err(gone()))),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+        pause = (pause * 2).min(background::LONGEST_PAUSE);
+    }
+}
+
+/// Runs until told to stop.
+fn turns(shared: &Arc<Shared>, options: &LogOptions, wake: &Receiver<Wake>) {
     let sweeper = Sweeper { shared, retention: options.retention };
     // What a crash has left undone.
     let mut result = sweeper.remove_trimmed();

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
 
 use super::Shared;
 use super::group::{Group, refuse};
@@ -61,6 +62,10 @@ struct Last<'a>(&'a Arc<Shared>);
 
 impl Drop for Last<'_> {
     fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.poison(&"its writer has panicked");
+            self.0.background.faulted("log writer");
+        }
         self.0.poisoned.store(true, Ordering::SeqCst);
         self.0.queue.close();
         let mut waiting = VecDeque::new();

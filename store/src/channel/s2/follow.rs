@@ -5,6 +5,7 @@
 //! keeps its stream while S2 is away.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use futures_util::stream::{BoxStream, StreamExt};
@@ -47,9 +48,13 @@ impl Feed {
                 shared: shared.clone(),
                 key: key.clone(),
                 window: subscription.shared(),
-                next: from,
+                next: Arc::new(AtomicU64::new(from)),
             };
-            AbortOnDropHandle::new(tokio::spawn(feeder.run()))
+            let background = shared.background.clone();
+            let feeding = async move {
+                background.survived("follower of a channel on S2", || feeder.clone().run()).await;
+            };
+            AbortOnDropHandle::new(tokio::spawn(feeding))
         });
         let feed = Arc::new(Self { subscription, key: key.clone(), shared: shared.clone(), _task: task });
         feeds.insert(key.clone(), Arc::downgrade(&feed));
@@ -118,11 +123,13 @@ impl Drop for S2Source {
 }
 
 /// The task that fills a window.
+#[derive(Clone)]
 struct Feeder {
     shared: Arc<Shared>,
     key: ChannelKey,
     window: Arc<Window>,
-    next: SeqNum,
+    /// The next record that is not in the window: where a connection begins.
+    next: Arc<AtomicU64>,
 }
 
 /// Why a connection ended.
@@ -133,10 +140,10 @@ enum Ended {
 }
 
 impl Feeder {
-    async fn run(mut self) {
+    async fn run(self) {
         let mut backoff = Backoff::new(self.shared.longest_pause);
         loop {
-            let before = self.next;
+            let before = self.next();
             let ended = match self.connection().await {
                 Ok(Ended::NoStream) => self.wait_for_stream().await,
                 ended => ended,
@@ -151,7 +158,7 @@ impl Feeder {
                 }
                 Err(_) => {}
             }
-            if self.next > before {
+            if self.next() > before {
                 backoff.reset();
             }
             backoff.pause().await;
@@ -159,9 +166,9 @@ impl Feeder {
     }
 
     /// Brings records for as long as it lasts.
-    async fn connection(&mut self) -> Result<Ended> {
+    async fn connection(&self) -> Result<Ended> {
         let stream = codec::channel_stream(&self.key);
-        let Some(mut session) = self.shared.remote.follow(&stream, self.next).await? else {
+        let Some(mut session) = self.shared.remote.follow(&stream, self.next()).await? else {
             return Ok(Ended::NoStream);
         };
         let slot = self.shared.memory.slot(&self.key);
@@ -172,7 +179,7 @@ impl Feeder {
             if let Some(batch) = batch
                 && let (Some(next), Some(tail)) = (batch.next_seq_num(), batch.tail)
             {
-                self.next = next;
+                self.next.store(next, Ordering::Relaxed);
                 self.window.publish(vec![batch], tail);
             }
             if sealed {
@@ -180,6 +187,10 @@ impl Feeder {
             }
         }
         Ok(Ended::Interrupted)
+    }
+
+    fn next(&self) -> SeqNum {
+        self.next.load(Ordering::Relaxed)
     }
 
     /// Makes a main channel; waits for a named one, which only a writer may make.

@@ -40,8 +40,8 @@ use super::observer::LogObserver;
 use sessiond_domain::port::Followed;
 use sessiond_domain::record::{Bounds, ReadLimit};
 use sessiond_domain::{
-    AppendAck, AppendInput, ChannelKey, ChannelStore, Clock, Close, Closure, ConnectionBudget, Error,
-    ReadStart, RecordBatch, Result, SessionId,
+    AppendAck, AppendInput, Background, ChannelKey, ChannelStore, Clock, Close, Closure, ConnectionBudget,
+    Error, ReadStart, RecordBatch, Result, SessionId,
 };
 
 /// Longest an answer to "are you there" may take.
@@ -62,6 +62,8 @@ pub struct S2Options {
     pub longest_pause: Duration,
     /// Who is told what the engine does.
     pub observer: Arc<dyn LogObserver>,
+    /// What watches the engine's tasks.
+    pub background: Arc<Background>,
 }
 
 impl S2Options {
@@ -112,6 +114,7 @@ struct Shared {
     writers: Writers,
     longest_pause: Duration,
     observer: Arc<dyn LogObserver>,
+    background: Arc<Background>,
 }
 
 /// The channels of one basin.
@@ -130,7 +133,7 @@ impl S2Channels {
         let log_id = claim_id(&remote).await.map_err(OpenError::Basin)?;
         let outbox = Arc::new(Outbox::new(remote.clone(), clock));
         let shared = Shared {
-            registry: Registry::new(remote.clone(), outbox.clone()),
+            registry: Registry::new(remote.clone(), outbox.clone(), options.background.clone()),
             remote,
             outbox,
             memory: Memory::default(),
@@ -139,6 +142,7 @@ impl S2Channels {
             feeds: follow::Feeds::default(),
             writers: Writers::default(),
             longest_pause: options.longest_pause,
+            background: options.background,
             observer: options.observer,
         };
         Ok(Self { shared: Arc::new(shared), log_id })

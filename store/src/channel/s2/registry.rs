@@ -17,7 +17,8 @@ use super::codec::{self, Entry, SEAL};
 use super::outbox::Outbox;
 use super::remote::{Fault, Guard, Keep, Remote};
 use sessiond_domain::{
-    ChannelAddress, ChannelKey, Close, Closure, Direction, Error, Result, SeqNum, SessionId, Timestamp, close,
+    Background, ChannelAddress, ChannelKey, Close, Closure, Direction, Error, Result, SeqNum, SessionId,
+    Timestamp, close,
 };
 
 /// Closures that are remembered; they never change.
@@ -81,12 +82,13 @@ pub(super) enum Arrival {
 pub(super) struct Registry {
     remote: Arc<Remote>,
     outbox: Arc<Outbox>,
+    background: Arc<Background>,
     closures: Cache<SessionId, Closure>,
 }
 
 impl Registry {
-    pub(super) fn new(remote: Arc<Remote>, outbox: Arc<Outbox>) -> Self {
-        Self { remote, outbox, closures: Cache::new(REMEMBERED) }
+    pub(super) fn new(remote: Arc<Remote>, outbox: Arc<Outbox>, background: Arc<Background>) -> Self {
+        Self { remote, outbox, background, closures: Cache::new(REMEMBERED) }
     }
 
     /// Makes the stream of a channel, registering it first if it has a name.
@@ -164,7 +166,9 @@ impl Registry {
         let (remote, registry) = (self.remote.clone(), codec::registry_stream(session));
         let done = vec![Entry::Fenced.to_record()?];
         // Saves the next who looks from fencing again; nothing else depends on it.
-        tokio::spawn(async move { remote.append(&registry, done, Guard::token(SEAL)).await.map(drop) });
+        self.background.once("note of a finished close on S2", async move {
+            let _ = remote.append(&registry, done, Guard::token(SEAL)).await;
+        });
         Ok(())
     }
 

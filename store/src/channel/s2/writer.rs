@@ -118,7 +118,7 @@ impl Writer {
             searched: Position::default(),
             closed: None,
         };
-        tokio::spawn(writer.run());
+        writer.shared.background.clone().once("writer of a channel on S2", writer.run());
         sender
     }
 

@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
 
 use super::client::Fault;
+use sessiond_domain::Background;
 use sessiond_domain::error::{Error, Result};
 
 /// Pause between two probes of a server that is silent.
@@ -34,6 +35,7 @@ pub(super) struct Breaker {
 struct Shared {
     state: Mutex<State>,
     probe: Probe,
+    background: Arc<Background>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -51,8 +53,8 @@ struct Running<'a> {
 }
 
 impl Breaker {
-    pub(super) fn new(patience: Duration, probe: Probe) -> Self {
-        let shared = Arc::new(Shared { state: Mutex::default(), probe });
+    pub(super) fn new(patience: Duration, probe: Probe, background: Arc<Background>) -> Self {
+        let shared = Arc::new(Shared { state: Mutex::default(), probe, background });
         Self { shared, places: Semaphore::new(QUERIES_MAX), patience }
     }
 
@@ -87,10 +89,16 @@ impl Breaker {
 
     /// Sends a probe, whose answer decides.
     pub(super) fn probe(&self) {
-        let Ok(runtime) = Handle::try_current() else { return };
-        if !std::mem::replace(&mut self.shared.state().probing, true) {
-            runtime.spawn(probe_until_answered(Arc::downgrade(&self.shared), self.shared.probe.clone()));
+        // A caller may be dropped with the runtime.
+        if Handle::try_current().is_err() || std::mem::replace(&mut self.shared.state().probing, true) {
+            return;
         }
+        let (shared, probe) = (Arc::downgrade(&self.shared), self.shared.probe.clone());
+        let background = self.shared.background.clone();
+        tokio::spawn(async move {
+            let begin = || probe_until_answered(shared.clone(), probe.clone());
+            background.survived("probe of ClickHouse", begin).await;
+        });
     }
 
     fn require_answering(&self) -> Result<()> {
@@ -166,7 +174,7 @@ mod tests {
             let answer = if answering.load(Ordering::Relaxed) { Ok(()) } else { silence() };
             Box::pin(async { answer })
         });
-        (Breaker::new(Duration::from_secs(5), probe), answers, probes)
+        (Breaker::new(Duration::from_secs(5), probe, Arc::default()), answers, probes)
     }
 
     fn silence<T>() -> Result<T, Fault> {

@@ -31,7 +31,7 @@ pub use row::SessionRow;
 use sessiond_domain::error::{Error, Result};
 use sessiond_domain::list::{Filter, Page, PageRequest, TagQuery};
 use sessiond_domain::port::{ListIndex, MetadataStore};
-use sessiond_domain::{EnvironmentId, Timestamp};
+use sessiond_domain::{Background, EnvironmentId, Timestamp};
 pub use writer::SessionWriter;
 
 /// What lists answer until there is something to list.
@@ -57,7 +57,7 @@ pub struct ClickHouseIndex {
 
 impl ClickHouseIndex {
     /// An index of the sessions of `store`. Nothing is asked before the first list, so ClickHouse may be away.
-    pub fn new(clickhouse: ClickHouse, store: Arc<dyn MetadataStore>) -> Self {
+    pub fn new(clickhouse: ClickHouse, store: Arc<dyn MetadataStore>, background: Arc<Background>) -> Self {
         let probed = clickhouse.clone();
         let probe: Probe = Arc::new(move || {
             let clickhouse = probed.clone();
@@ -69,7 +69,7 @@ impl ClickHouseIndex {
         });
         Self {
             environments: Environments::new(store),
-            breaker: Breaker::new(clickhouse.options().query_timeout, probe),
+            breaker: Breaker::new(clickhouse.options().query_timeout, probe, background),
             clickhouse,
             usable: AtomicBool::new(false),
             not_built_until: Mutex::default(),

@@ -8,6 +8,7 @@ pub mod auth;
 pub mod cli;
 pub mod config;
 pub mod listener;
+pub mod replication;
 pub mod server;
 pub mod shutdown;
 pub mod telemetry;

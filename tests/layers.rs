@@ -14,6 +14,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("api", &["auth", "config", "domain", "shutdown", "telemetry"]),
     ("listener", &["config", "domain", "shutdown", "telemetry"]),
     ("auth", &["config", "domain", "telemetry"]),
+    ("replication", &["config", "domain", "store", "telemetry"]),
     ("store", &["domain"]),
     ("telemetry", &["config", "domain"]),
     ("config", &["domain"]),

@@ -18,6 +18,7 @@ mod harness;
 mod local_users;
 mod log;
 mod queries;
+mod replication;
 mod runs;
 mod s2;
 mod s2_engine;

@@ -8,6 +8,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -38,7 +39,10 @@ impl Postgres {
     pub fn start() -> Result<Self> {
         let binaries = binaries()?;
         let owner = owner()?;
-        let folder = std::env::temp_dir().join(format!("sessiond-postgres-{}", std::process::id()));
+        // More than one of a process may run.
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
+        let folder = std::env::temp_dir().join(format!("sessiond-postgres-{}-{number}", std::process::id()));
         fs::create_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o700))?;
         if let Some((user, group)) = owner {
@@ -159,6 +163,9 @@ fn spawn(binaries: &Path, owner: Option<(u32, u32)>, folder: &Path, data: &Path,
         "wal_level=logical",
         "shared_buffers=64MB",
         "max_connections=200",
+        // Tests run beside each other, and slots are of the whole server.
+        "max_replication_slots=100",
+        "max_wal_senders=100",
     ];
     let mut postgres = command(&binaries.join("postgres"), owner, folder);
     postgres.arg("-D").arg(data).args(["-p", &port.to_string()]);

@@ -27,7 +27,7 @@ use environments::Environments;
 use query::{Among, PageQuery, Statement, Tenant};
 pub use rebuild::{Progress, Rebuild};
 use row::ListedRow;
-pub use row::SessionRow;
+pub use row::{SessionRow, SessionTexts};
 use sessiond_domain::error::{Error, Result};
 use sessiond_domain::list::{Filter, Page, PageRequest, TagQuery};
 use sessiond_domain::port::{ListIndex, MetadataStore};

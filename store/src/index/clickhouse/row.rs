@@ -2,6 +2,7 @@
 
 use clickhouse::Row;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::client::Fault;
@@ -67,7 +68,76 @@ struct Document {
     current_run_id: String,
 }
 
+/// A session as its row in Postgres gives it, JSON as text.
+#[derive(Debug)]
+pub struct SessionTexts<'a> {
+    /// `session_...`
+    pub id: &'a str,
+    /// The caller's own id.
+    pub external_id: Option<&'a str>,
+    /// The kind.
+    pub kind: &'a str,
+    /// The task.
+    pub task_identifier: &'a str,
+    /// The tags.
+    pub tags: Vec<String>,
+    /// An object.
+    pub metadata: Option<&'a RawValue>,
+    /// An object.
+    pub trigger_config: Option<&'a RawValue>,
+    /// The recorded run.
+    pub current_run_id: &'a str,
+    /// Milliseconds.
+    pub created_at: i64,
+    /// Milliseconds.
+    pub updated_at: i64,
+    /// Milliseconds.
+    pub expires_at: Option<i64>,
+    /// Milliseconds.
+    pub closed_at: Option<i64>,
+    /// Why it was closed.
+    pub closed_reason: Option<&'a str>,
+}
+
+/// [`Document`] of texts.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct TextDocument<'a> {
+    metadata: Option<&'a RawValue>,
+    trigger_config: Option<&'a RawValue>,
+    closed_reason: Option<&'a str>,
+    current_run_id: &'a str,
+}
+
 impl SessionRow {
+    /// The row of the session that these texts are of, which `environment` owns, at `version`.
+    pub fn of_texts(session: SessionTexts<'_>, environment: &Environment, version: u64) -> Self {
+        let SessionTexts { metadata, trigger_config, closed_reason, current_run_id, .. } = session;
+        let document = TextDocument { metadata, trigger_config, closed_reason, current_run_id };
+        Self {
+            environment_id: environment.id.to_string(),
+            organization_id: environment.organization.clone(),
+            project_id: environment.project.clone(),
+            session_id: session.id.to_owned(),
+            environment_type: environment_type(environment.kind).to_owned(),
+            friendly_id: session.id.to_owned(),
+            external_id: session.external_id.unwrap_or_default().to_owned(),
+            r#type: session.kind.to_owned(),
+            task_identifier: session.task_identifier.to_owned(),
+            tags: session.tags,
+            metadata: NO_METADATA.to_owned(),
+            closed_at: session.closed_at,
+            closed_reason: closed_reason.unwrap_or_default().to_owned(),
+            expires_at: session.expires_at,
+            created_at: session.created_at,
+            updated_at: session.updated_at,
+            is_test: 0,
+            _version: version,
+            _is_deleted: 0,
+            document: serde_json::to_string(&document).expect("JSON and texts are JSON"),
+        }
+    }
+
     /// The row of `session`, which `environment` owns, at `version`.
     pub fn new(session: Session, environment: &Environment, version: u64) -> Self {
         let (closed_at, closed_reason) = match session.closed {
@@ -110,7 +180,7 @@ impl SessionRow {
         #[derive(Deserialize)]
         struct Metadata<'a> {
             #[serde(borrow)]
-            metadata: &'a serde_json::value::RawValue,
+            metadata: &'a RawValue,
         }
         if let Ok(found) = serde_json::from_str::<Metadata<'_>>(&self.document) {
             self.metadata = format!(r#"{{"data":{}}}"#, found.metadata);

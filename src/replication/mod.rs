@@ -1,0 +1,87 @@
+//! Changes of sessions, from the write-ahead log of Postgres to ClickHouse.
+//!
+//! What a stream of changes goes through: [`pgoutput`] reads messages, [`row`] makes versions of sessions of them, [`batch`]
+//! puts together what is stored at once, [`progress`] says what of the log has been stored without a gap.
+//!
+//! The version of a row is made of its place in the log alone ([`RowVersion`]), so whoever delivers it again, and however often,
+//! stores the same.
+
+pub mod batch;
+pub mod pgoutput;
+pub mod progress;
+pub mod row;
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A place in the write-ahead log of Postgres, in bytes since its beginning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Lsn(pub u64);
+
+/// As Postgres writes it (`pg_lsn`): two hexadecimal numbers with a slash between them.
+impl fmt::Display for Lsn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:X}/{:X}", self.0 >> 32, self.0 & u64::from(u32::MAX))
+    }
+}
+
+/// A text that is no place in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a place in the write-ahead log, which is two hexadecimal numbers with a slash between them")]
+pub struct LsnError;
+
+impl FromStr for Lsn {
+    type Err = LsnError;
+
+    fn from_str(text: &str) -> Result<Self, LsnError> {
+        let (high, low) = text.split_once('/').ok_or(LsnError)?;
+        let part = |text: &str| {
+            let digits = (1..=8).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+            digits.then(|| u64::from_str_radix(text, 16).ok()).flatten().ok_or(LsnError)
+        };
+        Ok(Self(part(high)? << 32 | part(low)?))
+    }
+}
+
+/// Counts how often replication has begun anew, from 1: everything of a later epoch outweighs everything of an earlier one.
+/// Versions of a rebuild are those of epoch 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Epoch(pub u8);
+
+/// `_version` of a row: the epoch in the upper 8 bits, a place in the log in the lower 56.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RowVersion(pub u64);
+
+impl RowVersion {
+    /// Bits of the place. A server that writes a gigabyte a second reaches their end after two years.
+    const PLACE_BITS: u32 = 56;
+
+    /// The version of what stands at `place`.
+    pub fn new(epoch: Epoch, place: Lsn) -> Self {
+        Self(u64::from(epoch.0) << Self::PLACE_BITS | (place.0 & ((1 << Self::PLACE_BITS) - 1)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_written_and_read_as_postgres_does() {
+        for (text, place) in [("0/0", 0), ("0/16B3748", 0x16B_3748), ("16/B374D848", 0x16_B374_D848)] {
+            assert_eq!(Lsn(place).to_string(), text);
+            assert_eq!(text.parse(), Ok(Lsn(place)));
+        }
+        assert_eq!("FFFFFFFF/FFFFFFFF".parse(), Ok(Lsn(u64::MAX)));
+        for text in ["", "0", "/", "0/", "/0", "0/+1", "0/ 1", "1/2/3", "123456789/0", "0/0x1", "0/g"] {
+            assert_eq!(text.parse::<Lsn>(), Err(LsnError), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_epoch_outweighs_every_place() {
+        assert!(RowVersion::new(Epoch(2), Lsn(0)) > RowVersion::new(Epoch(1), Lsn((1 << 56) - 1)));
+        assert!(RowVersion::new(Epoch(1), Lsn(8)) > RowVersion::new(Epoch(1), Lsn(7)));
+        assert_eq!(RowVersion::new(Epoch(255), Lsn(1)).0, 0xFF00_0000_0000_0001);
+    }
+}

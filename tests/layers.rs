@@ -42,6 +42,7 @@ const CRATE_ROOMS: &[(&str, &[&str])] = &[
     ("s2_common", &["store", "api"]),
     ("clickhouse", &["store"]),
     ("jsonwebtoken", &["auth"]),
+    ("pgwire_replication", &["replication"]),
     ("reqwest", &["cli"]),
     ("figment", &["config"]),
     ("clap", &["cli", "main"]),

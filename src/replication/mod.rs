@@ -1,6 +1,7 @@
 //! Changes of sessions, from the write-ahead log of Postgres to ClickHouse.
 //!
-//! What a stream of changes goes through: [`pgoutput`] reads messages, [`row`] makes versions of sessions of them, [`batch`]
+//! [`source`] says what a stream of changes promises; [`pgwire`] reads one from Postgres, on the way that [`tunnel`] makes.
+//! What it goes through then: [`pgoutput`] reads messages, [`row`] makes versions of sessions of them, [`batch`]
 //! puts together what is stored at once, [`progress`] says what of the log has been stored without a gap.
 //!
 //! The version of a row is made of its place in the log alone ([`RowVersion`]), so whoever delivers it again, and however often,
@@ -8,8 +9,11 @@
 
 pub mod batch;
 pub mod pgoutput;
+pub mod pgwire;
 pub mod progress;
 pub mod row;
+pub mod source;
+pub mod tunnel;
 
 use std::fmt;
 use std::str::FromStr;

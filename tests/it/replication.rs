@@ -1,5 +1,7 @@
 //! From Postgres to ClickHouse: what the stream of changes of a real server is made into.
 
+mod source;
+
 use std::collections::HashMap;
 
 use bytes::{Buf, Bytes};

@@ -7,10 +7,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use percent_encoding::percent_decode_str;
 use pgwire_replication::{
-    Lsn as WireLsn, PgWireError, ReplicationClient, ReplicationConfig, ReplicationEvent, TlsConfig,
+    FeedbackObserver, Lsn as WireLsn, PgWireError, ReplicationClient, ReplicationConfig, ReplicationEvent,
+    TlsConfig,
 };
 use secrecy::{ExposeSecret, SecretString};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use url::Url;
 
 use super::Lsn;
@@ -21,7 +22,9 @@ use super::tunnel::{Tls, Tunnel, TunnelTarget};
 /// they wait.
 const BUFFERED: usize = 512;
 /// How often the server is told what is confirmed, and that we live.
-const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+const STATUS_INTERVAL: Duration = Duration::from_millis(200);
+/// How often it is looked whether the last confirmation has gone out.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// The largest message that is read; one is at most a row.
 const MESSAGE_MAX: usize = 256 << 20;
 /// Longest that the end of a stream may take.
@@ -155,6 +158,8 @@ impl PgSource {
         config.status_interval = STATUS_INTERVAL;
         config.idle_wakeup_interval = STATUS_INTERVAL;
         config.buffer_events = BUFFERED;
+        // So that it is known what has gone out.
+        config.feedback_observer = Some(FeedbackObserver::new(|_| {}));
         config.max_message_size = MESSAGE_MAX;
         config.application_name = Some("sessiond-replication".to_owned());
         config.options = Some(format!("-c wal_sender_timeout={}", options.wal_sender_timeout.as_millis()));
@@ -200,7 +205,14 @@ impl WalSource for PgSource {
     }
 
     async fn stop(mut self: Box<Self>) -> Result<(), SourceError> {
-        match timeout(STOP_TIMEOUT, self.client.shutdown()).await {
+        // A stop overtakes a confirmation that is due, and then the next reader is told of more than it need be.
+        let ending = async {
+            while self.client.feedback_pending_since().is_some() && self.client.is_running() {
+                sleep(LOOK_EVERY).await;
+            }
+            self.client.shutdown().await
+        };
+        match timeout(STOP_TIMEOUT, ending).await {
             Ok(ended) => ended.map_err(in_stream),
             Err(_) => Err(SourceError::Away(format!("the stream did not end within {STOP_TIMEOUT:?}"))),
         }

@@ -106,6 +106,11 @@ impl Batcher {
         self.batch.bytes
     }
 
+    /// Whether what waits shares versions with what went before it.
+    pub fn is_in_order(&self) -> bool {
+        self.batch.in_order
+    }
+
     /// Whether a batch may end here.
     pub fn may_end(&self) -> bool {
         self.open.is_none_or(|open| open.changes.is_multiple_of(CHUNK))

@@ -8,11 +8,15 @@
 //! stores the same.
 
 pub mod batch;
+pub mod flush;
 pub mod pgoutput;
 pub mod pgwire;
 pub mod progress;
+#[cfg(test)]
+mod recorded;
 pub mod row;
 pub mod source;
+pub mod term;
 pub mod tunnel;
 
 use std::fmt;

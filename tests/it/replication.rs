@@ -1,21 +1,30 @@
 //! From Postgres to ClickHouse: what the stream of changes of a real server is made into.
 
 mod source;
+mod term;
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, Statement};
+use secrecy::SecretString;
 use serde_json::{Value, json};
 use sessiond::domain::tenant::Environment;
 use sessiond::domain::{Closure, MetadataStore, Session, SessionId, SessionPatch, SessionRef};
 use sessiond::replication::batch::{Batch, Batcher, CHUNK};
 use sessiond::replication::pgoutput::{Change, Column, Decoder, Tuple};
+use sessiond::replication::pgwire::SourceOptions;
 use sessiond::replication::row::{COLUMNS, SortKey, Version};
 use sessiond::replication::{Epoch, Lsn, RowVersion};
 use sessiond::store::index::clickhouse::SessionRow;
 
+use tokio::time::{sleep, timeout};
+
 use crate::harness::database::{HERE, Sql, at, named, session, words};
+
+/// Longest that a test waits for what must happen.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A slot of a test's own, and what reads it. Slots are of the whole server, whatever database they decode.
 struct Slot {
@@ -85,6 +94,40 @@ impl Slot {
 
     async fn end(self) {
         self.run(&format!("SELECT pg_drop_replication_slot('{}')", self.name)).await;
+    }
+}
+
+impl Slot {
+    /// How the replication protocol reads it, through the server at `url` if that is given.
+    fn options(&self, sql: &Sql) -> SourceOptions {
+        self.options_at(&sql.database.url)
+    }
+
+    fn options_at(&self, url: &str) -> SourceOptions {
+        SourceOptions::new(&SecretString::from(url.to_owned()), &self.name, "ours").expect("a URL")
+    }
+
+    async fn text(&self, what: &str) -> String {
+        let query = format!(
+            "SELECT ({what})::text AS found FROM pg_replication_slots WHERE slot_name = '{}'",
+            self.name
+        );
+        let row = self.connection.query_one_raw(Statement::from_string(DbBackend::Postgres, query)).await;
+        row.expect("asked")
+            .expect("a slot")
+            .try_get::<Option<String>>("", "found")
+            .expect("text")
+            .unwrap_or_default()
+    }
+
+    /// Waits until this is true of the slot.
+    async fn wait_for(&self, what: &str) {
+        let until = async {
+            while self.text(what).await != "true" {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, until).await.unwrap_or_else(|_| panic!("{what} before the test gives up"));
     }
 }
 

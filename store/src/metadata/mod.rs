@@ -4,6 +4,7 @@
 //! Knows nothing of lists; [`SqlIndex`](super::index::sql::SqlIndex) borrows the connections.
 
 mod open;
+mod replication;
 pub(crate) mod rows;
 mod runs;
 mod sessions;
@@ -17,6 +18,7 @@ use sea_orm::{
 };
 
 pub use open::{Migrated, OpenError, OpenOptions, migrate};
+pub use replication::{Phase, ReplicationState, ReplicationStore};
 
 use sessiond_domain::error::{Error, Result};
 use sessiond_domain::port::{HandedOver, Inserted, MetadataStore};

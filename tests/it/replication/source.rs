@@ -2,56 +2,18 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
-use secrecy::SecretString;
-use sessiond::replication::pgwire::{PgSource, SourceOptions};
+use sessiond::replication::pgwire::PgSource;
 use sessiond::replication::source::{SourceError, WalEvent, WalSource};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::time::{sleep, timeout};
+
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::pki_types::PrivateKeyDer;
 
 use super::*;
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-impl Slot {
-    /// How the replication protocol reads it, through the server at `url` if that is given.
-    fn options(&self, sql: &Sql) -> SourceOptions {
-        self.options_at(&sql.database.url)
-    }
-
-    fn options_at(&self, url: &str) -> SourceOptions {
-        SourceOptions::new(&SecretString::from(url.to_owned()), &self.name, "ours").expect("a URL")
-    }
-
-    async fn text(&self, what: &str) -> String {
-        let query = format!(
-            "SELECT ({what})::text AS found FROM pg_replication_slots WHERE slot_name = '{}'",
-            self.name
-        );
-        let row = self.connection.query_one_raw(Statement::from_string(DbBackend::Postgres, query)).await;
-        row.expect("asked")
-            .expect("a slot")
-            .try_get::<Option<String>>("", "found")
-            .expect("text")
-            .unwrap_or_default()
-    }
-
-    /// Waits until this is true of the slot.
-    async fn wait_for(&self, what: &str) {
-        let until = async {
-            while self.text(what).await != "true" {
-                sleep(Duration::from_millis(10)).await;
-            }
-        };
-        timeout(PATIENCE, until).await.unwrap_or_else(|_| panic!("{what} before the test gives up"));
-    }
-}
 
 async fn open(options: &SourceOptions) -> PgSource {
     timeout(PATIENCE, PgSource::open(options)).await.expect("in time").expect("a stream").0

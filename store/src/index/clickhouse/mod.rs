@@ -142,8 +142,8 @@ impl ClickHouseIndex {
     /// The rows of a page, exactly; see [`PageQuery`].
     async fn rows(&self, page: &PageQuery<'_>) -> Result<Vec<ListedRow>> {
         for (turn, limit) in page.tries().into_iter().enumerate() {
-            // Without a filter the first look is full but at the end of a list; with one, few candidates are common.
-            let looked = turn == 0 && !page.is_filtered();
+            // The first look is full but at the end of a list; where names are asked for, few candidates are common.
+            let looked = turn == 0 && !page.asks_for_names();
             if looked && let Some(rows) = self.full_page(page, limit).await? {
                 return Ok(rows);
             }

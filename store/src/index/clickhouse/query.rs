@@ -223,9 +223,10 @@ impl<'a> PageQuery<'a> {
         conditions.into_statement(text)
     }
 
-    /// Whether anything but the tenant and the place in the list restricts it.
-    pub(super) fn is_filtered(&self) -> bool {
-        *self.filter != Filter::default()
+    /// Whether only sessions with tags or external ids of the caller's choice are wanted, of which there may be few.
+    pub(super) fn asks_for_names(&self) -> bool {
+        let Filter { tags_any, tags_all, external_ids, .. } = &*self.filter;
+        !(tags_any.is_empty() && tags_all.is_empty() && external_ids.is_empty())
     }
 
     /// How many candidates there are, counted up to `limit`.

@@ -110,6 +110,32 @@ struct TextDocument<'a> {
 }
 
 impl SessionRow {
+    /// What hides every older version of a session, which `environment` owned, from `version` on.
+    pub fn tombstone(environment: &Environment, session: &str, created_at: i64, version: u64) -> Self {
+        Self {
+            environment_id: environment.id.to_string(),
+            organization_id: environment.organization.clone(),
+            project_id: environment.project.clone(),
+            session_id: session.to_owned(),
+            environment_type: environment_type(environment.kind).to_owned(),
+            friendly_id: session.to_owned(),
+            external_id: String::new(),
+            r#type: String::new(),
+            task_identifier: String::new(),
+            tags: Vec::new(),
+            metadata: NO_METADATA.to_owned(),
+            closed_at: None,
+            closed_reason: String::new(),
+            expires_at: None,
+            created_at,
+            updated_at: created_at,
+            is_test: 0,
+            _version: version,
+            _is_deleted: 1,
+            document: String::new(),
+        }
+    }
+
     /// The row of the session that these texts are of, which `environment` owns, at `version`.
     pub fn of_texts(session: SessionTexts<'_>, environment: &Environment, version: u64) -> Self {
         let SessionTexts { metadata, trigger_config, closed_reason, current_run_id, .. } = session;

@@ -1,0 +1,331 @@
+//! [`Term`]: reads a slot from the moment when it is held to the moment when it is lost, and stores what it tells.
+//!
+//! Nothing is confirmed that is not stored. So whatever ends a term, a kill included, the next one is told of it again, and stores
+//! the same rows under the same versions.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::{Instant, interval, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::batch::{Batch, BatchError, Batcher};
+use super::flush::Flusher;
+use super::pgoutput::{Change, DecodeError, Decoder};
+use super::progress::{Progress, Ticket};
+use super::row::COLUMNS;
+use super::source::{SourceError, WalEvent, WalSource};
+use super::{Epoch, Lsn};
+use crate::store::metadata::ReplicationStore;
+
+/// Whose heartbeats in the log are.
+const HEARTBEAT: &str = "sessiond.heartbeat";
+
+/// How a slot is read.
+#[derive(Clone, Debug)]
+pub struct TermOptions {
+    /// The slot.
+    pub slot: String,
+    /// What the leader is called in the table `replication`.
+    pub name: String,
+    /// Rows of a full batch.
+    pub flush_rows: usize,
+    /// Bytes of a full batch, roughly.
+    pub flush_bytes: usize,
+    /// Shortest time between the beginnings of two batches that are not full.
+    pub flush_gap: Duration,
+    /// Full batches that may be on their way at once.
+    pub in_flight: usize,
+    /// Bytes that may wait or be on their way, roughly. A chunk of one transaction that takes more is held all the same.
+    pub memory: usize,
+    /// How often the leader puts a sign of life into the log.
+    pub heartbeat: Duration,
+    /// How long nothing may be heard, heartbeats included, before the connection counts as broken.
+    pub silence: Duration,
+    /// Longest that the end of a term waits for what is on its way.
+    pub drain: Duration,
+}
+
+/// Why a term is over.
+#[derive(Debug, thiserror::Error)]
+pub enum TermEnd {
+    /// It was told to end.
+    #[error("the replicator stops")]
+    Stopped,
+    /// The stream is over.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A message cannot be read.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// A change cannot be taken.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// Nothing was heard for too long.
+    #[error("nothing was heard of the stream for {0:?}")]
+    Silence(Duration),
+    /// Replication has begun anew elsewhere.
+    #[error("the epoch is over")]
+    Superseded,
+    /// A fault of ours.
+    #[error("a batch has failed")]
+    Failed,
+}
+
+/// A slot that is held, and where its changes go.
+pub struct Term {
+    source: Box<dyn WalSource>,
+    flusher: Flusher,
+    postgres: ReplicationStore,
+    epoch: Epoch,
+    options: TermOptions,
+}
+
+/// A batch that is stored.
+struct Stored {
+    ticket: Ticket,
+    bytes: usize,
+}
+
+struct Stream {
+    source: Box<dyn WalSource>,
+    flusher: Flusher,
+    options: TermOptions,
+    decoder: Decoder,
+    batcher: Batcher,
+    progress: Progress,
+    flights: JoinSet<Stored>,
+    /// Bytes on their way.
+    flying: usize,
+    /// What is on its way must not be overtaken.
+    in_order: bool,
+    /// When a batch that is not full may begin.
+    next_flush: Instant,
+    heard: Instant,
+    /// Everything before it is stored.
+    reached: Arc<AtomicU64>,
+}
+
+impl Term {
+    /// Of a slot whose changes `source` tells, under `epoch`.
+    pub fn new(
+        source: Box<dyn WalSource>,
+        flusher: Flusher,
+        postgres: ReplicationStore,
+        epoch: Epoch,
+        options: TermOptions,
+    ) -> Self {
+        Self { source, flusher, postgres, epoch, options }
+    }
+
+    /// Stores what the slot tells until something ends it.
+    pub async fn run(self, stop: &CancellationToken) -> TermEnd {
+        let Self { source, flusher, postgres, epoch, options } = self;
+        let (reached, superseded) = (Arc::new(AtomicU64::new(0)), CancellationToken::new());
+        let beating = beat(postgres, options.clone(), epoch, reached.clone(), superseded.clone());
+        let _heart = AbortOnDropHandle::new(tokio::spawn(beating));
+        let mut stream = Stream {
+            source,
+            flusher,
+            decoder: Decoder::new("sessions", COLUMNS),
+            batcher: Batcher::new(epoch),
+            progress: Progress::default(),
+            flights: JoinSet::new(),
+            flying: 0,
+            in_order: false,
+            next_flush: Instant::now(),
+            heard: Instant::now(),
+            reached,
+            options,
+        };
+        let end = stream.run(stop, &superseded).await;
+        if matches!(end, TermEnd::Stopped) {
+            stream.drain().await;
+            if let Err(error) = stream.source.stop().await {
+                tracing::debug!(%error, "the replication stream did not end in order");
+            }
+        }
+        end
+    }
+}
+
+impl Stream {
+    async fn run(&mut self, stop: &CancellationToken, superseded: &CancellationToken) -> TermEnd {
+        loop {
+            self.flush_if_due();
+            let may_read = self.may_read();
+            if !may_read {
+                // Silence is only what is heard of a stream that is listened to.
+                self.heard = Instant::now();
+            }
+            let silent_at = self.heard + self.options.silence;
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return TermEnd::Stopped,
+                () = superseded.cancelled() => return TermEnd::Superseded,
+                Some(stored) = self.flights.join_next() => match stored {
+                    Ok(stored) => self.stored(&stored),
+                    Err(_) => return TermEnd::Failed,
+                },
+                () = sleep_until(self.next_flush), if self.waits_for_the_gap() => {}
+                event = self.source.next(), if may_read => {
+                    self.heard = Instant::now();
+                    let taken = match event {
+                        Ok(event) => self.take(event).await,
+                        Err(error) => Err(error.into()),
+                    };
+                    if let Err(end) = taken {
+                        return end;
+                    }
+                }
+                () = sleep_until(silent_at), if may_read => return TermEnd::Silence(self.options.silence),
+            }
+        }
+    }
+
+    async fn take(&mut self, event: WalEvent) -> Result<(), TermEnd> {
+        let passed = match event {
+            WalEvent::Begin { commit, committed_at, xid } => {
+                self.batcher.begin(commit, committed_at, xid);
+                None
+            }
+            WalEvent::Change(message) => {
+                match self.decoder.decode(message)? {
+                    Change::Truncate => self.truncate().await?,
+                    change => self.batcher.take(change)?,
+                }
+                None
+            }
+            WalEvent::Commit { end } => self.batcher.commit(end),
+            WalEvent::KeepAlive { wal_end } => self.batcher.pass(wal_end),
+            WalEvent::Message { .. } => None,
+        };
+        if let Some(place) = passed.and_then(|place| self.progress.pass(place)) {
+            self.reach(place);
+        }
+        Ok(())
+    }
+
+    /// What was told before is stored first, or a row would be buried that came back.
+    async fn truncate(&mut self) -> Result<(), TermEnd> {
+        let version = self.batcher.truncate()?;
+        self.flush_rest().await?;
+        self.flusher.bury(version).await;
+        Ok(())
+    }
+
+    /// Stores all that has been told. A batch may end here.
+    async fn flush_rest(&mut self) -> Result<(), TermEnd> {
+        // One after the other, because one may share versions with the other.
+        self.land().await?;
+        if self.batcher.rows() > 0 {
+            let batch = self.batcher.end();
+            self.flush(batch);
+        }
+        self.land().await
+    }
+
+    /// Waits for what is on its way.
+    async fn land(&mut self) -> Result<(), TermEnd> {
+        while let Some(stored) = self.flights.join_next().await {
+            self.stored(&stored.map_err(|_| TermEnd::Failed)?);
+        }
+        Ok(())
+    }
+
+    fn stored(&mut self, stored: &Stored) {
+        self.flying -= stored.bytes;
+        if self.flights.is_empty() {
+            self.in_order = false;
+        }
+        if let Some(place) = self.progress.stored(stored.ticket) {
+            self.reach(place);
+        }
+    }
+
+    /// Everything before `place` is stored.
+    fn reach(&self, place: Lsn) {
+        self.reached.fetch_max(place.0, Ordering::Relaxed);
+        self.source.confirm(place);
+    }
+
+    fn is_full(&self) -> bool {
+        self.batcher.rows() >= self.options.flush_rows || self.batcher.bytes() >= self.options.flush_bytes
+    }
+
+    fn may_read(&self) -> bool {
+        // Within a chunk there is no way but on.
+        if !self.batcher.may_end() && self.flights.is_empty() {
+            return true;
+        }
+        !(self.is_full() && self.batcher.may_end())
+            && self.flying + self.batcher.bytes() < self.options.memory
+    }
+
+    /// Whether a batch may begin now, or once the gap is over.
+    fn may_flush(&self) -> bool {
+        let alone = !self.is_full() || self.batcher.is_in_order();
+        let places = if alone { 1 } else { self.options.in_flight };
+        self.batcher.rows() > 0 && self.batcher.may_end() && !self.in_order && self.flights.len() < places
+    }
+
+    fn waits_for_the_gap(&self) -> bool {
+        self.may_flush() && !self.is_full()
+    }
+
+    fn flush_if_due(&mut self) {
+        let now = Instant::now();
+        if self.may_flush() && (self.is_full() || now >= self.next_flush) {
+            self.next_flush = now + self.options.flush_gap;
+            let batch = self.batcher.end();
+            self.flush(batch);
+        }
+    }
+
+    fn flush(&mut self, batch: Batch) {
+        let (ticket, bytes) = (self.progress.begin(batch.reached), batch.bytes);
+        self.flying += bytes;
+        self.in_order = batch.in_order;
+        let flusher = self.flusher.clone();
+        self.flights.spawn(async move {
+            flusher.store(batch).await;
+            Stored { ticket, bytes }
+        });
+    }
+
+    /// Stores and confirms what was read. Of a transaction that is still being told, what stands before the end of a chunk is
+    /// left: it is told again.
+    async fn drain(&mut self) {
+        let patience = self.options.drain;
+        let rest = async { if self.batcher.may_end() { self.flush_rest().await } else { self.land().await } };
+        if timeout(patience, rest).await.is_err() {
+            tracing::warn!("the replicator stops before all it has read is stored; it is read again");
+        }
+    }
+}
+
+/// Tells who leads and how far the stream is, and makes the stream say something.
+async fn beat(
+    postgres: ReplicationStore,
+    options: TermOptions,
+    epoch: Epoch,
+    reached: Arc<AtomicU64>,
+    superseded: CancellationToken,
+) {
+    let mut beats = interval(options.heartbeat);
+    loop {
+        beats.tick().await;
+        let place = reached.load(Ordering::Relaxed);
+        match postgres.beat(&options.slot, epoch.0, &options.name, place, HEARTBEAT).await {
+            Ok(true) => {}
+            Ok(false) => return superseded.cancel(),
+            // The stream breaks as well, if it lasts.
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "no heartbeat of the replicator")
+            }
+        }
+    }
+}

@@ -67,8 +67,12 @@ impl Flusher {
     /// Stores a batch. Returns once every row of it is stored; ClickHouse and Postgres may be away meanwhile.
     pub async fn store(&self, batch: Batch) {
         let rows = self.rows(batch.rows).await;
+        self.insert_surely(&rows).await;
+    }
+
+    async fn insert_surely(&self, rows: &[SessionRow]) {
         let mut pauses = Pauses::new(PAUSE);
-        while let Err(fault) = self.insert(&rows).await {
+        while let Err(fault) = self.insert(rows).await {
             tracing::warn!(
                 error = &fault as &dyn std::error::Error,
                 rows = rows.len(),
@@ -78,17 +82,30 @@ impl Flusher {
         }
     }
 
-    /// Puts tombstones at `version` in the place of all rows that are older. Returns once it is done.
-    pub async fn bury(&self, version: RowVersion) {
+    /// Stores sessions as they stand, each a tuple of [`COLUMNS`] as text, at `version`. Returns once they are stored.
+    pub async fn store_older(&self, sessions: Vec<Vec<Option<String>>>, version: RowVersion) {
+        let versions = sessions.into_iter().filter_map(|columns| Version::new(tuple(columns)).ok());
+        let changes = versions.map(|row| (row.key().clone(), RowChange { version, xid: 0, row: Some(row) }));
+        let rows = self.rows(changes.collect()).await;
+        self.insert_surely(&rows).await;
+    }
+
+    /// Puts tombstones in the place of all rows that are older than `version`, below it. Returns once it is done.
+    pub async fn bury_before(&self, version: RowVersion) {
         let mut pauses = Pauses::new(PAUSE);
-        // A version that was told before this one is lower, so none is equal.
-        while let Err(fault) = self.writer.bury_older_than(version.0 + 1).await {
+        while let Err(fault) = self.writer.bury_older_than(version.0).await {
             tracing::warn!(
                 error = &fault as &dyn std::error::Error,
                 "ClickHouse does not take tombstones; they are sent again"
             );
             pauses.pause().await;
         }
+    }
+
+    /// Puts tombstones at `version` in the place of all rows that are older. Returns once it is done.
+    pub async fn bury(&self, version: RowVersion) {
+        // Whatever was told before has a lower version, so none is equal.
+        self.bury_before(RowVersion(version.0 + 1)).await;
     }
 
     async fn insert(&self, rows: &[SessionRow]) -> std::result::Result<(), Fault> {
@@ -138,10 +155,7 @@ impl Flusher {
             let ids: Vec<_> = some.iter().map(|(key, _)| key.session.as_str()).collect();
             let xids: Vec<_> = some.iter().map(|(_, change)| change.xid).collect();
             for columns in self.fetch(&ids, &xids).await {
-                let columns: Tuple = columns
-                    .into_iter()
-                    .map(|text| text.map_or(Column::Null, |text| Column::Text(text.into())))
-                    .collect();
+                let columns = tuple(columns);
                 if let Ok(key) = SortKey::of(&columns) {
                     found.insert(key.session, columns);
                 }
@@ -191,13 +205,18 @@ impl Flusher {
     }
 }
 
+/// Texts of a query as the stream would have them.
+fn tuple(columns: Vec<Option<String>>) -> Tuple {
+    columns.into_iter().map(|text| text.map_or(Column::Null, |text| Column::Text(text.into()))).collect()
+}
+
 /// The order of the table, so that the server has less to sort.
 fn order(row: &SessionRow) -> (&str, &str, &str, i64, &str) {
     (&row.organization_id, &row.project_id, &row.environment_id, row.created_at, &row.session_id)
 }
 
 /// Asks Postgres until it answers.
-async fn surely<T, F: Future<Output = Result<T>>>(what: &'static str, ask: impl Fn() -> F) -> T {
+pub(super) async fn surely<T, F: Future<Output = Result<T>>>(what: &'static str, ask: impl Fn() -> F) -> T {
     let mut pauses = Pauses::new(PAUSE);
     loop {
         match ask().await {

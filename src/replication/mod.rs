@@ -7,14 +7,17 @@
 //! The version of a row is made of its place in the log alone ([`RowVersion`]), so whoever delivers it again, and however often,
 //! stores the same.
 
+pub mod backfill;
 pub mod batch;
 pub mod flush;
+pub mod leader;
 pub mod pgoutput;
 pub mod pgwire;
 pub mod progress;
 #[cfg(test)]
 mod recorded;
 pub mod row;
+pub mod slot;
 pub mod source;
 pub mod term;
 pub mod tunnel;
@@ -67,6 +70,12 @@ impl RowVersion {
     /// The version of what stands at `place`.
     pub fn new(epoch: Epoch, place: Lsn) -> Self {
         Self(u64::from(epoch.0) << Self::PLACE_BITS | (place.0 & ((1 << Self::PLACE_BITS) - 1)))
+    }
+
+    /// The epoch in it; 0 for what a rebuild has stored.
+    pub fn epoch(self) -> Epoch {
+        let [epoch, ..] = self.0.to_be_bytes();
+        Epoch(epoch)
     }
 }
 

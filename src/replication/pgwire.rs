@@ -131,49 +131,69 @@ impl fmt::Debug for SourceOptions {
     }
 }
 
+/// Which server and database the options lead to. Reads nothing.
+///
+/// # Errors
+/// As [`PgSource::open`], but for what concerns the slot.
+pub async fn identify(options: &SourceOptions) -> Result<Identity, SourceError> {
+    in_time(options, async { Ok(session(options).await?.2) }).await
+}
+
+async fn in_time<T>(
+    options: &SourceOptions,
+    work: impl Future<Output = Result<T, SourceError>>,
+) -> Result<T, SourceError> {
+    let limit = options.connect_timeout;
+    timeout(limit, work)
+        .await
+        .unwrap_or_else(|_| Err(SourceError::Away(format!("no answer within {limit:?}"))))
+}
+
+/// A session that does not read yet.
+async fn session(options: &SourceOptions) -> Result<(ReplicationClient, Tunnel, Identity), SourceError> {
+    let tunnel = Tunnel::open(&options.target).await.map_err(|error| SourceError::Away(chain(&error)))?;
+    let mut config = ReplicationConfig::unix(
+        tunnel.folder().to_string_lossy(),
+        Tunnel::PORT,
+        &options.user,
+        options.password.expose_secret(),
+        &options.database,
+        &options.slot,
+        options.publication.as_str(),
+    );
+    config.tls = TlsConfig::disabled();
+    config.status_interval = STATUS_INTERVAL;
+    config.idle_wakeup_interval = STATUS_INTERVAL;
+    config.buffer_events = BUFFERED;
+    // So that it is known what has gone out.
+    config.feedback_observer = Some(FeedbackObserver::new(|_| {}));
+    config.max_message_size = MESSAGE_MAX;
+    config.application_name = Some("sessiond-replication".to_owned());
+    config.options = Some(format!("-c wal_sender_timeout={}", options.wal_sender_timeout.as_millis()));
+    let mut client = ReplicationClient::connect_gated(config).await.map_err(at_start)?;
+    let system = client.identify_system().await.map_err(at_start)?;
+    let identity = Identity {
+        system_identifier: system.system_id,
+        timeline: system.timeline,
+        database: system.dbname.unwrap_or_default(),
+        flushed: Lsn(system.xlogpos.as_u64()),
+    };
+    Ok((client, tunnel, identity))
+}
+
 impl PgSource {
     /// Begins to read the slot where it was confirmed. Whoever has it when this returns is its only reader.
     ///
     /// # Errors
     /// [`SourceError::Busy`] if another process reads it; every other one.
     pub async fn open(options: &SourceOptions) -> Result<(Self, Identity), SourceError> {
-        let opening = Self::opened(options);
-        timeout(options.connect_timeout, opening).await.unwrap_or_else(|_| {
-            Err(SourceError::Away(format!("no answer within {:?}", options.connect_timeout)))
+        in_time(options, async {
+            let (mut client, tunnel, identity) = session(options).await?;
+            client.start().await.map_err(at_start)?;
+            client.wait_started().await.map_err(at_start)?;
+            Ok((Self { client, _tunnel: tunnel }, identity))
         })
-    }
-
-    async fn opened(options: &SourceOptions) -> Result<(Self, Identity), SourceError> {
-        let tunnel = Tunnel::open(&options.target).await.map_err(|error| SourceError::Away(chain(&error)))?;
-        let mut config = ReplicationConfig::unix(
-            tunnel.folder().to_string_lossy(),
-            Tunnel::PORT,
-            &options.user,
-            options.password.expose_secret(),
-            &options.database,
-            &options.slot,
-            options.publication.as_str(),
-        );
-        config.tls = TlsConfig::disabled();
-        config.status_interval = STATUS_INTERVAL;
-        config.idle_wakeup_interval = STATUS_INTERVAL;
-        config.buffer_events = BUFFERED;
-        // So that it is known what has gone out.
-        config.feedback_observer = Some(FeedbackObserver::new(|_| {}));
-        config.max_message_size = MESSAGE_MAX;
-        config.application_name = Some("sessiond-replication".to_owned());
-        config.options = Some(format!("-c wal_sender_timeout={}", options.wal_sender_timeout.as_millis()));
-        let mut client = ReplicationClient::connect_gated(config).await.map_err(at_start)?;
-        let system = client.identify_system().await.map_err(at_start)?;
-        client.start().await.map_err(at_start)?;
-        client.wait_started().await.map_err(at_start)?;
-        let identity = Identity {
-            system_identifier: system.system_id,
-            timeline: system.timeline,
-            database: system.dbname.unwrap_or_default(),
-            flushed: Lsn(system.xlogpos.as_u64()),
-        };
-        Ok((Self { client, _tunnel: tunnel }, identity))
+        .await
     }
 }
 

@@ -1,5 +1,7 @@
 //! From Postgres to ClickHouse: what the stream of changes of a real server is made into.
 
+mod leader;
+mod slot;
 mod source;
 mod term;
 
@@ -37,13 +39,22 @@ struct Slot {
 
 impl Slot {
     async fn make(sql: &Sql) -> Self {
+        let slot = Self::named(sql).await;
+        slot.create().await;
+        slot
+    }
+
+    /// Not made yet.
+    async fn named(sql: &Sql) -> Self {
         let connection = sql.database.connect().await;
         let name = format!("slot_{}", uuid::Uuid::new_v4().simple());
-        connection.execute_unprepared("CREATE PUBLICATION ours FOR TABLE sessions").await.expect("published");
-        let make = format!("SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')");
-        connection.execute_unprepared(&make).await.expect("a slot");
         let (decoder, batcher) = (Decoder::new("sessions", COLUMNS), Batcher::new(Epoch(3)));
         Self { connection, name, decoder, batcher, truncated: None }
+    }
+
+    async fn create(&self) {
+        self.run("CREATE PUBLICATION ours FOR TABLE sessions").await;
+        self.run(&format!("SELECT pg_create_logical_replication_slot('{}', 'pgoutput')", self.name)).await;
     }
 
     /// Everything that has been committed since the last time, as one batch, but for what stands before a chunk's end.

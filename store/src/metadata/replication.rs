@@ -19,6 +19,8 @@ pub struct ReplicationState {
     pub timeline: u32,
     /// What is being done.
     pub phase: Phase,
+    /// The id of the last session that was copied, while older rows are being copied.
+    pub backfilled_to: Option<String>,
     /// Everything before this place of the log is in ClickHouse.
     pub flushed: u64,
 }
@@ -53,6 +55,22 @@ impl Phase {
     }
 }
 
+/// A replication slot, as the server shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotStatus {
+    /// Whether it decodes this database by `pgoutput`, and outlives its connection. Any other one is somebody else's.
+    pub is_ours: bool,
+    /// Whether somebody reads it.
+    pub is_active: bool,
+    /// Whether the log that it needs is gone.
+    pub is_lost: bool,
+    /// Bytes of the log that are kept for it.
+    pub retained: u64,
+}
+
+/// Held while a slot is made, so that of several processes one makes it. Any number would do.
+const SETUP_LOCK: i64 = 0x5E55_1043;
+
 /// The questions, of one Postgres.
 #[derive(Clone, Debug)]
 pub struct ReplicationStore {
@@ -70,8 +88,7 @@ impl ReplicationStore {
     /// # Errors
     /// [`Error::Unavailable`]; [`Error::Internal`] for a row that this program does not understand.
     pub async fn state(&self, slot: &str) -> Result<Option<ReplicationState>> {
-        let sql =
-            "SELECT epoch, system_identifier, timeline, phase, flushed_lsn FROM replication WHERE slot = $1";
+        let sql = "SELECT epoch, system_identifier, timeline, phase, backfilled_to, flushed_lsn FROM replication WHERE slot = $1";
         let Some(row) = self.one(sql, [slot.into()]).await? else { return Ok(None) };
         let (epoch, timeline): (i16, i64) = (get(&row, "epoch")?, get(&row, "timeline")?);
         let (phase, flushed): (String, i64) = (get(&row, "phase")?, get(&row, "flushed_lsn")?);
@@ -84,6 +101,7 @@ impl ReplicationStore {
                 .into_iter()
                 .find(|one| one.as_str() == phase)
                 .ok_or_else(|| unknown("phase"))?,
+            backfilled_to: get(&row, "backfilled_to")?,
             flushed: flushed.cast_unsigned(),
         }))
     }
@@ -155,6 +173,163 @@ impl ReplicationStore {
             }
         }
         Ok(Some(found))
+    }
+
+    /// What keeps this server from being replicated, in words for its operator; `None` if nothing does.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn obstacle(&self) -> Result<Option<&'static str>> {
+        let sql = "SELECT pg_is_in_recovery() AS standby, current_setting('wal_level') = 'logical' AS logical, \
+                   current_setting('synchronous_commit') <> 'off' AS durable, coalesce((SELECT i.indisreplident AND \
+                   c.relreplident = 'i' FROM pg_class c JOIN pg_index i ON i.indrelid = c.oid WHERE c.oid = \
+                   'sessions'::regclass AND i.indexrelid = to_regclass('sessions_by_creation')), false) AS identity";
+        let row = self.one(sql, []).await?.ok_or_else(|| Error::internal("a question without an answer"))?;
+        Ok(if get(&row, "standby")? {
+            Some("this Postgres is a standby; replication.url must lead to the primary")
+        } else if !get::<bool>(&row, "logical")? {
+            Some("wal_level of this Postgres must be logical: set it and restart Postgres")
+        } else if !get::<bool>(&row, "durable")? {
+            Some(
+                "synchronous_commit is off: ALTER ROLE ... SET synchronous_commit = on for the role that we connect as",
+            )
+        } else if !get::<bool>(&row, "identity")? {
+            Some(
+                "the replica identity of sessions is gone: CREATE UNIQUE INDEX sessions_by_creation ON sessions \
+                 (environment_id, created_at, id), then ALTER TABLE sessions REPLICA IDENTITY USING INDEX sessions_by_creation",
+            )
+        } else {
+            None
+        })
+    }
+
+    /// Makes a publication of the changes of sessions if there is none. False if there is one of this name that publishes
+    /// something else.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn publish(&self, publication: &str) -> Result<bool> {
+        // Row filters and column lists are of Postgres 15; before, the columns are not there to be asked for.
+        let sql = "SELECT p.pubinsert AND p.pubupdate AND p.pubdelete AND p.pubtruncate AND NOT p.puballtables AND \
+                   coalesce((SELECT bool_and(r.prrelid = 'sessions'::regclass AND to_jsonb(r) ->> 'prqual' IS NULL AND \
+                   to_jsonb(r) ->> 'prattrs' IS NULL) FROM pg_publication_rel r WHERE r.prpubid = p.oid), false) AS fits \
+                   FROM pg_publication p WHERE p.pubname = $1";
+        if let Some(row) = self.one(sql, [publication.into()]).await? {
+            return get(&row, "fits");
+        }
+        let name = publication.replace('"', "\"\"");
+        let make = format!("CREATE PUBLICATION \"{name}\" FOR TABLE sessions");
+        self.store.reader().execute_unprepared(&make).await.map_err(fault)?;
+        Ok(true)
+    }
+
+    /// The slot of this name.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn slot(&self, slot: &str) -> Result<Option<SlotStatus>> {
+        let sql = "SELECT coalesce(database = current_database() AND plugin = 'pgoutput' AND NOT temporary, false) AS ours, \
+                   active, coalesce(wal_status, 'lost') = 'lost' AS lost, \
+                   coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint AS retained \
+                   FROM pg_replication_slots WHERE slot_name = $1";
+        let Some(row) = self.one(sql, [slot.into()]).await? else { return Ok(None) };
+        Ok(Some(SlotStatus {
+            is_ours: get(&row, "ours")?,
+            is_active: get(&row, "active")?,
+            is_lost: get(&row, "lost")?,
+            retained: u64::try_from(get::<i64>(&row, "retained")?).unwrap_or_default(),
+        }))
+    }
+
+    /// Runs `work` while no other process is at the same. The transaction that sees to it writes nothing: a slot is made once
+    /// every transaction that has written is over, and would wait for its own maker.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn alone<T>(&self, work: impl Future<Output = T>) -> Result<T> {
+        let lock = self.store.begin().await?;
+        let take = format!("SELECT pg_advisory_xact_lock({SETUP_LOCK})");
+        lock.execute_unprepared(&take).await.map_err(fault)?;
+        let done = work.await;
+        lock.rollback().await.map_err(fault)?;
+        Ok(done)
+    }
+
+    /// Makes a slot under `epoch`, in three steps that a crash may fall between: it is first written down as being made, and
+    /// a slot that is there under this name is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn make_slot(
+        &self,
+        slot: &str,
+        epoch: u8,
+        system_identifier: &str,
+        timeline: u32,
+    ) -> Result<()> {
+        let begin = "INSERT INTO replication (slot, epoch, system_identifier, timeline, slot_lsn, phase) \
+                     VALUES ($1, $2, $3, $4, 0, 'creating') ON CONFLICT (slot) DO UPDATE SET epoch = $2, system_identifier = $3, \
+                     timeline = $4, slot_lsn = 0, phase = 'creating', backfilled_to = NULL, swept_at = NULL, flushed_lsn = 0 \
+                     RETURNING 1 AS one";
+        let epoch = i16::from(epoch);
+        let values = [slot.into(), epoch.into(), system_identifier.into(), i64::from(timeline).into()];
+        self.one(begin, values).await?;
+        if self.slot(slot).await?.is_some() {
+            self.one("SELECT pg_drop_replication_slot($1)::text AS dropped", [slot.into()]).await?;
+        }
+        let make = "SELECT (lsn - '0/0'::pg_lsn)::bigint AS place FROM pg_create_logical_replication_slot($1, 'pgoutput')";
+        let made = self.one(make, [slot.into()]).await?;
+        let place: i64 = made.map(|row| get(&row, "place")).transpose()?.unwrap_or_default();
+        let end = "UPDATE replication SET slot_lsn = $3, flushed_lsn = $3, phase = 'backfilling' WHERE slot = $1 AND epoch = $2 \
+                   RETURNING 1 AS one";
+        self.one(end, [slot.into(), epoch.into(), place.into()]).await?;
+        Ok(())
+    }
+
+    /// A place among transactions: whoever has begun before it, and may not be visible yet, is named by a lower number.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn barrier(&self) -> Result<String> {
+        let row = self.one("SELECT pg_current_xact_id()::text AS barrier", []).await?;
+        row.map(|row| get(&row, "barrier"))
+            .transpose()?
+            .ok_or_else(|| Error::internal("a question without an answer"))
+    }
+
+    /// Whether every transaction that had begun before a barrier is over, and visible if it was committed.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn is_past(&self, barrier: &str) -> Result<bool> {
+        let sql = "SELECT pg_snapshot_xmin(pg_current_snapshot()) > $1::text::xid8 AS past";
+        let row = self.one(sql, [barrier.into()]).await?;
+        row.map(|row| get(&row, "past")).transpose().map(Option::unwrap_or_default)
+    }
+
+    /// Columns of so many sessions behind an id, in the order of their ids, as text. Column names are the caller's own.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn page(&self, columns: &[&str], after: &str, limit: u64) -> Result<Vec<Vec<Option<String>>>> {
+        let selected: Vec<_> = columns.iter().map(|column| format!("{column}::text AS {column}")).collect();
+        let sql =
+            format!("SELECT {} FROM sessions WHERE id > $1 ORDER BY id LIMIT {limit}", selected.join(", "));
+        let rows = self.all(&sql, [after.into()]).await?;
+        rows.iter().map(|row| columns.iter().map(|column| get(row, column)).collect()).collect()
+    }
+
+    /// Notes how far older rows have been copied under `epoch`; `None` once all are. False if the epoch is over.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn backfilled(&self, slot: &str, epoch: u8, to: Option<&str>) -> Result<bool> {
+        let sql = "UPDATE replication SET backfilled_to = $3, phase = CASE WHEN $3 IS NULL THEN 'streaming' ELSE phase END, \
+                   built = CASE WHEN $3 IS NULL THEN 1 ELSE built END, swept_at = CASE WHEN $3 IS NULL THEN \
+                   (extract(epoch FROM clock_timestamp()) * 1000)::bigint ELSE swept_at END \
+                   WHERE slot = $1 AND epoch = $2 AND phase = 'backfilling' RETURNING 1 AS one";
+        let values = [slot.into(), i16::from(epoch).into(), to.map(str::to_owned).into()];
+        Ok(self.one(sql, values).await?.is_some())
     }
 
     async fn one<const N: usize>(&self, sql: &str, values: [Value; N]) -> Result<Option<QueryResult>> {

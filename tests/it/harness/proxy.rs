@@ -145,3 +145,89 @@ async fn forward(mut client: TcpStream, mut upstream: TcpStream, mut budget: u64
     }
     upstream
 }
+
+/// Before a ClickHouse: of the inserts every fourth fails, and of these every other one after it was stored. It hands on whole
+/// requests only: the engine of the tests ends when a connection is cut in the middle of an insert.
+pub struct FaultyInserts {
+    /// Base URL for clients.
+    pub url: String,
+    /// Inserts that are with the engine, or have failed and are not answered yet.
+    open: watch::Receiver<usize>,
+    serving: JoinHandle<()>,
+}
+
+/// What the requests of a [`FaultyInserts`] share.
+struct Inserting {
+    engine: String,
+    http: reqwest::Client,
+    open: watch::Sender<usize>,
+    count: AtomicUsize,
+}
+
+impl FaultyInserts {
+    /// In front of the engine at a base URL.
+    pub async fn before(url: &str) -> Self {
+        let (open, opened) = watch::channel(0);
+        let (http, count) = (reqwest::Client::new(), AtomicUsize::new(0));
+        let shared = Arc::new(Inserting { engine: url.to_owned(), http, open, count });
+        let app = axum::Router::new().fallback(move |request| hand_on(shared.clone(), request));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("an address"));
+        let serving = tokio::spawn(async move { axum::serve(listener, app).await.expect("served") });
+        Self { url, open: opened, serving }
+    }
+
+    /// How many inserts are under way, as it changes.
+    pub fn watched(&self) -> watch::Receiver<usize> {
+        self.open.clone()
+    }
+}
+
+impl Drop for FaultyInserts {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+async fn hand_on(shared: Arc<Inserting>, request: axum::extract::Request) -> axum::response::Response {
+    let (head, body) = request.into_parts();
+    // A client that is killed in the middle of it leaves an error here, and nothing is handed on.
+    let body = axum::body::to_bytes(body, usize::MAX).await.expect("a whole request");
+    let is_insert = head.uri.query().is_some_and(|query| query.contains("INSERT"));
+    let number = if is_insert { shared.count.fetch_add(1, Ordering::Relaxed) } else { 0 };
+    let (fails, is_stored) = (is_insert && number % 4 == 3, number % 8 == 7);
+    shared.open.send_modify(|open| *open += usize::from(is_insert));
+    // In a task of its own: when the client is gone, the engine still gets all of it.
+    let asking = tokio::spawn(async move {
+        let answer = if !fails || is_stored {
+            let url = format!("{}{}", shared.engine, head.uri);
+            let mut asked = shared.http.request(head.method, url).body(body);
+            for (name, value) in &head.headers {
+                if !matches!(name.as_str(), "host" | "transfer-encoding" | "content-length" | "connection") {
+                    asked = asked.header(name, value);
+                }
+            }
+            let answer = asked.send().await.expect("the engine answers");
+            let (status, headers) = (answer.status(), answer.headers().clone());
+            let body = answer.bytes().await.expect("a whole answer");
+            let mut answer = axum::response::Response::new(axum::body::Body::from(body));
+            *answer.status_mut() = status;
+            for (name, value) in &headers {
+                if !matches!(name.as_str(), "transfer-encoding" | "content-length" | "connection") {
+                    answer.headers_mut().insert(name, value.clone());
+                }
+            }
+            Some(answer)
+        } else {
+            None
+        };
+        shared.open.send_modify(|open| *open -= usize::from(is_insert));
+        answer
+    });
+    let answer = asking.await.expect("handed on").filter(|_| !fails);
+    answer.unwrap_or_else(|| {
+        let mut failed = axum::response::Response::new("the proxy fails on purpose".into());
+        *failed.status_mut() = http::StatusCode::BAD_GATEWAY;
+        failed
+    })
+}

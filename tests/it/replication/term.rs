@@ -10,12 +10,12 @@ use sessiond::replication::pgwire::PgSource;
 use sessiond::replication::source::{SourceError, WalEvent, WalSource};
 use sessiond::replication::term::{Term, TermEnd, TermOptions};
 use sessiond::store::index::clickhouse::{ClickHouse, ClickHouseOptions, SessionWriter};
-use sessiond::store::metadata::ReplicationStore;
+use sessiond::store::metadata::{Phase, ReplicationStore};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::harness::proxy::FlakyProxy;
+use crate::harness::proxy::FaultyInserts;
 use crate::harness::{Dice, clickhouse};
 
 /// Every column that is compared, and what is no part of it.
@@ -24,32 +24,44 @@ const ROW: &str = "environment_id, organization_id, project_id, session_id, envi
                    is_test, toUInt64(0) AS _version, toUInt8(0) AS _is_deleted, document";
 
 /// A Postgres, a ClickHouse, and a slot between them.
-struct World {
-    sql: Sql,
-    clickhouse: ClickHouse,
-    slot: Slot,
-    options: TermOptions,
+pub(super) struct World {
+    pub(super) sql: Sql,
+    pub(super) clickhouse: ClickHouse,
+    /// The same behind a proxy that lets inserts fail. Whatever is killed writes here.
+    pub(super) faulty: ClickHouse,
+    inserts: FaultyInserts,
+    pub(super) slot: Slot,
+    pub(super) source: SourceOptions,
+    pub(super) options: TermOptions,
 }
 
 /// A term that runs.
-struct Running {
+pub(super) struct Running {
     stop: CancellationToken,
     term: JoinHandle<TermEnd>,
 }
 
 impl World {
+    /// With a slot that is read from its beginning on.
     async fn fresh() -> Self {
+        let world = Self::bare().await;
+        world.slot.create().await;
+        let state = format!(
+            "INSERT INTO replication (slot, epoch, system_identifier, timeline, slot_lsn, phase) \
+             VALUES ('{}', 1, 'of the test', 1, 0, 'streaming')",
+            world.slot.name
+        );
+        world.slot.run(&state).await;
+        world
+    }
+
+    /// Without a slot.
+    pub(super) async fn bare() -> Self {
         let sql = Sql::postgres().await;
         let clickhouse = clickhouse::connect(clickhouse::options(&clickhouse::url()));
         // Of nothing: it makes the tables.
         clickhouse::rebuild(&clickhouse, Arc::new(sql.store.clone()), Timestamp::from_millis(1)).await;
-        let slot = Slot::make(&sql).await;
-        let state = format!(
-            "INSERT INTO replication (slot, epoch, system_identifier, timeline, slot_lsn, phase) \
-             VALUES ('{}', 1, 'of the test', 1, 0, 'streaming')",
-            slot.name
-        );
-        slot.run(&state).await;
+        let slot = Slot::named(&sql).await;
         let options = TermOptions {
             slot: slot.name.clone(),
             name: "the test".to_owned(),
@@ -62,27 +74,49 @@ impl World {
             silence: Duration::from_secs(10),
             drain: Duration::from_secs(10),
         };
-        Self { sql, clickhouse, slot, options }
+        let source = slot.options(&sql);
+        let inserts = FaultyInserts::before(&clickhouse::url()).await;
+        let through = ClickHouseOptions { url: inserts.url.clone(), ..clickhouse.options().clone() };
+        let faulty = clickhouse::connect(through);
+        Self { sql, clickhouse, faulty, inserts, slot, source, options }
+    }
+
+    pub(super) fn postgres(&self) -> ReplicationStore {
+        ReplicationStore::new(self.sql.store.clone())
+    }
+
+    pub(super) fn writer(&self) -> SessionWriter {
+        SessionWriter::new(self.clickhouse.clone())
+    }
+
+    pub(super) fn flusher(&self, clickhouse: &ClickHouse) -> Flusher {
+        let (writer, store) = (SessionWriter::new(clickhouse.clone()), Arc::new(self.sql.store.clone()));
+        Flusher::new(writer, self.postgres(), store, false)
+    }
+
+    pub(super) async fn phase_or_none(&self) -> Option<Phase> {
+        self.postgres().state(&self.slot.name).await.expect("asked").map(|state| state.phase)
     }
 
     fn term(&self, source: Box<dyn WalSource>, clickhouse: &ClickHouse) -> Term {
-        let (store, postgres) =
-            (Arc::new(self.sql.store.clone()), ReplicationStore::new(self.sql.store.clone()));
-        let flusher = Flusher::new(SessionWriter::new(clickhouse.clone()), postgres.clone(), store, false);
-        Term::new(source, flusher, postgres, Epoch(1), self.options.clone())
+        Term::new(source, self.flusher(clickhouse), self.postgres(), Epoch(1), self.options.clone())
     }
 
     /// Reads the slot, once nobody else does, into `clickhouse`.
-    async fn lead(&self, clickhouse: &ClickHouse, wrap: impl Fn(PgSource) -> Box<dyn WalSource>) -> Running {
+    pub(super) async fn lead(
+        &self,
+        clickhouse: &ClickHouse,
+        wrap: impl Fn(PgSource) -> Box<dyn WalSource>,
+    ) -> Running {
         self.slot.wait_for("NOT active").await;
-        let source = PgSource::open(&self.slot.options(&self.sql)).await.expect("a stream").0;
+        let source = PgSource::open(&self.source).await.expect("a stream").0;
         let (stop, term) = (CancellationToken::new(), self.term(wrap(source), clickhouse));
         let stopped = stop.clone();
         Running { stop, term: tokio::spawn(async move { term.run(&stopped).await }) }
     }
 
     /// Waits until everything that has been committed is stored.
-    async fn caught_up(&self) {
+    pub(super) async fn caught_up(&self) {
         let query =
             Statement::from_string(DbBackend::Postgres, "SELECT pg_current_wal_flush_lsn()::text AS place");
         let row = self.slot.connection.query_one_raw(query).await.expect("asked").expect("a row");
@@ -112,7 +146,7 @@ impl World {
         ids.filter(|id| stored.get(*id) != copied.get(*id)).cloned().collect()
     }
 
-    async fn assert_same(&self) {
+    pub(super) async fn assert_same(&self) {
         let [stored, copied] = self.both().await;
         assert!(!stored.is_empty(), "there is nothing to compare");
         for (id, row) in &stored {
@@ -123,7 +157,7 @@ impl World {
 }
 
 impl Running {
-    async fn end(self) -> TermEnd {
+    pub(super) async fn end(self) -> TermEnd {
         self.stop.cancel();
         timeout(PATIENCE, self.term).await.expect("it ends in time").expect("no panic")
     }
@@ -133,6 +167,12 @@ impl Running {
         self.term.abort();
         assert!(self.term.await.is_err_and(|error| error.is_cancelled()), "it was still running");
     }
+}
+
+/// Makes changes of every kind by three writers, until they are told to end. Returns how many.
+pub(super) async fn changing(sql: &Sql, stop: &CancellationToken) -> usize {
+    let writers = (1..4).map(|seed| change(sql, seed, stop.clone()));
+    futures_util::future::join_all(writers).await.into_iter().sum()
 }
 
 /// Makes changes of every kind, until it is told to end.
@@ -265,26 +305,26 @@ async fn a_source_on_postgres_that_confirms_what_is_not_stored_loses_changes() {
 
 /// Kills one term after another while sessions change, behind a network that breaks, and lets the last one catch up.
 async fn kills(world: &World, wrap: impl Fn(PgSource) -> Box<dyn WalSource>) {
-    const KILLS: u64 = 12;
-    let proxy = FlakyProxy::before(&clickhouse::url(), 7, 20_000..200_000).await;
-    let options = ClickHouseOptions { url: proxy.url.clone(), ..world.clickhouse.options().clone() };
-    let flaky = clickhouse::connect(options);
+    const KILLS: usize = 12;
     let stop = CancellationToken::new();
-    let changing = async {
-        let writers = (1..4).map(|seed| change(&world.sql, seed, stop.clone()));
-        futures_util::future::join_all(writers).await.into_iter().sum::<usize>()
-    };
     let killing = async {
         let mut dice = Dice::new(5);
-        for _ in 0..KILLS {
-            let running = world.lead(&flaky, &wrap).await;
-            // A time at random, and no event: that is what is tested.
+        for kill in 0..KILLS {
+            let running = world.lead(&world.faulty, &wrap).await;
+            // A time at random, and no event: that is what is tested. Every other time while an insert is under way.
             sleep(Duration::from_millis(50 + dice.roll(250) as u64)).await;
+            if kill % 2 == 0 {
+                let mut inserts = world.inserts.watched();
+                timeout(PATIENCE, inserts.wait_for(|open| *open > 0))
+                    .await
+                    .expect("an insert")
+                    .expect("it runs");
+            }
             running.kill().await;
         }
         stop.cancel();
     };
-    let (changes, ()) = tokio::join!(changing, killing);
+    let (changes, ()) = tokio::join!(changing(&world.sql, &stop), killing);
     assert!(changes > 200, "{changes} changes");
     let running = world.lead(&world.clickhouse, &wrap).await;
     world.caught_up().await;

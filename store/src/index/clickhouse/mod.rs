@@ -28,6 +28,7 @@ use query::{Among, PageQuery, Statement, Tenant};
 pub use rebuild::{Progress, Rebuild};
 use row::ListedRow;
 pub use row::{SessionRow, SessionTexts};
+pub use schema::migrate;
 use sessiond_domain::error::{Error, Result};
 use sessiond_domain::list::{Filter, Page, PageRequest, TagQuery};
 use sessiond_domain::port::{ListIndex, MetadataStore};

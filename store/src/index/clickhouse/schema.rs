@@ -112,8 +112,8 @@ pub(super) async fn is_current(clickhouse: &ClickHouse) -> Result<bool, Fault> {
 /// Brings the tables to the schema of this program. Costs two questions where they are.
 ///
 /// # Errors
-/// As [`is_current`].
-pub(super) async fn migrate(clickhouse: &ClickHouse) -> Result<(), Fault> {
+/// [`Fault`]; one that names the cure for tables that are another program's or of a later version.
+pub async fn migrate(clickhouse: &ClickHouse) -> Result<(), Fault> {
     let found = look(clickhouse).await?;
     let database = clickhouse.database();
     let words = Words::new(database, clickhouse.options().cluster.as_deref());

@@ -79,6 +79,15 @@ impl SessionWriter {
         Ok(blanked)
     }
 
+    /// The greatest version that is stored; 0 if there is none.
+    ///
+    /// # Errors
+    /// As [`ClickHouse::fetch`].
+    pub async fn newest_version(&self) -> Result<u64, Fault> {
+        let newest = self.clickhouse.query("SELECT max(_version) FROM sessions_v1");
+        Ok(self.clickhouse.fetch::<u64>(newest).await?.into_iter().next().unwrap_or_default())
+    }
+
     /// Puts a tombstone in the place of every session whose newest version is older than `version`. Its own is one less, so
     /// that it hides nothing that was stored at `version`.
     ///

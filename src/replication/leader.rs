@@ -1,0 +1,161 @@
+//! [`Replicator`]: leads whenever nobody else does.
+//!
+//! The slot is the lock: whoever reads it leads, and the server lets one read. A leader that dies loses it with its connection,
+//! one that is frozen when the server has waited for it long enough.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::backfill;
+use super::flush::Flusher;
+use super::pgwire::{PgSource, SourceOptions};
+use super::slot::{self, SlotError};
+use super::source::SourceError;
+use super::term::{Term, TermEnd, TermOptions};
+use crate::domain::MetadataStore;
+use crate::store::index::clickhouse::{self, ClickHouse, SessionWriter};
+use crate::store::metadata::{Phase, ReplicationStore};
+
+/// What a replicator works with.
+#[derive(Clone)]
+pub struct ReplicatorOptions {
+    /// The slot, and the server that it is in.
+    pub source: SourceOptions,
+    /// How it is read.
+    pub term: TermOptions,
+    /// How often it is looked whether the slot is free, before jitter of up to as much again.
+    pub poll: Duration,
+}
+
+/// What a replicator is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It has come to nothing yet.
+    Starting,
+    /// Another one leads.
+    Following,
+    /// It leads.
+    Leading,
+    /// It cannot do its work; why, in words.
+    Failing(String),
+}
+
+/// Brings changes of sessions to ClickHouse, whenever no other process does.
+pub struct Replicator {
+    options: ReplicatorOptions,
+    postgres: ReplicationStore,
+    clickhouse: ClickHouse,
+    flusher: Flusher,
+    health: watch::Sender<Health>,
+}
+
+/// Why nothing is led.
+#[derive(Debug, thiserror::Error)]
+enum Hindrance {
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error("ClickHouse cannot be used")]
+    ClickHouse(#[from] clickhouse::Fault),
+    #[error(transparent)]
+    Postgres(#[from] crate::domain::Error),
+}
+
+impl Replicator {
+    /// A replicator from the Postgres of `store` and `postgres` to `clickhouse`. Asks nobody yet.
+    pub fn new(
+        options: ReplicatorOptions,
+        postgres: ReplicationStore,
+        store: Arc<dyn MetadataStore>,
+        clickhouse: ClickHouse,
+    ) -> Self {
+        let column = clickhouse.options().metadata_column;
+        let flusher = Flusher::new(SessionWriter::new(clickhouse.clone()), postgres.clone(), store, column);
+        Self { options, postgres, clickhouse, flusher, health: watch::Sender::new(Health::Starting) }
+    }
+
+    /// What it is doing, as it changes.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.health.subscribe()
+    }
+
+    /// Leads whenever the slot is free, until `stop` is cancelled. Whatever goes wrong is told and tried again.
+    pub async fn run(&self, stop: CancellationToken) {
+        while let Some(term) = stop.run_until_cancelled(self.begin()).await {
+            match term {
+                Ok(Some((term, backfilling))) => {
+                    tracing::info!(
+                        slot = self.options.source.slot,
+                        "this process leads the replication to ClickHouse"
+                    );
+                    self.tell(Health::Leading);
+                    let end = term.run(&stop).await;
+                    drop(backfilling);
+                    if matches!(end, TermEnd::Stopped) {
+                        return;
+                    }
+                    let error = &end as &dyn std::error::Error;
+                    tracing::warn!(error, "this process leads the replication to ClickHouse no longer");
+                    self.tell(Health::Failing(end.to_string()));
+                }
+                Ok(None) => self.tell(Health::Following),
+                Err(hindrance) => {
+                    let failing = Health::Failing(hindrance.to_string());
+                    // Once, and not as often as it is tried.
+                    if *self.health.borrow() != failing {
+                        let error = &hindrance as &dyn std::error::Error;
+                        tracing::error!(error, "cannot replicate to ClickHouse; it is tried again");
+                    }
+                    self.tell(failing);
+                }
+            }
+            let random = RandomState::new().hash_one(0) % 1024;
+            let pause = self.options.poll.mul_f64(1.0 + random as f64 / 1024.0);
+            if stop.run_until_cancelled(sleep(pause)).await.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// A term, with what copies older rows beside it; `None` while another process leads.
+    async fn begin(&self) -> Result<Option<(Term, Option<AbortOnDropHandle<()>>)>, Hindrance> {
+        let Self { options: ReplicatorOptions { source, term, .. }, postgres, clickhouse, flusher, .. } =
+            self;
+        // Most of the time another one leads, and then there is nothing to be made.
+        if postgres.slot(&source.slot).await?.is_some_and(|slot| slot.is_active) {
+            return Ok(None);
+        }
+        clickhouse::migrate(clickhouse).await?;
+        let slot = slot::ensure(source, postgres, &SessionWriter::new(clickhouse.clone())).await?;
+        let stream = match PgSource::open(source).await {
+            Err(SourceError::Busy) => return Ok(None),
+            opened => opened?.0,
+        };
+        // Another process may have made the slot anew between the look at it and this moment, from which on nobody can.
+        let state = postgres.state(&source.slot).await?;
+        let is_as_before = state.is_some_and(|state| {
+            state.epoch == slot.epoch.0 && matches!(state.phase, Phase::Backfilling | Phase::Streaming)
+        });
+        if !is_as_before {
+            return Ok(None);
+        }
+        let backfilling = slot.is_backfilling.then(|| {
+            let (flusher, postgres, name) = (flusher.clone(), postgres.clone(), source.slot.clone());
+            let copy = async move { backfill::run(&flusher, &postgres, &name, slot.epoch).await };
+            AbortOnDropHandle::new(tokio::spawn(copy))
+        });
+        let term = Term::new(Box::new(stream), flusher.clone(), postgres.clone(), slot.epoch, term.clone());
+        Ok(Some((term, backfilling)))
+    }
+
+    fn tell(&self, health: Health) {
+        self.health.send_if_modified(|told| std::mem::replace(told, health.clone()) != health);
+    }
+}

@@ -1,0 +1,160 @@
+//! The publication, the slot and the rows that are older than it.
+
+use sea_orm::TransactionTrait;
+use sessiond::replication::backfill;
+use sessiond::replication::slot::{self as slots, Slot as Ensured, SlotError};
+use sessiond::store::metadata::Phase;
+use tokio::task::JoinHandle;
+
+use super::term::World;
+use super::*;
+use crate::harness::database::TestDatabase;
+
+impl World {
+    async fn ensured(&self) -> Result<Ensured, SlotError> {
+        let (postgres, writer) = (self.postgres(), self.writer());
+        timeout(PATIENCE, slots::ensure(&self.source, &postgres, &writer)).await.expect("an answer in time")
+    }
+
+    async fn refusal(&self) -> String {
+        match self.ensured().await {
+            Err(SlotError::Unfit(sentence)) => sentence,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn phase(&self) -> Phase {
+        self.phase_or_none().await.expect("a row")
+    }
+
+    fn backfilling(&self) -> JoinHandle<()> {
+        let (flusher, postgres, name) = (self.flusher(&self.faulty), self.postgres(), self.slot.name.clone());
+        tokio::spawn(async move { backfill::run(&flusher, &postgres, &name, Epoch(1)).await })
+    }
+}
+
+#[tokio::test]
+async fn a_first_start_on_postgres_makes_publication_slot_and_row_and_a_second_finds_them() {
+    let world = World::bare().await;
+    let (one, other) = tokio::join!(world.ensured(), world.ensured());
+    let (one, other) = (one.expect("a slot"), other.expect("a slot"));
+    assert_eq!(one, other, "of two at once one makes it");
+    assert_eq!((one.epoch, one.is_backfilling), (Epoch(1), true));
+    assert_eq!(world.phase().await, Phase::Backfilling);
+    let before = world.slot.text("confirmed_flush_lsn").await;
+    assert_eq!(world.ensured().await.expect("a slot"), one);
+    assert_eq!(world.slot.text("confirmed_flush_lsn").await, before);
+
+    // Cut off while it was made: whatever is there is not trusted.
+    world.slot.run("UPDATE replication SET phase = 'creating'").await;
+    assert_eq!(world.ensured().await.expect("a slot"), one, "the epoch was never used");
+    assert_eq!(world.phase().await, Phase::Backfilling);
+    world.slot.end().await;
+}
+
+#[tokio::test]
+async fn what_is_lost_or_not_ours_on_postgres_is_refused_with_a_sentence() {
+    let world = World::bare().await;
+    world.ensured().await.expect("a slot");
+    for (broken, mended, sentence) in [
+        (
+            "system_identifier = system_identifier || '0'",
+            "system_identifier = left(system_identifier, -1)",
+            "another Postgres",
+        ),
+        ("timeline = timeline + 1", "timeline = timeline - 1", "promoted or recovered"),
+        ("phase = 'dropped'", "phase = 'streaming'", "dropped on purpose"),
+    ] {
+        world.slot.run(&format!("UPDATE replication SET {broken}")).await;
+        let refusal = world.refusal().await;
+        assert!(refusal.contains(sentence), "{refusal}");
+        world.slot.run(&format!("UPDATE replication SET {mended}")).await;
+    }
+    assert!(!world.ensured().await.expect("a slot").is_backfilling);
+
+    world.slot.run("DROP PUBLICATION ours; CREATE PUBLICATION ours FOR TABLE sessions, environments").await;
+    let refusal = world.refusal().await;
+    assert!(refusal.contains("the publication ours"), "{refusal}");
+    world.slot.run("DROP PUBLICATION ours").await;
+
+    world.slot.run("ALTER TABLE sessions REPLICA IDENTITY DEFAULT").await;
+    let refusal = world.refusal().await;
+    assert!(refusal.contains("replica identity"), "{refusal}");
+    world.slot.run("ALTER TABLE sessions REPLICA IDENTITY USING INDEX sessions_by_creation").await;
+
+    let drop_it = format!("SELECT pg_drop_replication_slot('{}')", world.slot.name);
+    world.slot.run(&drop_it).await;
+    let refusal = world.refusal().await;
+    assert!(refusal.contains("is gone"), "{refusal}");
+
+    // Slots are of the whole server.
+    let elsewhere = TestDatabase::postgres().await.connect().await;
+    let make = format!("SELECT pg_create_logical_replication_slot('{}', 'pgoutput')", world.slot.name);
+    elsewhere.execute_unprepared(&make).await.expect("made");
+    let refusal = world.refusal().await;
+    assert!(refusal.contains("another database"), "{refusal}");
+    elsewhere.execute_unprepared(&drop_it).await.expect("dropped");
+
+    world.slot.run("DELETE FROM replication").await;
+    world.slot.run(&make).await;
+    let refusal = world.refusal().await;
+    assert!(refusal.contains("does not know it"), "{refusal}");
+    world.slot.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_on_postgres_that_are_older_than_the_slot_are_there_and_what_is_gone_is_not() {
+    let world = World::bare().await;
+    let rows = format!(
+        "INSERT INTO sessions (id, environment_id, kind, task_identifier, tags, current_run_id, created_at, updated_at) \
+         SELECT 'session_' || lpad(n::text, 6, '0'), '{HERE}', 'chat', 'agent', '[]', 'run_' || n, n, n \
+         FROM generate_series(1, 1300) n"
+    );
+    world.slot.run(&rows).await;
+    // Copied by a rebuild, and gone since.
+    let gone = session(77);
+    let environment = here(&world.sql).await;
+    let stale = SessionRow::new(gone, &environment, 5);
+    world.writer().insert(&[stale]).await.expect("stored");
+
+    // One that has written and is still open when the slot is made: the slot waits for it.
+    let open = world.sql.database.connect().await;
+    let one = "INSERT INTO sessions (id, environment_id, kind, task_identifier, tags, current_run_id, created_at, updated_at) \
+               VALUES ('session_open', 'env_here', 'chat', 'agent', '[]', 'run_open', 1, 1)";
+    let transaction = open.begin().await.expect("begins");
+    transaction.execute_unprepared(one).await.expect("written");
+    let (ensured, ()) = tokio::join!(world.ensured(), async {
+        while world.phase_or_none().await.is_none() {
+            sleep(Duration::from_millis(10)).await;
+        }
+        transaction.commit().await.expect("committed");
+    });
+    assert!(ensured.expect("a slot").is_backfilling);
+
+    let running = world.lead(&world.clickhouse, |source| Box::new(source)).await;
+    let backfilling = world.backfilling();
+    world.slot.run("UPDATE sessions SET tags = '[\"new\"]' WHERE created_at % 100 = 0").await;
+    world.slot.run("DELETE FROM sessions WHERE created_at % 100 = 1").await;
+    while world
+        .postgres()
+        .state(&world.slot.name)
+        .await
+        .expect("asked")
+        .expect("a row")
+        .backfilled_to
+        .is_none()
+    {
+        assert!(!backfilling.is_finished(), "it is seen under way");
+        sleep(Duration::from_millis(2)).await;
+    }
+    // Cut off after a page or two, it goes on where it was.
+    backfilling.abort();
+    let _ = backfilling.await;
+    timeout(PATIENCE, world.backfilling()).await.expect("it ends in time").expect("no panic");
+    assert_eq!(world.phase().await, Phase::Streaming);
+    world.caught_up().await;
+    world.assert_same().await;
+    running.end().await;
+    world.slot.wait_for("NOT active").await;
+    world.slot.end().await;
+}

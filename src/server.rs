@@ -329,16 +329,19 @@ impl Server {
         let background = self.shutdown.background();
         let listening = background.require("listener", self.listener.serve(router, self.shutdown.clone()));
         tracing::info!(%address, "listening");
-        let failed = tokio::select! {
-            () = stop => None,
-            task = background.failed() => Some(task),
-        };
+        tokio::select! {
+            () = stop => {}
+            _ = background.failed() => {}
+        }
         self.shutdown.announce();
         let delay = self.config.http.shutdown_delay;
         // What a failed task leaves undone is worse than a client that comes too late.
-        if failed.is_none() && !delay.is_zero() {
+        if background.has_failed().is_none() && !delay.is_zero() {
             tracing::info!(?delay, "not ready any more; stopping after the delay, or at a second signal");
-            let _ = tokio::time::timeout(delay, hurry).await;
+            tokio::select! {
+                _ = tokio::time::timeout(delay, hurry) => {}
+                _ = background.failed() => {}
+            }
         }
         tracing::info!("stopping");
         self.shutdown.begin();
@@ -353,7 +356,7 @@ impl Server {
         }
         self.control.store.close().await;
         tracing::info!("stopped");
-        match failed {
+        match self.shutdown.background().has_failed() {
             Some(task) => bail!("the background task {task:?} has failed, and nothing can go on without it"),
             None => Ok(()),
         }

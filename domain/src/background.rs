@@ -108,12 +108,10 @@ impl Background {
     ) -> JoinHandle<()> {
         let this = self.clone();
         tokio::spawn(async move {
-            let ended = this.caught(name, task).await;
-            if ended.is_none() || !this.stop.is_cancelled() {
-                tracing::error!(task = name, "the server cannot go on without a task that has failed");
-                // The first one counts.
-                let _ = this.failed.set(name);
-                this.ending.cancel();
+            match this.caught(name, task).await {
+                None => this.end(name),
+                Some(()) if !this.stop.is_cancelled() => this.fatal(name),
+                Some(()) => {}
             }
         })
     }
@@ -132,13 +130,32 @@ impl Background {
     }
 
     /// Runs a piece of work here. `None` if it has panicked, which is logged and counted under `name`.
-    pub async fn caught<T>(&self, name: &'static str, work: impl Future<Output = T>) -> Option<T> {
-        // What the work shares with others it leaves behind locks that are taken whether they are poisoned or not.
-        let ended = AssertUnwindSafe(work).catch_unwind().await;
-        if ended.is_err() {
-            self.faulted(name);
-        }
-        ended.ok()
+    pub fn caught<T>(
+        &self,
+        name: &'static str,
+        work: impl Future<Output = T>,
+    ) -> impl Future<Output = Option<T>> {
+        // What the work shares with others it leaves behind locks that are taken whether they are poisoned or not. No async
+        // block, which would keep room for the work twice.
+        AssertUnwindSafe(work).catch_unwind().map(move |ended| {
+            if ended.is_err() {
+                self.faulted(name);
+            }
+            ended.ok()
+        })
+    }
+
+    /// Says that a task has failed without which the server must not go on.
+    pub fn fatal(&self, name: &'static str) {
+        self.faulted(name);
+        self.end(name);
+    }
+
+    fn end(&self, name: &'static str) {
+        tracing::error!(task = name, "the server cannot go on without a task that has failed");
+        // The first one counts.
+        let _ = self.failed.set(name);
+        self.ending.cancel();
     }
 
     /// Counts a failure of a task that is not run here. What it was about, the panic hook has logged.
@@ -157,7 +174,12 @@ impl Background {
     /// Completes with the name of a task without which the server must not go on, when it has failed.
     pub async fn failed(&self) -> &'static str {
         self.ending.cancelled().await;
-        self.failed.get().copied().unwrap_or_default()
+        self.has_failed().unwrap_or_default()
+    }
+
+    /// The name of a task without which the server must not go on, if one has failed.
+    pub fn has_failed(&self) -> Option<&'static str> {
+        self.failed.get().copied()
     }
 
     /// A sentence, which anyone may read, for each task that has failed within [`LONGEST_PAUSE`].

@@ -162,6 +162,12 @@ impl Error {
         Self::Internal(source.into())
     }
 
+    /// A task of ours that has panicked or was cut off. What the panic said is left out: it may hold what a client has sent,
+    /// and errors are logged.
+    pub fn interrupted(cause: &tokio::task::JoinError) -> Self {
+        Self::internal(if cause.is_panic() { "a task has panicked" } else { "a task was cut off" })
+    }
+
     /// The wire word.
     pub fn code(&self) -> Code {
         match self {

@@ -25,8 +25,8 @@ const TOMBSTONE_SIZE: usize = 256;
 pub struct RowChange {
     /// Its version.
     pub version: RowVersion,
-    /// The transaction, as its Begin names it: the lower 32 bits of its id.
-    pub xid: u32,
+    /// The transaction, as its Begin names it: the lower 32 bits of its id; `None` for what a query has found.
+    pub xid: Option<u32>,
     /// Its columns; `None` once it is gone.
     pub row: Option<Version>,
 }
@@ -140,7 +140,7 @@ impl Batcher {
             Change::Delete(old) => (Some(SortKey::of(old.tuple())?), None),
             Change::Truncate | Change::Nothing => return Ok(()),
         };
-        let (version, xid) = (open.version(self.epoch), open.xid);
+        let (version, xid) = (open.version(self.epoch), Some(open.xid));
         self.batch.in_order |= open.chunk() > LAST_CHUNK;
         self.batch.committed_at.get_or_insert(open.committed_at);
         open.changes = open.changes.saturating_add(1);
@@ -253,8 +253,8 @@ mod tests {
         batcher.take(Change::Delete(Old::Key(session("a")))).expect("taken");
         assert_eq!(batcher.commit(Lsn(250)), None);
         let batch = batcher.end();
-        assert_eq!(batch.rows[&key("a")], RowChange { version: at(200), xid: 78, row: None });
-        assert_eq!((batch.rows[&key("b")].version, batch.rows[&key("b")].xid), (at(100), 77));
+        assert_eq!(batch.rows[&key("a")], RowChange { version: at(200), xid: Some(78), row: None });
+        assert_eq!((batch.rows[&key("b")].version, batch.rows[&key("b")].xid), (at(100), Some(77)));
         assert_eq!((batch.reached, batch.committed_at, batch.in_order), (Some(Lsn(250)), Some(5), false));
         assert_eq!((batcher.rows(), batcher.bytes()), (0, 0));
     }
@@ -298,7 +298,7 @@ mod tests {
         batcher.commit(Lsn(150));
         let batch = batcher.end();
         assert_eq!(batch.rows.len(), 2);
-        assert_eq!(batch.rows[&key("a")], RowChange { version: at(100), xid: 77, row: None });
+        assert_eq!(batch.rows[&key("a")], RowChange { version: at(100), xid: Some(77), row: None });
         assert_eq!(batch.rows[&SortKey::of(&moved).expect("a key")].version, at(100));
         batcher.begin(Lsn(200), 5, 78);
         batcher.take(Change::Update { old, new: session("a") }).expect("taken");

@@ -85,7 +85,8 @@ impl Flusher {
     /// Stores sessions as they stand, each a tuple of [`COLUMNS`] as text, at `version`. Returns once they are stored.
     pub async fn store_older(&self, sessions: Vec<Vec<Option<String>>>, version: RowVersion) {
         let versions = sessions.into_iter().filter_map(|columns| Version::new(tuple(columns)).ok());
-        let changes = versions.map(|row| (row.key().clone(), RowChange { version, xid: 0, row: Some(row) }));
+        let changes =
+            versions.map(|row| (row.key().clone(), RowChange { version, xid: None, row: Some(row) }));
         let rows = self.rows(changes.collect()).await;
         self.insert_surely(&rows).await;
     }
@@ -153,7 +154,7 @@ impl Flusher {
         let mut found: HashMap<String, Tuple> = HashMap::new();
         for some in partial.chunks(FETCHED) {
             let ids: Vec<_> = some.iter().map(|(key, _)| key.session.as_str()).collect();
-            let xids: Vec<_> = some.iter().map(|(_, change)| change.xid).collect();
+            let xids: Vec<_> = some.iter().filter_map(|(_, change)| change.xid).collect();
             for columns in self.fetch(&ids, &xids).await {
                 let columns = tuple(columns);
                 if let Ok(key) = SortKey::of(&columns) {
@@ -181,7 +182,7 @@ impl Flusher {
         }
     }
 
-    async fn environment(&self, id: &str, xid: u32) -> Option<Arc<Environment>> {
+    async fn environment(&self, id: &str, xid: Option<u32>) -> Option<Arc<Environment>> {
         if let Some(known) = self.known().get(id) {
             return Some(known.clone());
         }
@@ -190,7 +191,7 @@ impl Flusher {
             Ok(all.into_iter().find(|one| one.id == EnvironmentId::from_stored(id)))
         };
         let mut found = surely("environments", find).await;
-        if found.is_none() {
+        if let (None, Some(xid)) = (&found, xid) {
             // It may have been made in the same transaction.
             self.fetch(&[], &[xid]).await;
             found = surely("environments", find).await;

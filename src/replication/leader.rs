@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -19,8 +19,11 @@ use super::slot::{self, SlotError};
 use super::source::SourceError;
 use super::term::{Term, TermEnd, TermOptions};
 use crate::domain::MetadataStore;
-use crate::store::index::clickhouse::{self, ClickHouse, SessionWriter};
+use crate::store::index::clickhouse::{ClickHouse, Fault, SessionWriter, migrate};
 use crate::store::metadata::{Phase, ReplicationStore};
+
+/// A term that has lasted so long was well: what ends it is a first failure.
+const WELL: Duration = Duration::from_secs(60);
 
 /// What a replicator works with.
 #[derive(Clone)]
@@ -29,8 +32,11 @@ pub struct ReplicatorOptions {
     pub source: SourceOptions,
     /// How it is read.
     pub term: TermOptions,
-    /// How often it is looked whether the slot is free, before jitter of up to as much again.
+    /// How often it is looked whether the slot is free, before jitter of up to as much again. What fails is tried again after a
+    /// pause that doubles from here.
     pub poll: Duration,
+    /// The longest such pause, before jitter.
+    pub longest_pause: Duration,
 }
 
 /// What a replicator is doing.
@@ -63,7 +69,7 @@ enum Hindrance {
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error("ClickHouse cannot be used")]
-    ClickHouse(#[from] clickhouse::Fault),
+    ClickHouse(#[from] Fault),
     #[error(transparent)]
     Postgres(#[from] crate::domain::Error),
 }
@@ -88,7 +94,9 @@ impl Replicator {
 
     /// Leads whenever the slot is free, until `stop` is cancelled. Whatever goes wrong is told and tried again.
     pub async fn run(&self, stop: CancellationToken) {
+        let mut failures = 0;
         while let Some(term) = stop.run_until_cancelled(self.begin()).await {
+            failures += 1;
             match term {
                 Ok(Some((term, backfilling))) => {
                     tracing::info!(
@@ -96,8 +104,12 @@ impl Replicator {
                         "this process leads the replication to ClickHouse"
                     );
                     self.tell(Health::Leading);
+                    let begun = Instant::now();
                     let end = term.run(&stop).await;
                     drop(backfilling);
+                    if begun.elapsed() >= WELL {
+                        failures = 1;
+                    }
                     if matches!(end, TermEnd::Stopped) {
                         return;
                     }
@@ -105,7 +117,10 @@ impl Replicator {
                     tracing::warn!(error, "this process leads the replication to ClickHouse no longer");
                     self.tell(Health::Failing(end.to_string()));
                 }
-                Ok(None) => self.tell(Health::Following),
+                Ok(None) => {
+                    failures = 0;
+                    self.tell(Health::Following);
+                }
                 Err(hindrance) => {
                     let failing = Health::Failing(hindrance.to_string());
                     // Once, and not as often as it is tried.
@@ -116,8 +131,10 @@ impl Replicator {
                     self.tell(failing);
                 }
             }
-            let random = RandomState::new().hash_one(0) % 1024;
-            let pause = self.options.poll.mul_f64(1.0 + random as f64 / 1024.0);
+            let random = RandomState::new().hash_one(failures) % 1024;
+            let pause =
+                self.options.poll.saturating_mul(1 << failures.min(10)).min(self.options.longest_pause);
+            let pause = pause.mul_f64(1.0 + random as f64 / 1024.0);
             if stop.run_until_cancelled(sleep(pause)).await.is_none() {
                 return;
             }
@@ -129,19 +146,23 @@ impl Replicator {
         let Self { options: ReplicatorOptions { source, term, .. }, postgres, clickhouse, flusher, .. } =
             self;
         // Most of the time another one leads, and then there is nothing to be made.
-        if postgres.slot(&source.slot).await?.is_some_and(|slot| slot.is_active) {
+        if postgres.slot(&source.slot).await?.is_some_and(|slot| slot.is_ours && slot.is_active) {
             return Ok(None);
         }
-        clickhouse::migrate(clickhouse).await?;
+        migrate(clickhouse).await?;
         let slot = slot::ensure(source, postgres, &SessionWriter::new(clickhouse.clone())).await?;
-        let stream = match PgSource::open(source).await {
+        let (stream, identity) = match PgSource::open(source).await {
             Err(SourceError::Busy) => return Ok(None),
-            opened => opened?.0,
+            opened => opened?,
         };
-        // Another process may have made the slot anew between the look at it and this moment, from which on nobody can.
+        // Another process may have made the slot anew between the look at it and this moment, from which on nobody can; and this
+        // connection may be to another server than the one that was looked at.
         let state = postgres.state(&source.slot).await?;
         let is_as_before = state.is_some_and(|state| {
-            state.epoch == slot.epoch.0 && matches!(state.phase, Phase::Backfilling | Phase::Streaming)
+            state.epoch == slot.epoch.0
+                && state.system_identifier == identity.system_identifier
+                && state.timeline == identity.timeline
+                && matches!(state.phase, Phase::Backfilling | Phase::Streaming)
         });
         if !is_as_before {
             return Ok(None);

@@ -159,7 +159,8 @@ async fn session(options: &SourceOptions) -> Result<(ReplicationClient, Tunnel, 
         options.password.expose_secret(),
         &options.database,
         &options.slot,
-        options.publication.as_str(),
+        // The server reads a list of identifiers here, and folds what is not quoted.
+        format!("\"{}\"", options.publication.replace('"', "\"\"")).as_str(),
     );
     config.tls = TlsConfig::disabled();
     config.status_interval = STATUS_INTERVAL;

@@ -56,6 +56,12 @@ async fn ensure_alone(
     writer: &SessionWriter,
 ) -> Result<Slot, SlotError> {
     let (name, publication) = (&options.slot, &options.publication);
+    let is_name = |byte: u8| byte == b'_' || byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    if !name.bytes().all(is_name) || !(1..=63).contains(&name.len()) || name.as_bytes()[0].is_ascii_digit() {
+        return unfit(format!(
+            "{name:?} cannot be a slot: a name is of 1 to 63 small letters, digits and underscores, and begins with no digit"
+        ));
+    }
     if let Some(obstacle) = postgres.obstacle().await? {
         return unfit(obstacle);
     }

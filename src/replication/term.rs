@@ -118,7 +118,9 @@ impl Term {
         epoch: Epoch,
         options: TermOptions,
     ) -> Self {
-        Self { source, flusher, postgres, epoch, options }
+        // With none of either nothing would ever be stored.
+        let (flush_rows, in_flight) = (options.flush_rows.max(1), options.in_flight.max(1));
+        Self { source, flusher, postgres, epoch, options: TermOptions { flush_rows, in_flight, ..options } }
     }
 
     /// Stores what the slot tells until something ends it.
@@ -172,14 +174,21 @@ impl Stream {
                 },
                 () = sleep_until(self.next_flush), if self.waits_for_the_gap() => {}
                 event = self.source.next(), if may_read => {
-                    self.heard = Instant::now();
-                    let taken = match event {
-                        Ok(event) => self.take(event).await,
-                        Err(error) => Err(error.into()),
+                    let event = match event {
+                        Ok(event) => event,
+                        Err(error) => return error.into(),
+                    };
+                    // What it waits for may take as long as ClickHouse is away. Its transaction is not confirmed meanwhile.
+                    let taken = tokio::select! {
+                        biased;
+                        taken = self.take(event) => taken,
+                        () = stop.cancelled() => return TermEnd::Stopped,
+                        () = superseded.cancelled() => return TermEnd::Superseded,
                     };
                     if let Err(end) = taken {
                         return end;
                     }
+                    self.heard = Instant::now();
                 }
                 () = sleep_until(silent_at), if may_read => return TermEnd::Silence(self.options.silence),
             }

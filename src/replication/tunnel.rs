@@ -34,7 +34,7 @@ pub enum Tls {
     Disable,
     /// If the server can, whoever it is.
     Prefer,
-    /// Always, whoever it is.
+    /// Always, whoever it is; with a file of authorities as [`Tls::VerifyCa`].
     Require,
     /// By whoever has a certificate of a known authority.
     VerifyCa,
@@ -155,6 +155,10 @@ async fn accepts_tls(socket: &mut TcpStream) -> io::Result<bool> {
 fn config(target: &TunnelTarget) -> Result<ClientConfig, TunnelError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let verifier: Arc<dyn ServerCertVerifier> = match target.tls {
+        // As libpq has it: who names the authorities means them.
+        Tls::Require if target.root_certificate.is_some() => {
+            Arc::new(AnyName(authorities(target, provider.clone())?))
+        }
         Tls::Disable | Tls::Prefer | Tls::Require => Arc::new(Anyone(provider.clone())),
         Tls::VerifyCa => Arc::new(AnyName(authorities(target, provider.clone())?)),
         Tls::VerifyFull => authorities(target, provider.clone())?,

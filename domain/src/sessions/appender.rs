@@ -150,7 +150,7 @@ impl Appender {
                     *bytes -= size;
                     result
                 }
-                Err(error) => Err(Error::internal(error)),
+                Err(cut) => Err(Error::interrupted(&cut)),
             }),
             end = ending.reached(), if !*ended => {
                 *ended = true;

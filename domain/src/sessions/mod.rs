@@ -100,13 +100,15 @@ pub struct Appended {
 /// Runs a write and what must follow it in a task of its own: a client that hangs up in between must not leave one
 /// without the other.
 async fn detached<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
-    tokio::spawn(work.in_current_span()).await.map_err(Error::internal)?
+    tokio::spawn(work.in_current_span()).await.map_err(|cut| Error::interrupted(&cut))?
 }
 
 /// Runs what takes a turn, or a place in a pool, in a task of its own: whoever polls it may stop for as long as a client likes
 /// not to read, and must not keep that from others meanwhile. It ends when it is dropped.
 async fn in_own_task<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
-    AbortOnDropHandle::new(tokio::spawn(work.in_current_span())).await.map_err(Error::internal)?
+    AbortOnDropHandle::new(tokio::spawn(work.in_current_span()))
+        .await
+        .map_err(|cut| Error::interrupted(&cut))?
 }
 
 /// What the use cases stand on.

@@ -87,7 +87,7 @@ async fn parsed<T: Send + 'static>(
     turn: Turn,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<(T, Turn)> {
-    tokio::task::spawn_blocking(move || (work(), turn)).await.map_err(Error::internal)
+    tokio::task::spawn_blocking(move || (work(), turn)).await.map_err(|cut| Error::interrupted(&cut))
 }
 
 async fn parse_whole(turn: Turn, blob: Bytes, query: &TranscriptQuery) -> Result<Found> {

@@ -13,6 +13,7 @@ use async_graphql::parser::types::{
 use async_graphql::{Name, Positioned, Request, Response, ServerError, Value, Variables};
 use futures_util::stream::{self, BoxStream, StreamExt};
 use http::StatusCode;
+use tokio::task::JoinError;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
@@ -32,7 +33,6 @@ use crate::api::own_task::in_own_task;
 use crate::api::rate_limit::{Counted, Exceeded};
 use crate::api::trace::RequestId;
 use crate::config::GraphqlConfig;
-use crate::domain::error::Source;
 use crate::domain::send_budget::Reservation;
 use crate::domain::{Caller, ConnectionBudget, Error};
 use crate::telemetry::Door;
@@ -252,7 +252,7 @@ impl Engine {
         if prepared.is_subscription() {
             let begin = async move { this.subscribe(prepared, room).await };
             let begun = AbortOnDropHandle::new(tokio::spawn(begin.in_current_span()));
-            let failed = |fault| stream::iter([failed(fault)]).boxed();
+            let failed = |cut| stream::iter([failed(&cut)]).boxed();
             stream::once(async move { begun.await.unwrap_or_else(failed) }).flatten().boxed()
         } else {
             let is_query = prepared.kind == OperationType::Query;
@@ -264,7 +264,7 @@ impl Engine {
                 return stream::once(execution).boxed();
             }
             let executed = AbortOnDropHandle::new(tokio::spawn(execution.in_current_span()));
-            stream::once(async move { executed.await.unwrap_or_else(failed) }).boxed()
+            stream::once(async move { executed.await.unwrap_or_else(|cut| failed(&cut)) }).boxed()
         }
     }
 
@@ -302,9 +302,9 @@ impl Answer {
     }
 }
 
-/// What a fault of ours answers.
-fn failed(fault: impl Into<Source>) -> Answer {
-    Answer::Failed(vec![Error::internal(fault).into()])
+/// What an operation answers whose task has panicked.
+fn failed(cut: &JoinError) -> Answer {
+    Answer::Failed(vec![Error::interrupted(cut).into()])
 }
 
 /// Ends an operation that panics, and it alone: its connection carries others.

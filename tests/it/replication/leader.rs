@@ -18,7 +18,12 @@ struct Running {
 impl Running {
     fn start(world: &World) -> Self {
         let poll = Duration::from_millis(50);
-        let options = ReplicatorOptions { source: world.source.clone(), term: world.options.clone(), poll };
+        let options = ReplicatorOptions {
+            source: world.source.clone(),
+            term: world.options.clone(),
+            poll,
+            longest_pause: 4 * poll,
+        };
         let store = std::sync::Arc::new(world.sql.store.clone());
         let replicator = Replicator::new(options, world.postgres(), store, world.faulty.clone());
         let (health, stop) = (replicator.health(), CancellationToken::new());

@@ -220,6 +220,7 @@ async fn a_stream_of_postgres_is_encrypted_as_its_sslmode_says() {
         ("127.0.0.1", format!("sslmode=verify-full&sslrootcert={known}"), false),
         ("localhost", format!("sslmode=verify-full&sslrootcert={unknown}"), false),
         ("localhost", format!("sslmode=verify-ca&sslrootcert={unknown}"), false),
+        ("localhost", format!("sslmode=require&sslrootcert={unknown}"), false),
         ("localhost", "sslmode=verify-full".to_owned(), false),
         ("localhost", "sslmode=verify-full&sslrootcert=/nowhere.pem".to_owned(), false),
     ] {

@@ -147,15 +147,15 @@ impl Shared {
             })
         };
         if let Ok(permit) = readers.clone().try_acquire_owned() {
-            return begin(permit).await.map_err(Error::internal)?;
+            return begin(permit).await.map_err(|cut| Error::interrupted(&cut))?;
         }
         // In a task of its own: whoever polls this may stop for as long as a client likes not to read, and must not have the
         // turn meanwhile.
         let turn = async move {
             let permit = readers.acquire_owned().await.map_err(Error::internal)?;
-            begin(permit).await.map_err(Error::internal)?
+            begin(permit).await.map_err(|cut| Error::interrupted(&cut))?
         };
-        AbortOnDropHandle::new(tokio::spawn(turn)).await.map_err(Error::internal)?
+        AbortOnDropHandle::new(tokio::spawn(turn)).await.map_err(|cut| Error::interrupted(&cut))?
     }
 
     async fn read(

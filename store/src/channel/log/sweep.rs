@@ -35,10 +35,13 @@ pub(super) enum Wake {
 
 /// Runs until told to stop. After a panic it begins again, after a pause that grows.
 pub(super) fn run(shared: &Arc<Shared>, options: &LogOptions, wake: &Receiver<Wake>) {
-    let mut pause = background::FIRST_PAUSE;
+    let (mut pause, mut begun) = (background::FIRST_PAUSE, Instant::now());
     // What a turn shares with others it leaves behind locks that are taken whether they are poisoned or not.
     while panic::catch_unwind(AssertUnwindSafe(|| turns(shared, options, wake))).is_err() {
         shared.background.faulted("log sweeper");
+        if begun.elapsed() >= background::LONGEST_PAUSE {
+            pause = background::FIRST_PAUSE;
+        }
         let until = Instant::now() + pause;
         // Whoever has woken it meanwhile gets what the next turn finds.
         while let Some(left) = until.checked_duration_since(Instant::now()) {
@@ -50,6 +53,7 @@ pub(super) fn run(shared: &Arc<Shared>, options: &LogOptions, wake: &Receiver<Wa
             }
         }
         pause = (pause * 2).min(background::LONGEST_PAUSE);
+        begun = Instant::now();
     }
 }
 

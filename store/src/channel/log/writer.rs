@@ -64,7 +64,7 @@ impl Drop for Last<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
             self.0.poison(&"its writer has panicked");
-            self.0.background.faulted("log writer");
+            self.0.background.fatal("log writer");
         }
         self.0.poisoned.store(true, Ordering::SeqCst);
         self.0.queue.close();

@@ -179,8 +179,9 @@ impl Feeder {
             if let Some(batch) = batch
                 && let (Some(next), Some(tail)) = (batch.next_seq_num(), batch.tail)
             {
-                self.next.store(next, Ordering::Relaxed);
+                // In this order: what comes again the window passes over.
                 self.window.publish(vec![batch], tail);
+                self.next.store(next, Ordering::Relaxed);
             }
             if sealed {
                 return self.shared.registry.closure(&self.key.session).await.map(Ended::Sealed);

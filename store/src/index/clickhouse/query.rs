@@ -225,7 +225,7 @@ impl<'a> PageQuery<'a> {
 
     /// Whether only sessions with tags or external ids of the caller's choice are wanted, of which there may be few.
     pub(super) fn asks_for_names(&self) -> bool {
-        let Filter { tags_any, tags_all, external_ids, .. } = &*self.filter;
+        let Filter { tags_any, tags_all, external_ids, .. } = self.filter;
         !(tags_any.is_empty() && tags_all.is_empty() && external_ids.is_empty())
     }
 

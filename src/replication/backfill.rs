@@ -10,7 +10,6 @@ use tokio::time::sleep;
 use super::flush::{Flusher, surely};
 use super::row::COLUMNS;
 use super::{Epoch, Lsn, RowVersion};
-use crate::domain::Result;
 use crate::store::metadata::ReplicationStore;
 
 /// Sessions copied in one step. Each has metadata of up to a megabyte.
@@ -51,7 +50,7 @@ pub async fn run(flusher: &Flusher, postgres: &ReplicationStore, slot: &str, epo
 /// waits for a synchronous standby. Once every transaction that has begun by now is over, all of these are.
 async fn wait_for_older_commits(postgres: &ReplicationStore) {
     let barrier = surely("transactions", || postgres.barrier()).await;
-    let past = || async { Result::Ok(postgres.is_past(&barrier).await?) };
+    let past = || postgres.is_past(&barrier);
     while !surely("transactions", past).await {
         sleep(LOOK_EVERY).await;
     }

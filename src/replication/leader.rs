@@ -95,7 +95,7 @@ impl Replicator {
     /// Leads whenever the slot is free, until `stop` is cancelled. Whatever goes wrong is told and tried again.
     pub async fn run(&self, stop: CancellationToken) {
         let mut failures = 0;
-        while let Some(term) = stop.run_until_cancelled(self.begin()).await {
+        while let Some(term) = stop.run_until_cancelled(Box::pin(self.begin())).await {
             failures += 1;
             match term {
                 Ok(Some((term, backfilling))) => {
@@ -103,7 +103,7 @@ impl Replicator {
                         slot = self.options.source.slot,
                         "this process leads the replication to ClickHouse"
                     );
-                    self.tell(Health::Leading);
+                    self.tell(&Health::Leading);
                     let begun = Instant::now();
                     let end = term.run(&stop).await;
                     drop(backfilling);
@@ -115,11 +115,11 @@ impl Replicator {
                     }
                     let error = &end as &dyn std::error::Error;
                     tracing::warn!(error, "this process leads the replication to ClickHouse no longer");
-                    self.tell(Health::Failing(end.to_string()));
+                    self.tell(&Health::Failing(end.to_string()));
                 }
                 Ok(None) => {
                     failures = 0;
-                    self.tell(Health::Following);
+                    self.tell(&Health::Following);
                 }
                 Err(hindrance) => {
                     let failing = Health::Failing(hindrance.to_string());
@@ -128,7 +128,7 @@ impl Replicator {
                         let error = &hindrance as &dyn std::error::Error;
                         tracing::error!(error, "cannot replicate to ClickHouse; it is tried again");
                     }
-                    self.tell(failing);
+                    self.tell(&failing);
                 }
             }
             let random = RandomState::new().hash_one(failures) % 1024;
@@ -176,7 +176,7 @@ impl Replicator {
         Ok(Some((term, backfilling)))
     }
 
-    fn tell(&self, health: Health) {
-        self.health.send_if_modified(|told| std::mem::replace(told, health.clone()) != health);
+    fn tell(&self, health: &Health) {
+        self.health.send_if_modified(|told| std::mem::replace(told, health.clone()) != *health);
     }
 }

@@ -333,7 +333,7 @@ async fn beat(
             Ok(false) => return superseded.cancel(),
             // The stream breaks as well, if it lasts.
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "no heartbeat of the replicator")
+                tracing::warn!(error = &error as &dyn std::error::Error, "no heartbeat of the replicator");
             }
         }
     }

@@ -71,6 +71,7 @@ impl Drop for Building {
 /// The running backends; dropping them stops them.
 pub(crate) struct Backends {
     postgres: Postgres,
+    postgres_synchronous: Postgres,
     clickhouse: ClickHouse,
     clickhouse_library: PathBuf,
     s2: Server,
@@ -87,6 +88,7 @@ impl Backends {
         let s2_binary = workspace.debug_binary("s2-lite");
         Ok(Self {
             postgres: Postgres::start()?,
+            postgres_synchronous: Postgres::start_synchronous()?,
             clickhouse: ClickHouse::start(workspace, &library)?,
             clickhouse_library: library,
             s2: Server::start("s2-lite", |port, _| Ok(s2(&s2_binary, port)))?,
@@ -100,6 +102,7 @@ impl Backends {
         let s3 = format!("http://{S3_KEY}:{S3_SECRET}@127.0.0.1:{}/{S3_BUCKET}", self.s3.port);
         vec![
             ("SESSIOND_TEST_POSTGRES", self.postgres.url().to_owned()),
+            ("SESSIOND_TEST_POSTGRES_SYNCHRONOUS", self.postgres_synchronous.url().to_owned()),
             ("SESSIOND_TEST_CLICKHOUSE", self.clickhouse.url()),
             ("SESSIOND_TEST_CLICKHOUSE_LIB", self.clickhouse_library.display().to_string()),
             ("SESSIOND_TEST_S2", self.s2_url()),

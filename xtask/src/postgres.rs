@@ -37,12 +37,34 @@ impl Postgres {
     /// # Errors
     /// Says which step failed and shows what the step printed.
     pub fn start() -> Result<Self> {
+        Self::start_below(&std::env::temp_dir())
+    }
+
+    /// One with a synchronous standby that never comes. Commits wait for it, for ever, in connections that set
+    /// `synchronous_commit` to `on`, and in no others.
+    ///
+    /// # Errors
+    /// As [`Postgres::start`].
+    pub fn start_synchronous() -> Result<Self> {
+        let settings = ["synchronous_standby_names=nobody", "synchronous_commit=local"];
+        Self::start_with(&std::env::temp_dir(), &settings)
+    }
+
+    /// The same with its folder below `parent`, which the user that it runs as must be able to enter.
+    ///
+    /// # Errors
+    /// As [`Postgres::start`].
+    pub fn start_below(parent: &Path) -> Result<Self> {
+        Self::start_with(parent, &[])
+    }
+
+    fn start_with(parent: &Path, settings: &[&str]) -> Result<Self> {
         let binaries = binaries()?;
         let owner = owner()?;
         // More than one of a process may run.
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
-        let folder = std::env::temp_dir().join(format!("sessiond-postgres-{}-{number}", std::process::id()));
+        let folder = parent.join(format!("sessiond-postgres-{}-{number}", std::process::id()));
         fs::create_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o700))?;
         if let Some((user, group)) = owner {
@@ -53,7 +75,7 @@ impl Postgres {
         initdb.args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C.UTF-8", "-D"]);
         process::quiet(initdb.arg(&data))?;
         let port = free_port()?;
-        let server = spawn(&binaries, owner, &folder, &data, port)?;
+        let server = spawn(&binaries, owner, &folder, port, settings)?;
         let url = format!("postgres://postgres@127.0.0.1:{port}/postgres");
         let mut postgres = Self { server, folder, url };
         postgres.wait_until_ready(&binaries, port)?;
@@ -63,6 +85,17 @@ impl Postgres {
     /// The superuser's URL, of the database `postgres`.
     pub fn url(&self) -> &str {
         &self.url
+    }
+
+    /// A client of that database: prints what is returned and nothing else, and ends at the first error.
+    ///
+    /// # Errors
+    /// If there is none.
+    #[cfg(feature = "bench")]
+    pub fn psql(&self) -> Result<Command> {
+        let mut psql = Command::new(binaries()?.join("psql"));
+        psql.args(["-qAtX", "-v", "ON_ERROR_STOP=1", "-d", &self.url]);
+        Ok(psql)
     }
 
     fn wait_until_ready(&mut self, binaries: &Path, port: u16) -> Result<()> {
@@ -155,7 +188,13 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-fn spawn(binaries: &Path, owner: Option<(u32, u32)>, folder: &Path, data: &Path, port: u16) -> Result<Child> {
+fn spawn(
+    binaries: &Path,
+    owner: Option<(u32, u32)>,
+    folder: &Path,
+    port: u16,
+    more: &[&str],
+) -> Result<Child> {
     let log = fs::File::create(folder.join("log"))?;
     let settings = [
         "listen_addresses=127.0.0.1",
@@ -168,8 +207,8 @@ fn spawn(binaries: &Path, owner: Option<(u32, u32)>, folder: &Path, data: &Path,
         "max_wal_senders=100",
     ];
     let mut postgres = command(&binaries.join("postgres"), owner, folder);
-    postgres.arg("-D").arg(data).args(["-p", &port.to_string()]);
-    for setting in settings {
+    postgres.arg("-D").arg(folder.join("data")).args(["-p", &port.to_string()]);
+    for setting in settings.iter().chain(more) {
         postgres.args(["-c", setting]);
     }
     // A group of its own, so that Ctrl-C reaches us first and we stop it in order.

@@ -5,6 +5,7 @@ use super::delivery::Pace;
 use super::direct::{DIRECT, direct};
 use super::graphql;
 use super::memory::weighed;
+use super::replication::{self, freshness};
 use super::report::{GRAPHQL, Metric, OURS, Samples, Table, align};
 use super::rows;
 use super::stats::Spread;
@@ -119,6 +120,7 @@ fn goals(samples: &Samples, floor: Spread) -> Vec<Goal> {
     goals.extend(direct_goals(samples));
     goals.extend(graphql_goals(samples));
     goals.extend(clickhouse_goals(samples));
+    goals.extend(replication_goals(samples));
     goals
 }
 
@@ -143,6 +145,32 @@ fn clickhouse_goals(samples: &Samples) -> Vec<Goal> {
             .map(|empty| (format!("<= {:.2} {unit} (1.5 x {{}})", 1.5 * empty), 1.5 * empty));
         let measured = value(clickhouse::MANY_KEYS);
         goals.push(Goal::new(format!("{what}, 300 random keys"), wanted, measured, unit, at_most));
+    }
+    goals
+}
+
+/// Those of the way from Postgres to ClickHouse.
+fn replication_goals(samples: &Samples) -> Vec<Goal> {
+    let mut goals = Vec::new();
+    for (rate, _) in freshness::RATES {
+        let row = freshness::row(rate);
+        for (what, metric, most, stretch) in
+            [("p50", Metric::P50, 150.0, 50.0), ("p99", Metric::P99, 500.0, 200.0)]
+        {
+            let measured = samples.value(Table::Freshness, &row, OURS, metric);
+            for (what, most) in [
+                (format!("from create to list, {row}: {what}"), most),
+                ("the same, stretch".to_owned(), stretch),
+            ] {
+                let wanted = Some((format!("<= {most} ms"), most));
+                goals.push(Goal::new(what, wanted, measured, "ms", |value, bound| value <= bound));
+            }
+        }
+    }
+    let drained = samples.value(Table::Drain, replication::BACKLOG_ROW, OURS, Metric::PerSecond);
+    for (what, least) in [("backlog drain, sessions a second", 40_000.0), ("the same, stretch", 60_000.0)] {
+        let wanted = Some((format!(">= {least}"), least));
+        goals.push(Goal::new(what, wanted, drained, "", |value, bound| value >= bound));
     }
     goals
 }

@@ -18,6 +18,7 @@ mod memory;
 mod ours;
 mod record;
 mod redis;
+mod replication;
 mod report;
 mod resp;
 mod rows;
@@ -56,7 +57,7 @@ type Targets = Vec<Box<dyn Target>>;
 /// Flags of `bench`.
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
-    /// What to measure [default: all but lists and clickhouse-lists]
+    /// What to measure [default: all but lists, clickhouse-lists and replication]
     #[arg(value_enum)]
     rows: Vec<Row>,
     /// Measure Redis, durable-streams and s2-lite in the same run, installing what is missing
@@ -116,7 +117,7 @@ fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Resu
     head.iter().for_each(|line| println!("{line}"));
     println!("data: {}", home.display());
     let mut floors = vec![sync_floor(home)?];
-    let asked_for_only = [Row::Lists, Row::ClickhouseLists];
+    let asked_for_only = [Row::Lists, Row::ClickhouseLists, Row::Replication];
     let wanted = |row: Row| match args.rows.as_slice() {
         [] => !asked_for_only.contains(&row),
         rows => rows.contains(&row),
@@ -154,6 +155,9 @@ fn measure(args: &BenchArgs, workspace: &Workspace, home: &Path) -> anyhow::Resu
         }
         if wanted(Row::ClickhouseLists) {
             head.extend(bench.clickhouse_lists(workspace, &binary(args, workspace))?);
+        }
+        if wanted(Row::Replication) {
+            head.extend(bench.replication(workspace, &binary(args, workspace))?);
         }
     }
     floors.push(sync_floor(home)?);

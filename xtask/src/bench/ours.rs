@@ -1,6 +1,6 @@
 //! sessiond under test: sessions over REST, appends on the realtime routes, followers there or over GraphQL.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -61,15 +61,7 @@ impl Target for Ours {
     fn create(&self, server: &Server, sessions: &[String]) -> anyhow::Result<()> {
         let mut stream = server.connect()?;
         for session in sessions {
-            let body = format!(
-                r#"{{"type":"bench","externalId":"{session}","tags":["bench"],"taskIdentifier":"bench","triggerConfig":{{"basePayload":{{}}}}}}"#
-            );
-            let length = body.len().to_string();
-            let headers = [("Content-Type", "application/json"), ("Content-Length", length.as_str())];
-            let mut request = ask("POST /api/v1/sessions", server, &headers);
-            request.extend_from_slice(body.as_bytes());
-            let (status, body) = http::exchange(&mut stream, &request)?;
-            ensure!(status == 201, "create answered {status}: {}", String::from_utf8_lossy(&body));
+            create(server, &mut stream, session)?;
         }
         Ok(())
     }
@@ -114,6 +106,20 @@ pub(crate) fn start(binary: &Path, home: &Path, settings: &[(&str, &str)]) -> an
     command.env("SESSIOND_SECRET_KEY", KEY).env("SESSIOND_HTTP__RATE_LIMIT__KEY_PER_10S", "0");
     command.envs(settings.iter().copied());
     Server::start(&mut command, home, base_url)
+}
+
+/// Creates a session that there is not yet.
+pub(crate) fn create(server: &Server, stream: &mut TcpStream, session: &str) -> anyhow::Result<()> {
+    let body = format!(
+        r#"{{"type":"bench","externalId":"{session}","tags":["bench"],"taskIdentifier":"bench","triggerConfig":{{"basePayload":{{}}}}}}"#
+    );
+    let length = body.len().to_string();
+    let headers = [("Content-Type", "application/json"), ("Content-Length", length.as_str())];
+    let mut request = ask("POST /api/v1/sessions", server, &headers);
+    request.extend_from_slice(body.as_bytes());
+    let (status, body) = http::exchange(stream, &request)?;
+    ensure!(status == 201, "create answered {status}: {}", String::from_utf8_lossy(&body));
+    Ok(())
 }
 
 /// A request of the secret key.

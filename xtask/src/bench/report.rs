@@ -83,10 +83,12 @@ pub(crate) enum Table {
     Lists,
     ClickHouse,
     Inserts,
+    Freshness,
+    Drain,
 }
 
 impl Table {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 11] = [
         Self::Ack,
         Self::Delivery,
         Self::CatchUp,
@@ -96,6 +98,8 @@ impl Table {
         Self::Lists,
         Self::ClickHouse,
         Self::Inserts,
+        Self::Freshness,
+        Self::Drain,
     ];
 
     fn title(self) -> &'static str {
@@ -111,6 +115,12 @@ impl Table {
                 "Lists from ClickHouse over HTTP, pages of 50 of 1,000,000 sessions; plain FINAL is asked of the engine itself"
             }
             Self::Inserts => "Inserts of 10,000 sessions into ClickHouse, batches of 1000",
+            Self::Freshness => {
+                "From the answer of a create, sessions in Postgres, to the session in lists from ClickHouse"
+            }
+            Self::Drain => {
+                "A backlog of sessions from Postgres into ClickHouse, from the start of the process that brings them"
+            }
         }
     }
 }

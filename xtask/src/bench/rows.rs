@@ -55,6 +55,8 @@ pub(crate) enum Row {
     Lists,
     /// Lists, counts and tags from ClickHouse over 1,000,000 sessions beside plain FINAL, and inserts into it
     ClickhouseLists,
+    /// From Postgres to ClickHouse: how soon a session is in lists, and how fast a backlog drains; ours and a plain copy
+    Replication,
 }
 
 /// Name of an ack row.

@@ -17,7 +17,7 @@ const CALM_WITHIN: Duration = Duration::from_secs(300);
 const CALM_FOR: u32 = 5;
 
 /// A running engine, which no other run uses.
-pub(super) struct Engine {
+pub(in crate::bench) struct Engine {
     url: String,
     address: SocketAddr,
     process: u32,
@@ -29,7 +29,7 @@ pub(super) struct Engine {
 
 impl Engine {
     /// Starts one with its data below `home`.
-    pub(super) fn start(workspace: &Workspace, home: &Path) -> anyhow::Result<Self> {
+    pub(in crate::bench) fn start(workspace: &Workspace, home: &Path) -> anyhow::Result<Self> {
         let running = ClickHouse::start_below(workspace, &Fetching::start().finish()?, home)?;
         let (port, process) = running.port_and_process();
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
@@ -39,27 +39,29 @@ impl Engine {
     }
 
     /// Its HTTP interface.
-    pub(super) fn url(&self) -> &str {
+    pub(in crate::bench) fn url(&self) -> &str {
         &self.url
     }
 
     /// A connection that is kept.
-    pub(super) fn connect(&self) -> anyhow::Result<TcpStream> {
+    pub(in crate::bench) fn connect(&self) -> anyhow::Result<TcpStream> {
         let stream = TcpStream::connect(self.address)?;
         stream.set_nodelay(true)?;
         Ok(stream)
     }
 
     /// The request of a statement with the server's default settings.
-    pub(super) fn request(&self, sql: &str) -> Vec<u8> {
+    pub(in crate::bench) fn request(&self, sql: &str) -> Vec<u8> {
         self.post("POST /", sql)
     }
 
-    /// The request of rows for the table, as JSON; stored when it answers.
-    pub(super) fn insertion(&self, rows: &str) -> Vec<u8> {
-        let line = "POST /?async_insert=0&max_partitions_per_insert_block=0\
-                    &query=INSERT+INTO+trigger_dev.sessions_v1+FORMAT+JSONEachRow";
-        self.post(line, rows)
+    /// The request of rows for a table, as JSON; stored when it answers.
+    pub(in crate::bench) fn insertion(&self, table: &str, rows: &str) -> Vec<u8> {
+        let line = format!(
+            "POST /?async_insert=0&max_partitions_per_insert_block=0\
+             &query=INSERT+INTO+trigger_dev.{table}+FORMAT+JSONEachRow"
+        );
+        self.post(&line, rows)
     }
 
     fn post(&self, line: &str, body: &str) -> Vec<u8> {
@@ -70,13 +72,13 @@ impl Engine {
     }
 
     /// What a statement answers, without the last line end.
-    pub(super) fn tell(&self, sql: &str) -> anyhow::Result<String> {
+    pub(in crate::bench) fn tell(&self, sql: &str) -> anyhow::Result<String> {
         let (_, body) = ask(&mut self.connect()?, &self.request(sql))?;
         Ok(String::from_utf8(body)?.trim_end().to_owned())
     }
 
     /// Waits until nothing has been merged for a while; returns the number of active parts.
-    pub(super) fn calm(&self) -> anyhow::Result<String> {
+    pub(in crate::bench) fn calm(&self) -> anyhow::Result<String> {
         let deadline = Instant::now() + CALM_WITHIN;
         let mut calm = 0;
         while calm < CALM_FOR {

@@ -28,7 +28,7 @@ impl Bench<'_> {
             let mut latency = Latency::default();
             for number in 0..BATCHES {
                 // A connection that has waited for its rows may have been closed.
-                let request = engine.insertion(&batch(engine.began, number, keys)?);
+                let request = engine.insertion("sessions_v1", &batch(engine.began, number, keys)?);
                 let (took, _) = ask(&mut engine.connect()?, &request)?;
                 latency.record(took);
             }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
-use self::engine::Engine;
+pub(super) use self::engine::Engine;
 pub(super) use self::inserts::{ENGINE, MANY_KEYS, NO_METADATA};
 use self::tenants::{Tenant, tenants};
 use super::report::{Metric, OURS, Sample, Table};
@@ -341,7 +341,7 @@ fn texts(value: &Value) -> Vec<&str> {
 }
 
 /// Sends a request that must succeed; tells how long it took, and the body.
-fn ask(stream: &mut TcpStream, request: &[u8]) -> anyhow::Result<(Duration, Vec<u8>)> {
+pub(super) fn ask(stream: &mut TcpStream, request: &[u8]) -> anyhow::Result<(Duration, Vec<u8>)> {
     stream.set_read_timeout(Some(Duration::from_secs(120)))?;
     let began = Instant::now();
     let (status, body) = http::exchange(stream, request)?;

@@ -4,6 +4,7 @@
 mod files;
 mod master_key;
 mod private;
+mod replicating;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -27,6 +28,7 @@ use crate::domain::{
     Ticker,
 };
 use crate::listener::Listener;
+use crate::replication::leader::Replicator;
 use crate::shutdown::Shutdown;
 use crate::store::blob::{ObjectBlobs, S3Options};
 use crate::store::channel::log::{LogChannels, LogOptions};
@@ -39,6 +41,7 @@ use crate::store::metadata::{OpenError, OpenOptions, SqlMetadata};
 use crate::telemetry::{self, Metrics};
 use files::Files;
 pub use private::keep_private;
+pub use replicating::{open_context, replicator, source_options};
 
 /// The environment that a first start makes.
 const DEFAULT_NAME: &str = "default";
@@ -229,6 +232,8 @@ pub struct Server {
     metrics: Arc<Metrics>,
     listener: Listener,
     shutdown: Shutdown,
+    /// `None` unless one is to run beside the server.
+    replicator: Option<Arc<Replicator>>,
     config: Config,
     key: RootKey,
 }
@@ -267,8 +272,29 @@ impl Server {
             SessionsConfig { cached_rows: config.metadata.cached_rows, replicated: engine.is_shared() };
         let sessions = Sessions::new(backends, rows);
         sessions.recover().await?;
-        let auth = Auth::new(control.store.clone(), control.vault.clone(), clock, timers.clone());
-        Ok(Self { control, sessions, auth, timers, engine, metrics, listener, shutdown, config, key })
+        let auth = Auth::new(control.store.clone(), control.vault.clone(), clock.clone(), timers.clone());
+        let replicator = match config.replication.enabled {
+            true => {
+                let metadata = SqlMetadata::clone(&control.store);
+                let watch = (shutdown.background().clone(), metrics.replication().clone());
+                let context = open_context(&config, metadata, watch, clock)?;
+                Some(Arc::new(replicator(&config, context)?))
+            }
+            false => None,
+        };
+        Ok(Self {
+            control,
+            sessions,
+            auth,
+            timers,
+            engine,
+            metrics,
+            listener,
+            shutdown,
+            replicator,
+            config,
+            key,
+        })
     }
 
     /// The address in use.
@@ -327,6 +353,14 @@ impl Server {
         self.keep_tasks();
         let router = api::router(self.api_state());
         let background = self.shutdown.background();
+        let stop_replicating = CancellationToken::new();
+        let replicating = self.replicator.clone().map(|replicator| {
+            let stop = stop_replicating.clone();
+            background.keep("replication", move || {
+                let (replicator, stop) = (replicator.clone(), stop.clone());
+                async move { replicator.run(stop).await }
+            })
+        });
         let listening = background.require("listener", self.listener.serve(router, self.shutdown.clone()));
         tracing::info!(%address, "listening");
         tokio::select! {
@@ -351,6 +385,11 @@ impl Server {
             tracing::warn!(connections = cut, "cut connections that did not end in time");
         }
         listening.await?;
+        // After the last request, so that what it has changed is not left for another replicator.
+        stop_replicating.cancel();
+        if let Some(replicating) = replicating {
+            replicating.await?;
+        }
         if let Engine::Log(log) = self.engine {
             tokio::task::spawn_blocking(move || log.close()).await?;
         }

@@ -1,5 +1,8 @@
 //! Logs and metrics. Every metric name and label stands here; labels come from enums and route templates only.
 
+mod replication;
+
+use std::fmt;
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -17,6 +20,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::{LogFormat, TelemetryConfig};
 use crate::domain::{Direction, Error, Result};
+pub use replication::{ReplicationEvent, ReplicationMetrics};
 
 /// 50 us to about 26 s, doubling.
 fn latency_histogram() -> Histogram {
@@ -120,13 +124,16 @@ pub struct Metrics {
     commit_records: Histogram,
     commit_bytes: Counter,
     log_healthy: Gauge<f64, AtomicU64>,
+    replication: ReplicationMetrics,
 }
 
 impl Metrics {
     /// All metrics at zero.
     pub fn new() -> Arc<Self> {
+        let mut registry = Registry::with_prefix("sessiond");
         let mut metrics = Self {
-            registry: Registry::with_prefix("sessiond"),
+            replication: ReplicationMetrics::register(&mut registry),
+            registry,
             requests: Family::new_with_constructor(latency_histogram),
             appends: Family::new_with_constructor(latency_histogram),
             followers: Family::default(),
@@ -269,6 +276,11 @@ impl Metrics {
         self.log_healthy.set(0.0);
     }
 
+    /// What a replicator in this process shows.
+    pub fn replication(&self) -> &ReplicationMetrics {
+        &self.replication
+    }
+
     /// The exposition text.
     pub fn render(&self) -> String {
         let mut text = String::new();
@@ -290,6 +302,21 @@ impl GaugeGuard {
 impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.dec();
+    }
+}
+
+/// An error with its causes, on one line.
+pub struct Chain<'a>(pub &'a (dyn std::error::Error + 'static));
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(cause) = source {
+            write!(f, ": {cause}")?;
+            source = cause.source();
+        }
+        Ok(())
     }
 }
 

@@ -9,8 +9,11 @@ use std::path::{Path, PathBuf};
 const MAY_NAME: &[(&str, &[&str])] = &[
     ("lib", &[]),
     ("main", &["cli"]),
-    ("cli", &["api", "auth", "config", "domain", "server", "shutdown", "store", "telemetry"]),
-    ("server", &["api", "auth", "config", "domain", "listener", "shutdown", "store", "telemetry"]),
+    ("cli", &["api", "auth", "config", "domain", "replication", "server", "shutdown", "store", "telemetry"]),
+    (
+        "server",
+        &["api", "auth", "config", "domain", "listener", "replication", "shutdown", "store", "telemetry"],
+    ),
     ("api", &["auth", "config", "domain", "shutdown", "telemetry"]),
     ("listener", &["config", "domain", "shutdown", "telemetry"]),
     ("auth", &["config", "domain", "telemetry"]),

@@ -26,6 +26,8 @@ pub struct Background {
     stop: CancellationToken,
     listener: Listener,
     faults: Mutex<BTreeMap<&'static str, Faults>>,
+    /// What keeps tasks from their work that run all the same.
+    hindrances: Mutex<BTreeMap<&'static str, &'static str>>,
     failed: OnceLock<&'static str>,
     ending: CancellationToken,
 }
@@ -51,19 +53,25 @@ impl Background {
             stop,
             listener: Box::new(listener),
             faults: Mutex::default(),
+            hindrances: Mutex::default(),
             failed: OnceLock::new(),
             ending: CancellationToken::new(),
         }
     }
 
     /// Runs a task for as long as the server runs. Whenever it fails, by a panic or because it ends before it was told to, it
-    /// is begun again after a pause, of [`FIRST_PAUSE`] to [`LONGEST_PAUSE`].
-    pub fn keep<F>(self: &Arc<Self>, name: &'static str, begin: impl Fn() -> F + Send + 'static)
+    /// is begun again after a pause, of [`FIRST_PAUSE`] to [`LONGEST_PAUSE`]. What is returned completes when it has ended for
+    /// good.
+    pub fn keep<F>(
+        self: &Arc<Self>,
+        name: &'static str,
+        begin: impl Fn() -> F + Send + 'static,
+    ) -> JoinHandle<()>
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let this = self.clone();
-        tokio::spawn(async move { this.repeated(name, begin, false).await });
+        tokio::spawn(async move { this.repeated(name, begin, false).await })
     }
 
     /// Runs a task here until it has ended by itself, or the server stops. After a panic it is begun again, as by
@@ -182,18 +190,28 @@ impl Background {
         self.failed.get().copied()
     }
 
-    /// A sentence, which anyone may read, for each task that has failed within [`LONGEST_PAUSE`].
+    /// Says what keeps a task from its work though it runs, as a sentence that anyone may read; `None` if nothing does.
+    pub fn hindered(&self, name: &'static str, sentence: Option<&'static str>) {
+        let mut hindrances = self.hindrances.lock().unwrap_or_else(PoisonError::into_inner);
+        match sentence {
+            Some(sentence) => hindrances.insert(name, sentence),
+            None => hindrances.remove(name),
+        };
+    }
+
+    /// A sentence, which anyone may read, for each task that has failed within [`LONGEST_PAUSE`], or [is kept from its
+    /// work](Background::hindered).
     pub fn troubles(&self) -> Vec<String> {
+        let hindrances = self.hindrances.lock().unwrap_or_else(PoisonError::into_inner);
+        let hindered = hindrances.values().map(|sentence| (*sentence).to_owned()).collect::<Vec<_>>();
+        drop(hindrances);
         let faults = self.faults();
         let recent = faults.iter().filter(|(_, faults)| faults.last.elapsed() < LONGEST_PAUSE);
-        recent
-            .map(|(name, Faults { count, .. })| {
-                let times = if *count == 1 { "once".to_owned() } else { format!("{count} times") };
-                format!(
-                    "the background task \"{name}\" has failed ({times} since the start); the log says why"
-                )
-            })
-            .collect()
+        let failed = recent.map(|(name, Faults { count, .. })| {
+            let times = if *count == 1 { "once".to_owned() } else { format!("{count} times") };
+            format!("the background task \"{name}\" has failed ({times} since the start); the log says why")
+        });
+        failed.chain(hindered).collect()
     }
 
     fn faults(&self) -> MutexGuard<'_, BTreeMap<&'static str, Faults>> {

@@ -39,7 +39,7 @@ use crate::config::{DirectConfig, GraphqlConfig};
 use crate::domain::send_budget::Reserved;
 use crate::domain::{Clock, Condition, Error, Sessions};
 use crate::shutdown::Shutdown;
-use crate::telemetry::Metrics;
+use crate::telemetry::{Chain, Metrics};
 use answers::Answers;
 use error::Failure;
 use rate_limit::{RateLimiter, RateLimits};
@@ -304,7 +304,7 @@ async fn readyz(State(app): State<App>) -> Response {
             "make room on it: appends are taken again at once, without a restart",
         ),
         (Condition::Sound, Err(error)) => {
-            tracing::warn!(error = %trace::Chain(&error), "not ready");
+            tracing::warn!(error = %Chain(&error), "not ready");
             let cure = match &error {
                 Error::Unavailable { what: "metadata", .. } => {
                     "see that the database that metadata.url names can be reached; no restart is needed"

@@ -15,6 +15,7 @@ use super::App;
 use super::cors;
 use super::error::Failure;
 use crate::domain::Error;
+use crate::telemetry::Chain;
 
 /// Names a request in logs and answers.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -118,21 +119,6 @@ fn log_fault(failure: &Failure, id: &RequestId, traceparent: &HeaderValue) {
             request.id = id.as_str(), trace.parent = ?traceparent, error = %Chain(cause), code = failure.code,
             "cannot answer a request"
         );
-    }
-}
-
-/// An error with its causes, on one line.
-pub struct Chain<'a>(pub &'a (dyn std::error::Error + 'static));
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = self.0.source();
-        while let Some(cause) = source {
-            write!(f, ": {cause}")?;
-            source = cause.source();
-        }
-        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@ mod client;
 mod control;
 mod index;
 mod output;
+mod replicate;
 mod serve;
 
 use std::path::PathBuf;
@@ -53,6 +54,8 @@ enum Command {
     /// Copy sessions to where lists come from
     #[command(subcommand)]
     Index(index::IndexCommand),
+    /// Keep ClickHouse up to date from Postgres, without a server beside
+    Replicate(replicate::ReplicateArgs),
     /// Mint a public token for a browser
     Token(control::TokenArgs),
     /// Show the settings in force, secrets masked
@@ -122,6 +125,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Environments(command) => control::environments(&common, command).await,
         Command::Keys(command) => control::keys(&common, command).await,
         Command::Index(command) => index::run(&common, command).await,
+        Command::Replicate(args) => replicate::replicate(&common, args).await,
         Command::Token(args) => control::token(&common, args).await,
         Command::Config(output) => control::config(&common, output),
         Command::Schema => {

@@ -23,6 +23,7 @@ pub(super) struct ServeArgs {
 pub(super) async fn serve(common: &Common, args: ServeArgs) -> anyhow::Result<()> {
     let config = common.load(args.listen)?;
     telemetry::start_logging(&config.telemetry)?;
+    config.tell_without_effect();
     prepare_process()?;
     let [stop, hurry] = shutdown::signalled()?;
     let data = config.data.display().to_string();

@@ -1,10 +1,12 @@
 //! Settings: embedded defaults < TOML file < `SESSIOND_*` environment < flags. Nobody else reads the environment.
 
+mod aliases;
 mod blobs;
 mod clickhouse;
 mod direct;
 mod graphql;
 mod http;
+mod replication;
 mod store;
 
 use std::path::PathBuf;
@@ -20,6 +22,7 @@ pub use blobs::{BlobPlace, BlobsConfig};
 pub use direct::DirectConfig;
 pub use graphql::GraphqlConfig;
 pub use http::{HttpConfig, RateLimitConfig, TlsConfig};
+pub use replication::ReplicationConfig;
 pub use store::{AuthConfig, LogConfig, MetadataConfig};
 
 /// Every setting with its default and a comment each.
@@ -28,12 +31,13 @@ pub const DEFAULTS: &str = include_str!("../../config.default.toml");
 const PREFIX: &str = "SESSIOND_";
 /// Variables with our prefix that are not settings of the server: those of the client
 /// commands, the test suite and the build.
-const NOT_SETTINGS: [&str; 12] = [
+const NOT_SETTINGS: [&str; 13] = [
     "config",
     "url",
     "token",
     "bin",
     "test_postgres",
+    "test_postgres_synchronous",
     "test_clickhouse",
     "test_clickhouse_lib",
     "test_s2",
@@ -64,12 +68,17 @@ pub struct Config {
     pub log: LogConfig,
     /// Lists from ClickHouse.
     pub clickhouse: ClickHouseConfig,
+    /// What keeps ClickHouse up to date.
+    pub replication: ReplicationConfig,
     /// Snapshots.
     pub blobs: BlobsConfig,
     /// Protection of keys.
     pub auth: AuthConfig,
     /// Logging.
     pub telemetry: TelemetryConfig,
+    /// Variables of another system that are known, and have no effect here.
+    #[serde(skip)]
+    without_effect: Vec<String>,
 }
 
 /// Logging.
@@ -117,6 +126,10 @@ impl Config {
         if let Some(file) = &overrides.file {
             figment = figment.merge(Toml::file_exact(file));
         }
+        // What is not UTF-8 is none of them.
+        let variables = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        let (mut figment, without_effect) = aliases::merge(figment, variables)?;
         figment = figment.merge(environment.split("__"));
         if let Some(data) = &overrides.data {
             figment = figment.merge(Serialized::default("data", data));
@@ -124,13 +137,14 @@ impl Config {
         if let Some(listen) = &overrides.listen {
             figment = figment.merge(Serialized::default("http.listen", listen));
         }
-        let config: Self = figment.extract().map_err(|faults| {
+        let mut config: Self = figment.extract().map_err(|faults| {
             let violation = |fault: figment::Error| Violation {
                 field: fault.path.join("."),
                 message: fault.kind.to_string(),
             };
             Error::Invalid(faults.into_iter().map(violation).collect())
         })?;
+        config.without_effect = without_effect;
         config.validate()?;
         Ok(config)
     }
@@ -143,11 +157,49 @@ impl Config {
         self.metadata.validate(&mut faults);
         self.log.validate(&mut faults);
         self.clickhouse.validate(&mut faults);
+        self.replication.validate(&mut faults);
         self.blobs.validate(&mut faults);
         if self.metadata.is_postgres() && self.auth.master_key.is_none() {
             faults.push(fault("auth.master_key", "is required with Postgres"));
         }
+        if self.replication.enabled {
+            self.demand_two_sides(&mut faults);
+        }
         if faults.is_empty() { Ok(()) } else { Err(Error::Invalid(faults)) }
+    }
+
+    /// Checks that there is what a replicator copies from and to.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with what is missing.
+    pub fn require_replicable(&self) -> Result<()> {
+        let mut faults = Vec::new();
+        self.demand_two_sides(&mut faults);
+        if faults.is_empty() { Ok(()) } else { Err(Error::Invalid(faults)) }
+    }
+
+    fn demand_two_sides(&self, faults: &mut Vec<Violation>) {
+        if !self.metadata.is_postgres() {
+            faults.push(fault("metadata.url", "must be of a Postgres, which replication copies from"));
+        }
+        if self.clickhouse.url.is_none() {
+            faults.push(fault("clickhouse.url", "is required: replication copies to it"));
+        }
+    }
+
+    /// Names once, in the log, what is set and has no effect.
+    pub fn tell_without_effect(&self) {
+        if !self.without_effect.is_empty() {
+            tracing::warn!(
+                variables = self.without_effect.join(" "),
+                "variables without an effect here: nothing is acknowledged early or given up, and the slot is the only lock"
+            );
+        }
+    }
+
+    /// The URL that a replicator uses: it must lead to the primary, past any pooler.
+    pub fn replication_url(&self) -> SecretString {
+        self.replication.url.clone().unwrap_or_else(|| self.metadata_url().into())
     }
 
     /// The URL of the metadata store.

@@ -110,11 +110,15 @@ pub(super) fn is_origin(url: &Url) -> bool {
         && url.fragment().is_none()
 }
 
+/// Whether a URL names a Postgres.
+pub(super) fn is_postgres(url: &str) -> bool {
+    url.starts_with("postgres:") || url.starts_with("postgresql:")
+}
+
 impl MetadataConfig {
     /// True if the URL names a Postgres server.
     pub fn is_postgres(&self) -> bool {
-        let url = self.url.as_ref().map(SecretString::expose_secret);
-        url.is_some_and(|url| url.starts_with("postgres:") || url.starts_with("postgresql:"))
+        self.url.as_ref().is_some_and(|url| is_postgres(url.expose_secret()))
     }
 
     pub(super) fn validate(&self, faults: &mut Vec<Violation>) {

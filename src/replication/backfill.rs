@@ -1,7 +1,7 @@
 //! Copies the rows that are older than the slot.
 //!
 //! They have the lowest version of their epoch, so what streams in meanwhile counts. What of an earlier epoch is not there any more gets
-//! a tombstone at the end.
+//! a tombstone at the end, and once more a while later: a writer of that epoch may have been frozen with an insert on its way.
 
 use std::time::Duration;
 
@@ -10,23 +10,44 @@ use tokio::time::sleep;
 use super::flush::{Flusher, surely};
 use super::row::COLUMNS;
 use super::{Epoch, Lsn, RowVersion};
-use crate::store::metadata::ReplicationStore;
+use crate::domain::Error;
+use crate::store::metadata::{Phase, ReplicationStore};
 
-/// Sessions copied in one step. Each has metadata of up to a megabyte.
-const PAGE: u64 = 500;
+/// Sessions copied in one step at most, and bytes that what is large in them may take together.
+const PAGE: (u32, u32) = (500, 4 << 20);
 /// How often it is looked whether older transactions are over.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Within what time an insert arrives that was sent under an earlier epoch.
+const LATEST_INSERT: Duration = Duration::from_secs(600);
 
-/// Copies what is left to copy under `epoch`, for as long as it takes. Ends as well when the epoch is over. To be begun once the
-/// slot is there.
-pub async fn run(flusher: &Flusher, postgres: &ReplicationStore, slot: &str, epoch: Epoch) {
-    let ask = || async { Ok(postgres.state(slot).await?.filter(|state| state.epoch == epoch.0)) };
+/// Copies what is left to copy under `epoch`, for as long as it takes, and clears away what is older. Ends as well when the epoch
+/// is over. To be begun once the slot is there.
+pub async fn run(flusher: &Flusher, slot: &str, epoch: Epoch) {
+    let postgres = &flusher.context().postgres;
+    let ask = || async { Ok::<_, Error>(postgres.state(slot).await?.filter(|state| state.epoch == epoch.0)) };
     let Some(state) = surely("replication", ask).await else { return };
+    let version = RowVersion::new(epoch, Lsn(0));
+    if state.phase == Phase::Backfilling {
+        copy(flusher, slot, epoch, state.backfilled_to.unwrap_or_default()).await;
+    }
+    while let Some(since) = surely("replication", || postgres.since_swept(slot, epoch.0)).await {
+        let left = LATEST_INSERT.saturating_sub(Duration::from_millis(since.try_into().unwrap_or_default()));
+        if left.is_zero() {
+            flusher.bury_before(version).await;
+            surely("replication", || postgres.swept(slot, epoch.0)).await;
+        }
+        sleep(left).await;
+    }
+}
+
+async fn copy(flusher: &Flusher, slot: &str, epoch: Epoch, mut after: String) {
+    let (postgres, version) = (&flusher.context().postgres, RowVersion::new(epoch, Lsn(0)));
     wait_for_older_commits(postgres).await;
-    let (version, mut after) = (RowVersion::new(epoch, Lsn(0)), state.backfilled_to.unwrap_or_default());
     let mut copied = 0;
     loop {
-        let page = surely("sessions", || postgres.page(COLUMNS, &after, PAGE)).await;
+        let _reading = flusher.reading_older().await;
+        let (rows, bytes) = PAGE;
+        let page = surely("sessions", || postgres.page(COLUMNS, &after, rows, bytes)).await;
         let Some(last) = page.last().and_then(|columns| columns[0].clone()) else { break };
         copied += page.len();
         flusher.store_older(page, version).await;
@@ -36,6 +57,7 @@ pub async fn run(flusher: &Flusher, postgres: &ReplicationStore, slot: &str, epo
         }
     }
     flusher.bury_before(version).await;
+    flusher.note_whole(version, copied as u64).await;
     if surely("replication", || postgres.backfilled(slot, epoch.0, None)).await {
         tracing::info!(
             slot,

@@ -2,37 +2,40 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::sync::{Mutex, MutexGuard};
+use tokio::time::{Instant, sleep};
 
-use super::RowVersion;
 use super::batch::{Batch, RowChange};
 use super::pgoutput::{Column, Tuple};
 use super::row::{COLUMNS, SortKey, Version};
-use crate::domain::error::Result;
+use super::{Context, RowVersion};
+use crate::domain::EnvironmentId;
 use crate::domain::tenant::Environment;
-use crate::domain::{EnvironmentId, MetadataStore};
-use crate::store::index::clickhouse::{Fault, SessionRow, SessionWriter};
-use crate::store::metadata::ReplicationStore;
+use crate::store::index::clickhouse::{Environments, Fault, SessionRow, SessionWriter, note_replicated};
 
 /// The first pause before a failed attempt is made again, before jitter, and the longest.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 /// The same for a transaction that queries do not see yet.
 const UNSEEN_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
-/// Sessions whose columns one query fetches. Each has metadata of up to a megabyte.
+/// Sessions whose columns one query fetches, each with metadata of up to a megabyte, and bytes of what was fetched that are
+/// stored at once.
 const FETCHED: usize = 8;
+const FETCHED_BYTES: usize = 8 << 20;
 
 /// Stores batches of one epoch.
 #[derive(Clone)]
 pub struct Flusher {
+    context: Context,
     writer: SessionWriter,
-    postgres: ReplicationStore,
-    store: Arc<dyn MetadataStore>,
-    metadata_column: bool,
-    /// They never change.
-    environments: Arc<Mutex<HashMap<String, Arc<Environment>>>>,
+    environments: Arc<Environments>,
+    /// Held while columns that were fetched are in memory: nothing else counts them.
+    fetching: Arc<Mutex<()>>,
+    /// Held from when older rows are read to when they are stored, and while all rows are buried: what was read before a
+    /// TRUNCATE must not be stored after it.
+    older: Arc<Mutex<()>>,
 }
 
 /// Pauses that double, each of a random part of its length: what fails together does not come back together.
@@ -54,25 +57,60 @@ impl Pauses {
 }
 
 impl Flusher {
-    /// A flusher that writes by `writer` what a stream tells, and asks `postgres` and `store` for what it leaves out.
-    pub fn new(
-        writer: SessionWriter,
-        postgres: ReplicationStore,
-        store: Arc<dyn MetadataStore>,
-        metadata_column: bool,
-    ) -> Self {
-        Self { writer, postgres, store, metadata_column, environments: Arc::default() }
+    /// Stores by `context` what a stream tells, and asks it for what that leaves out.
+    pub fn new(context: Context) -> Self {
+        let store = Arc::new(context.postgres.metadata().clone());
+        Self {
+            writer: SessionWriter::new(context.clickhouse.clone()),
+            environments: Arc::new(Environments::new(store)),
+            context,
+            fetching: Arc::default(),
+            older: Arc::default(),
+        }
+    }
+
+    /// What it works with.
+    pub fn context(&self) -> &Context {
+        &self.context
     }
 
     /// Stores a batch. Returns once every row of it is stored; ClickHouse and Postgres may be away meanwhile.
     pub async fn store(&self, batch: Batch) {
-        let rows = self.rows(batch.rows).await;
-        self.insert_surely(&rows).await;
+        let (begun, rows) = (Instant::now(), batch.rows.len());
+        let is_partial = |change: &RowChange| change.row.as_ref().is_some_and(|row| !row.is_whole());
+        let (partial, whole): (HashMap<_, _>, _) =
+            batch.rows.into_iter().partition(|(_, change)| is_partial(change));
+        self.store_whole(whole).await;
+        self.store_partial(partial).await;
+        let lag = batch.committed_at.map(|committed_at| {
+            let millis = self.context.clock.now().millis().saturating_sub(committed_at);
+            Duration::from_millis(millis.try_into().unwrap_or_default())
+        });
+        self.context.metrics.flushed(rows, begun.elapsed(), lag);
     }
 
-    async fn insert_surely(&self, rows: &[SessionRow]) {
+    /// In portions, the columns that the stream has not repeated fetched for each.
+    async fn store_partial(&self, mut partial: HashMap<SortKey, RowChange>) {
+        while !partial.is_empty() {
+            let _fetching = self.fetching.lock().await;
+            let (mut portion, mut bytes) = (HashMap::new(), 0);
+            while bytes < FETCHED_BYTES && !partial.is_empty() {
+                let keys: Vec<_> = partial.keys().take(FETCHED).cloned().collect();
+                let some = keys.into_iter().filter_map(|key| partial.remove_entry(&key)).collect();
+                let whole = self.complete(some).await;
+                bytes +=
+                    whole.values().filter_map(|change| change.row.as_ref().map(Version::size)).sum::<usize>();
+                portion.extend(whole);
+            }
+            self.store_whole(portion).await;
+        }
+    }
+
+    async fn store_whole(&self, changes: HashMap<SortKey, RowChange>) {
+        let rows = self.rows(changes).await;
         let mut pauses = Pauses::new(PAUSE);
-        while let Err(fault) = self.insert(rows).await {
+        while let Err(fault) = self.insert(&rows).await {
+            self.context.metrics.retried();
             tracing::warn!(
                 error = &fault as &dyn std::error::Error,
                 rows = rows.len(),
@@ -80,60 +118,69 @@ impl Flusher {
             );
             pauses.pause().await;
         }
+        self.context.metrics.inserted(rows.len());
+    }
+
+    /// To be held from when older rows are read to when they are stored.
+    pub async fn reading_older(&self) -> MutexGuard<'_, ()> {
+        self.older.lock().await
     }
 
     /// Stores sessions as they stand, each a tuple of [`COLUMNS`] as text, at `version`. Returns once they are stored.
     pub async fn store_older(&self, sessions: Vec<Vec<Option<String>>>, version: RowVersion) {
-        let versions = sessions.into_iter().filter_map(|columns| Version::new(tuple(columns)).ok());
+        let versions = sessions.into_iter().filter_map(|columns| {
+            let row = Version::new(tuple(columns));
+            row.inspect_err(|error| tracing::error!(%error, "a session that cannot be read is left out")).ok()
+        });
         let changes =
             versions.map(|row| (row.key().clone(), RowChange { version, xid: None, row: Some(row) }));
-        let rows = self.rows(changes.collect()).await;
-        self.insert_surely(&rows).await;
+        self.store_whole(changes.collect()).await;
     }
 
     /// Puts tombstones in the place of all rows that are older than `version`, below it. Returns once it is done.
     pub async fn bury_before(&self, version: RowVersion) {
-        let mut pauses = Pauses::new(PAUSE);
-        while let Err(fault) = self.writer.bury_older_than(version.0).await {
-            tracing::warn!(
-                error = &fault as &dyn std::error::Error,
-                "ClickHouse does not take tombstones; they are sent again"
-            );
-            pauses.pause().await;
-        }
+        surely("tombstones", || self.writer.bury_older_than(version.0)).await;
     }
 
     /// Puts tombstones at `version` in the place of all rows that are older. Returns once it is done.
     pub async fn bury(&self, version: RowVersion) {
+        let _none = self.older.lock().await;
         // Whatever was told before has a lower version, so none is equal.
         self.bury_before(RowVersion(version.0 + 1)).await;
     }
 
-    async fn insert(&self, rows: &[SessionRow]) -> std::result::Result<(), Fault> {
+    /// Says that all rows are there that are older than `version`, so many of them copied just now.
+    pub async fn note_whole(&self, version: RowVersion, rows: u64) {
+        let note = || note_replicated(&self.context.clickhouse, version.0, rows);
+        surely("the end of a copy", note).await;
+    }
+
+    async fn insert(&self, rows: &[SessionRow]) -> Result<(), Fault> {
         match rows {
             [] => Ok(()),
-            rows if self.metadata_column => self.writer.insert_or_blank(rows.to_vec()).await.map(drop),
+            rows if self.has_metadata_column() => self.writer.insert_or_blank(rows.to_vec()).await.map(drop),
             rows => self.writer.insert(rows).await,
         }
     }
 
-    /// The rows of a batch, whole, in the order of the table.
-    async fn rows(&self, mut changes: HashMap<SortKey, RowChange>) -> Vec<SessionRow> {
-        self.complete(&mut changes).await;
+    fn has_metadata_column(&self) -> bool {
+        self.context.clickhouse.options().metadata_column
+    }
+
+    /// The rows of whole changes, in the order of the table.
+    async fn rows(&self, changes: HashMap<SortKey, RowChange>) -> Vec<SessionRow> {
         let mut rows = Vec::with_capacity(changes.len());
         for (key, change) in changes {
-            let Some(environment) = self.environment(&key.environment, change.xid).await else {
-                // Its foreign key says that it was there; it was deleted with all of its sessions, by hand.
-                tracing::error!(
-                    session.id = key.session,
-                    "a session of an environment that is gone is left out"
-                );
+            let environment = self.environment(&key.environment, change.xid).await;
+            let Some(environment) = environment else {
+                // Its foreign key says that it was there; it was deleted with all of its sessions, by hand, and none of them
+                // is in ClickHouse.
                 continue;
             };
             rows.push(match change.row {
                 None => SessionRow::tombstone(&environment, &key.session, key.created_at, change.version.0),
                 Some(version) => match version.row(&environment, change.version) {
-                    Ok(row) if self.metadata_column => row.with_metadata_column(),
+                    Ok(row) if self.has_metadata_column() => row.with_metadata_column(),
                     Ok(row) => row,
                     Err(error) => {
                         tracing::error!(session.id = key.session, %error, "a session that cannot be read is left out");
@@ -148,33 +195,28 @@ impl Flusher {
 
     /// Fetches the columns that the stream has not repeated. They may be of a later version, which then follows; a row that is
     /// gone is left out, because its tombstone follows.
-    async fn complete(&self, changes: &mut HashMap<SortKey, RowChange>) {
-        let is_partial = |change: &RowChange| change.row.as_ref().is_some_and(|row| !row.is_whole());
-        let partial: Vec<_> = changes.iter().filter(|(_, change)| is_partial(change)).collect();
+    async fn complete(&self, mut changes: HashMap<SortKey, RowChange>) -> HashMap<SortKey, RowChange> {
+        let ids: Vec<_> = changes.keys().map(|key| key.session.as_str()).collect();
+        let xids: Vec<_> = changes.values().filter_map(|change| change.xid).collect();
         let mut found: HashMap<String, Tuple> = HashMap::new();
-        for some in partial.chunks(FETCHED) {
-            let ids: Vec<_> = some.iter().map(|(key, _)| key.session.as_str()).collect();
-            let xids: Vec<_> = some.iter().filter_map(|(_, change)| change.xid).collect();
-            for columns in self.fetch(&ids, &xids).await {
-                let columns = tuple(columns);
-                if let Ok(key) = SortKey::of(&columns) {
-                    found.insert(key.session, columns);
-                }
+        for columns in self.fetch(&ids, &xids).await {
+            let columns = tuple(columns);
+            if let Ok(key) = SortKey::of(&columns) {
+                found.insert(key.session, columns);
             }
         }
-        changes.retain(|key, change| match &mut change.row {
-            Some(row) if !row.is_whole() => {
-                let now = found.get(&key.session);
-                now.inspect(|now| row.complete_from(now)).is_some_and(|_| Version::is_whole(row))
-            }
-            _ => true,
+        changes.retain(|key, change| {
+            let (Some(row), Some(now)) = (&mut change.row, found.get(&key.session)) else { return false };
+            row.complete_from(now);
+            row.is_whole()
         });
+        changes
     }
 
     async fn fetch(&self, ids: &[&str], xids: &[u32]) -> Vec<Vec<Option<String>>> {
         let mut unseen = Pauses::new(UNSEEN_PAUSE);
         loop {
-            let found = surely("sessions", || self.postgres.sessions(COLUMNS, ids, xids)).await;
+            let found = surely("sessions", || self.context.postgres.sessions(COLUMNS, ids, xids)).await;
             match found {
                 Some(rows) => return rows,
                 None => unseen.pause().await,
@@ -183,26 +225,18 @@ impl Flusher {
     }
 
     async fn environment(&self, id: &str, xid: Option<u32>) -> Option<Arc<Environment>> {
-        if let Some(known) = self.known().get(id) {
-            return Some(known.clone());
-        }
-        let find = || async {
-            let all = self.store.environments().await?;
-            Ok(all.into_iter().find(|one| one.id == EnvironmentId::from_stored(id)))
-        };
-        let mut found = surely("environments", find).await;
+        let id = EnvironmentId::from_stored(id);
+        let mut found = surely("environments", || self.environments.find(&id)).await;
         if let (None, Some(xid)) = (&found, xid) {
             // It may have been made in the same transaction.
             self.fetch(&[], &[xid]).await;
-            found = surely("environments", find).await;
+            found = surely("environments", || self.environments.find(&id)).await;
         }
-        let found = Arc::new(found?);
-        self.known().insert(id.to_owned(), found.clone());
-        Some(found)
-    }
-
-    fn known(&self) -> MutexGuard<'_, HashMap<String, Arc<Environment>>> {
-        self.environments.lock().unwrap_or_else(PoisonError::into_inner)
+        if found.is_none() {
+            let filed = surely("an environment", || self.writer.environment(&id)).await;
+            found = filed.map(|environment| self.environments.know(environment));
+        }
+        found
     }
 }
 
@@ -216,15 +250,18 @@ fn order(row: &SessionRow) -> (&str, &str, &str, i64, &str) {
     (&row.organization_id, &row.project_id, &row.environment_id, row.created_at, &row.session_id)
 }
 
-/// Asks Postgres until it answers.
-pub(super) async fn surely<T, F: Future<Output = Result<T>>>(what: &'static str, ask: impl Fn() -> F) -> T {
+/// Asks Postgres or ClickHouse until it answers.
+pub(super) async fn surely<T, E: std::error::Error + 'static, F: Future<Output = Result<T, E>>>(
+    what: &'static str,
+    ask: impl Fn() -> F,
+) -> T {
     let mut pauses = Pauses::new(PAUSE);
     loop {
         match ask().await {
             Ok(answer) => return answer,
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
-                tracing::warn!(error, what, "Postgres does not answer the replicator; it is asked again");
+                tracing::warn!(error, what, "the replicator gets no answer, and asks again");
             }
         }
         pauses.pause().await;

@@ -4,7 +4,6 @@
 //! one that is frozen when the server has waited for it long enough.
 
 use std::hash::{BuildHasher, RandomState};
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -18,14 +17,17 @@ use super::pgwire::{PgSource, SourceOptions};
 use super::slot::{self, SlotError};
 use super::source::SourceError;
 use super::term::{Term, TermEnd, TermOptions};
-use crate::domain::MetadataStore;
-use crate::store::index::clickhouse::{ClickHouse, Fault, SessionWriter, migrate};
-use crate::store::metadata::{Phase, ReplicationStore};
+use super::{Context, Lsn};
+use crate::store::index::clickhouse::{Fault, migrate};
+use crate::store::metadata::Phase;
 
 /// A term that has lasted so long was well: what ends it is a first failure.
 const WELL: Duration = Duration::from_secs(60);
 
-/// What a replicator works with.
+/// What anyone may read while nothing is replicated. What is in the way may name servers.
+const HINDRANCE: &str = "changes do not come to ClickHouse: the log and `sessiond replicate status` say why";
+
+/// How a replicator works.
 #[derive(Clone)]
 pub struct ReplicatorOptions {
     /// The slot, and the server that it is in.
@@ -55,8 +57,7 @@ pub enum Health {
 /// Brings changes of sessions to ClickHouse, whenever no other process does.
 pub struct Replicator {
     options: ReplicatorOptions,
-    postgres: ReplicationStore,
-    clickhouse: ClickHouse,
+    context: Context,
     flusher: Flusher,
     health: watch::Sender<Health>,
 }
@@ -75,16 +76,15 @@ enum Hindrance {
 }
 
 impl Replicator {
-    /// A replicator from the Postgres of `store` and `postgres` to `clickhouse`. Asks nobody yet.
-    pub fn new(
-        options: ReplicatorOptions,
-        postgres: ReplicationStore,
-        store: Arc<dyn MetadataStore>,
-        clickhouse: ClickHouse,
-    ) -> Self {
-        let column = clickhouse.options().metadata_column;
-        let flusher = Flusher::new(SessionWriter::new(clickhouse.clone()), postgres.clone(), store, column);
-        Self { options, postgres, clickhouse, flusher, health: watch::Sender::new(Health::Starting) }
+    /// A replicator that works with `context`. Asks nobody yet.
+    pub fn new(options: ReplicatorOptions, context: Context) -> Self {
+        let flusher = Flusher::new(context.clone());
+        Self { options, context, flusher, health: watch::Sender::new(Health::Starting) }
+    }
+
+    /// Everything that stands before this place in the log of Postgres is in ClickHouse, as far as this replicator knows.
+    pub fn reached(&self) -> watch::Receiver<Lsn> {
+        self.context.reached.subscribe()
     }
 
     /// What it is doing, as it changes.
@@ -104,9 +104,11 @@ impl Replicator {
                         "this process leads the replication to ClickHouse"
                     );
                     self.tell(&Health::Leading);
+                    self.context.metrics.leading(true);
                     let begun = Instant::now();
                     let end = term.run(&stop).await;
                     drop(backfilling);
+                    self.context.metrics.leading(false);
                     if begun.elapsed() >= WELL {
                         failures = 1;
                     }
@@ -142,15 +144,15 @@ impl Replicator {
     }
 
     /// A term, with what copies older rows beside it; `None` while another process leads.
-    async fn begin(&self) -> Result<Option<(Term, Option<AbortOnDropHandle<()>>)>, Hindrance> {
-        let Self { options: ReplicatorOptions { source, term, .. }, postgres, clickhouse, flusher, .. } =
-            self;
+    async fn begin(&self) -> Result<Option<(Term, AbortOnDropHandle<()>)>, Hindrance> {
+        let Self { options: ReplicatorOptions { source, term, .. }, context, flusher, .. } = self;
+        let postgres = &context.postgres;
         // Most of the time another one leads, and then there is nothing to be made.
         if postgres.slot(&source.slot).await?.is_some_and(|slot| slot.is_ours && slot.is_active) {
             return Ok(None);
         }
-        migrate(clickhouse).await?;
-        let slot = slot::ensure(source, postgres, &SessionWriter::new(clickhouse.clone())).await?;
+        migrate(&context.clickhouse).await?;
+        let slot = slot::ensure(source, context).await?;
         let (stream, identity) = match PgSource::open(source).await {
             Err(SourceError::Busy) => return Ok(None),
             opened => opened?,
@@ -167,16 +169,19 @@ impl Replicator {
         if !is_as_before {
             return Ok(None);
         }
-        let backfilling = slot.is_backfilling.then(|| {
-            let (flusher, postgres, name) = (flusher.clone(), postgres.clone(), source.slot.clone());
-            let copy = async move { backfill::run(&flusher, &postgres, &name, slot.epoch).await };
-            AbortOnDropHandle::new(tokio::spawn(copy))
-        });
-        let term = Term::new(Box::new(stream), flusher.clone(), postgres.clone(), slot.epoch, term.clone());
+        let (older, name, background) = (flusher.clone(), source.slot.clone(), context.background.clone());
+        let backfilling = async move {
+            let copy = || backfill::run(&older, &name, slot.epoch);
+            background.survived("copy of older sessions", copy).await;
+        };
+        let backfilling = AbortOnDropHandle::new(tokio::spawn(backfilling));
+        let term = Term::new(Box::new(stream), flusher.clone(), slot.epoch, term.clone());
         Ok(Some((term, backfilling)))
     }
 
     fn tell(&self, health: &Health) {
+        let fails = matches!(health, Health::Failing(_));
+        self.context.background.hindered("replication", fails.then_some(HINDRANCE));
         self.health.send_if_modified(|told| std::mem::replace(told, health.clone()) != *health);
     }
 }

@@ -19,11 +19,55 @@ mod recorded;
 pub mod row;
 pub mod slot;
 pub mod source;
+pub mod status;
 pub mod term;
 pub mod tunnel;
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::domain::{Background, Clock};
+use crate::store::index::clickhouse::ClickHouse;
+use crate::store::metadata::{ReplicationStore, SqlMetadata};
+use crate::telemetry::ReplicationMetrics;
+
+/// What all parts of a replicator work with.
+#[derive(Clone)]
+pub struct Context {
+    /// The metadata store, as the server uses it.
+    pub metadata: ReplicationStore,
+    /// The same database, by the way that replication takes: directly, through connections of its own.
+    pub postgres: ReplicationStore,
+    /// Where changes go.
+    pub clickhouse: ClickHouse,
+    /// Watches the tasks.
+    pub background: Arc<Background>,
+    /// What is shown.
+    pub metrics: ReplicationMetrics,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// Everything that stands before this place in the log is in ClickHouse.
+    pub reached: watch::Sender<Lsn>,
+}
+
+impl Context {
+    /// From the Postgres that `postgres` leads to, which is the one of `metadata`, to `clickhouse`. Asks nobody yet.
+    pub fn new(
+        metadata: SqlMetadata,
+        postgres: SqlMetadata,
+        clickhouse: ClickHouse,
+        background: Arc<Background>,
+        metrics: ReplicationMetrics,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        let [metadata, postgres] = [metadata, postgres].map(ReplicationStore::new);
+        let reached = watch::Sender::default();
+        Self { metadata, postgres, clickhouse, background, metrics, clock, reached }
+    }
+}
 
 /// A place in the write-ahead log of Postgres, in bytes since its beginning.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -17,6 +17,7 @@ use url::Url;
 use super::Lsn;
 use super::source::{SourceError, WalEvent, WalSource};
 use super::tunnel::{Tls, Tunnel, TunnelTarget};
+use crate::telemetry::Chain;
 
 /// Events between the connection and us, each at most one row. The connection goes on telling the server that we live while
 /// they wait.
@@ -151,7 +152,8 @@ async fn in_time<T>(
 
 /// A session that does not read yet.
 async fn session(options: &SourceOptions) -> Result<(ReplicationClient, Tunnel, Identity), SourceError> {
-    let tunnel = Tunnel::open(&options.target).await.map_err(|error| SourceError::Away(chain(&error)))?;
+    let tunnel =
+        Tunnel::open(&options.target).await.map_err(|error| SourceError::Away(Chain(&error).to_string()))?;
     let mut config = ReplicationConfig::unix(
         tunnel.folder().to_string_lossy(),
         Tunnel::PORT,
@@ -277,17 +279,6 @@ fn other(error: PgWireError) -> SourceError {
 fn sqlstate(error: &PgWireError) -> Option<&str> {
     let PgWireError::Server(text) = error else { return None };
     text.split("(SQLSTATE ").nth(1)?.split(')').next()
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -2,10 +2,10 @@
 
 use super::pgwire::{SourceOptions, identify};
 use super::source::SourceError;
-use super::{Epoch, RowVersion};
+use super::{Context, Epoch, RowVersion};
 use crate::domain::Error;
 use crate::store::index::clickhouse::{Fault, SessionWriter};
-use crate::store::metadata::{Phase, ReplicationStore};
+use crate::store::metadata::{Phase, Published};
 
 /// A slot that can be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,86 +37,112 @@ fn unfit<T>(sentence: impl Into<String>) -> Result<T, SlotError> {
     Err(SlotError::Unfit(sentence.into()))
 }
 
+/// What there is of a slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// It can be read.
+    Ready(Slot),
+    /// It is not there yet, and can be made under this epoch.
+    Missing(Epoch),
+}
+
 /// Finds the slot of `options`, or makes it, its publication first: what is published when a change is made decides whether it is
-/// told. Changes nothing where everything is in order. Of several processes one makes it.
+/// told. Of several processes one makes it.
 ///
 /// # Errors
 /// [`SlotError`]. A slot that is lost, or of another server than it was, is refused.
-pub async fn ensure(
-    options: &SourceOptions,
-    postgres: &ReplicationStore,
-    writer: &SessionWriter,
-) -> Result<Slot, SlotError> {
-    postgres.alone(ensure_alone(options, postgres, writer)).await?
+pub async fn ensure(options: &SourceOptions, context: &Context) -> Result<Slot, SlotError> {
+    context.postgres.alone(ensure_alone(options, context)).await?
 }
 
-async fn ensure_alone(
-    options: &SourceOptions,
-    postgres: &ReplicationStore,
-    writer: &SessionWriter,
-) -> Result<Slot, SlotError> {
-    let (name, publication) = (&options.slot, &options.publication);
+async fn ensure_alone(options: &SourceOptions, context: &Context) -> Result<Slot, SlotError> {
+    let (name, postgres) = (&options.slot, &context.postgres);
+    let epoch = match look(options, context).await? {
+        Found::Ready(slot) => return Ok(slot),
+        Found::Missing(epoch) => epoch,
+    };
+    if postgres.published(&options.publication).await? == Published::Nothing {
+        postgres.publish(&options.publication).await?;
+    }
+    let identity = identify(options).await?;
+    postgres.make_slot(name, epoch.0, &identity.system_identifier, identity.timeline).await?;
+    tracing::info!(slot = name, epoch = epoch.0, "made the replication slot");
+    Ok(Slot { epoch, is_backfilling: true })
+}
+
+/// Looks at the slot of `options`, and at what it needs. Changes nothing.
+///
+/// # Errors
+/// As [`ensure`].
+pub async fn look(options: &SourceOptions, context: &Context) -> Result<Found, SlotError> {
+    let (name, publication, postgres) = (&options.slot, &options.publication, &context.postgres);
     let is_name = |byte: u8| byte == b'_' || byte.is_ascii_lowercase() || byte.is_ascii_digit();
     if !name.bytes().all(is_name) || !(1..=63).contains(&name.len()) || name.as_bytes()[0].is_ascii_digit() {
         return unfit(format!(
             "{name:?} cannot be a slot: a name is of 1 to 63 small letters, digits and underscores, and begins with no digit"
         ));
     }
+    let identity = identify(options).await?;
+    let (place, ours) = (postgres.place().await?, context.metadata.place().await?);
+    if place != ours
+        || (&place.system_identifier, &place.database) != (&identity.system_identifier, &identity.database)
+    {
+        return unfit("replication.url leads to another database than metadata.url");
+    }
     if let Some(obstacle) = postgres.obstacle().await? {
         return unfit(obstacle);
     }
-    if !postgres.publish(publication).await? {
+    let published = postgres.published(publication).await?;
+    if published == Published::Otherwise {
         return unfit(format!(
             "the publication {publication} does not publish all changes of sessions and nothing else: drop it, or set \
              replication.publication"
         ));
     }
-    let identity = identify(options).await?;
     let (state, slot) = (postgres.state(name).await?, postgres.slot(name).await?);
     if slot.as_ref().is_some_and(|slot| !slot.is_ours) {
         return unfit(format!(
             "the slot {name} belongs to another database or program: set replication.slot"
         ));
     }
-    let epoch = match (&state, &slot) {
-        (Some(state), _) if state.phase == Phase::Creating => state.epoch,
-        (Some(state), _) if matches!(state.phase, Phase::Dropped | Phase::Overrun) => {
-            return unfit(format!("the slot {name} was dropped on purpose"));
-        }
-        (Some(_), None) => return unfit(format!("the slot {name} is gone, and with it the changes since")),
-        (Some(_), Some(slot)) if slot.is_lost => {
-            return unfit(format!("the log that the slot {name} needs is gone (see max_slot_wal_keep_size)"));
-        }
-        (Some(state), Some(_)) if state.system_identifier != identity.system_identifier => {
-            return unfit(format!("this is another Postgres than the one that the slot {name} was made in"));
-        }
-        (Some(state), Some(_)) if state.timeline != identity.timeline => {
-            return unfit(format!(
-                "this Postgres was promoted or recovered since the slot {name} was made: it is on timeline {}, which was {}",
-                identity.timeline, state.timeline
-            ));
-        }
-        (Some(state), Some(_)) => {
-            let is_backfilling = state.phase == Phase::Backfilling;
-            return Ok(Slot { epoch: Epoch(state.epoch), is_backfilling });
-        }
-        (None, Some(_)) => {
+    let Some(state) = state else {
+        if slot.is_some() {
             return unfit(format!(
                 "the slot {name} is there, and the table replication does not know it: if nobody else reads it, drop it with \
                  SELECT pg_drop_replication_slot('{name}')"
             ));
         }
-        (None, None) => {
-            let newest = RowVersion(writer.newest_version().await?).epoch();
-            match newest.0.checked_add(1) {
-                Some(epoch) => epoch,
-                None => {
-                    return unfit("replication has begun anew 255 times: set another clickhouse.database");
-                }
-            }
-        }
+        let newest = SessionWriter::new(context.clickhouse.clone()).newest_version().await?;
+        return match RowVersion(newest).epoch().0.checked_add(1) {
+            Some(epoch) => Ok(Found::Missing(Epoch(epoch))),
+            None => unfit("replication has begun anew 255 times: set another clickhouse.database"),
+        };
     };
-    postgres.make_slot(name, epoch, &identity.system_identifier, identity.timeline).await?;
-    tracing::info!(slot = name, epoch, "made the replication slot");
-    Ok(Slot { epoch: Epoch(epoch), is_backfilling: true })
+    match state.phase {
+        Phase::Creating => return Ok(Found::Missing(Epoch(state.epoch))),
+        Phase::Dropped | Phase::Overrun => {
+            return unfit(format!("the slot {name} was dropped on purpose"));
+        }
+        Phase::Backfilling | Phase::Streaming => {}
+    }
+    match slot {
+        None => unfit(format!("the slot {name} is gone, and with it the changes since")),
+        Some(slot) if slot.is_lost => {
+            unfit(format!("the log that the slot {name} needs is gone (see max_slot_wal_keep_size)"))
+        }
+        Some(_) if state.system_identifier != identity.system_identifier => {
+            unfit(format!("this is another Postgres than the one that the slot {name} was made in"))
+        }
+        Some(_) if state.timeline != identity.timeline => unfit(format!(
+            "this Postgres was promoted or recovered since the slot {name} was made: it is on timeline {}, which was {}",
+            identity.timeline, state.timeline
+        )),
+        Some(_) if published == Published::Nothing => unfit(format!(
+            "the publication {publication} is gone, and changes that were made without it cannot be told"
+        )),
+        Some(_) => {
+            let is_backfilling = state.phase == Phase::Backfilling;
+            Ok(Found::Ready(Slot { epoch: Epoch(state.epoch), is_backfilling }))
+        }
+    }
 }

@@ -3,12 +3,10 @@
 //! Nothing is confirmed that is not stored. So whatever ends a term, a kill included, the next one is told of it again, and stores
 //! the same rows under the same versions.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
-use tokio::time::{Instant, interval, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -18,11 +16,14 @@ use super::pgoutput::{Change, DecodeError, Decoder};
 use super::progress::{Progress, Ticket};
 use super::row::COLUMNS;
 use super::source::{SourceError, WalEvent, WalSource};
-use super::{Epoch, Lsn};
-use crate::store::metadata::ReplicationStore;
+use super::{Context, Epoch, Lsn};
+use crate::domain::{Error, Ticker};
+use crate::telemetry::ReplicationEvent;
 
 /// Whose heartbeats in the log are.
 const HEARTBEAT: &str = "sessiond.heartbeat";
+/// Longest that it is waited for what the server says of a stream that is silent.
+const INQUIRY: Duration = Duration::from_secs(5);
 
 /// How a slot is read.
 #[derive(Clone, Debug)]
@@ -43,7 +44,8 @@ pub struct TermOptions {
     pub memory: usize,
     /// How often the leader puts a sign of life into the log.
     pub heartbeat: Duration,
-    /// How long nothing may be heard, heartbeats included, before the connection counts as broken.
+    /// How long nothing may be heard, heartbeats included, before it is asked whether the server reads on: there may be much
+    /// in the log that is none of ours. If it does not, the connection counts as broken.
     pub silence: Duration,
     /// Longest that the end of a term waits for what is on its way.
     pub drain: Duration,
@@ -79,7 +81,6 @@ pub enum TermEnd {
 pub struct Term {
     source: Box<dyn WalSource>,
     flusher: Flusher,
-    postgres: ReplicationStore,
     epoch: Epoch,
     options: TermOptions,
 }
@@ -97,7 +98,8 @@ struct Stream {
     decoder: Decoder,
     batcher: Batcher,
     progress: Progress,
-    flights: JoinSet<Stored>,
+    /// `None` of one that has panicked.
+    flights: JoinSet<Option<Stored>>,
     /// Bytes on their way.
     flying: usize,
     /// What is on its way must not be overtaken.
@@ -105,30 +107,30 @@ struct Stream {
     /// When a batch that is not full may begin.
     next_flush: Instant,
     heard: Instant,
-    /// Everything before it is stored.
-    reached: Arc<AtomicU64>,
+    /// Up to where the server had read the log when it was asked last.
+    sent: Option<u64>,
 }
 
 impl Term {
     /// Of a slot whose changes `source` tells, under `epoch`.
-    pub fn new(
-        source: Box<dyn WalSource>,
-        flusher: Flusher,
-        postgres: ReplicationStore,
-        epoch: Epoch,
-        options: TermOptions,
-    ) -> Self {
+    pub fn new(source: Box<dyn WalSource>, flusher: Flusher, epoch: Epoch, options: TermOptions) -> Self {
         // With none of either nothing would ever be stored.
         let (flush_rows, in_flight) = (options.flush_rows.max(1), options.in_flight.max(1));
-        Self { source, flusher, postgres, epoch, options: TermOptions { flush_rows, in_flight, ..options } }
+        Self { source, flusher, epoch, options: TermOptions { flush_rows, in_flight, ..options } }
     }
 
     /// Stores what the slot tells until something ends it.
     pub async fn run(self, stop: &CancellationToken) -> TermEnd {
-        let Self { source, flusher, postgres, epoch, options } = self;
-        let (reached, superseded) = (Arc::new(AtomicU64::new(0)), CancellationToken::new());
-        let beating = beat(postgres, options.clone(), epoch, reached.clone(), superseded.clone());
-        let _heart = AbortOnDropHandle::new(tokio::spawn(beating));
+        let Self { source, flusher, epoch, options } = self;
+        let (superseded, context) = (CancellationToken::new(), flusher.context().clone());
+        let heart = {
+            let (options, superseded) = (options.clone(), superseded.clone());
+            async move {
+                let beating = || beat(context.clone(), options.clone(), epoch, superseded.clone());
+                context.background.survived("heartbeats of replication", beating).await;
+            }
+        };
+        let _heart = AbortOnDropHandle::new(tokio::spawn(heart));
         let mut stream = Stream {
             source,
             flusher,
@@ -140,7 +142,7 @@ impl Term {
             in_order: false,
             next_flush: Instant::now(),
             heard: Instant::now(),
-            reached,
+            sent: None,
             options,
         };
         let end = stream.run(stop, &superseded).await;
@@ -169,8 +171,8 @@ impl Stream {
                 () = stop.cancelled() => return TermEnd::Stopped,
                 () = superseded.cancelled() => return TermEnd::Superseded,
                 Some(stored) = self.flights.join_next() => match stored {
-                    Ok(stored) => self.stored(&stored),
-                    Err(_) => return TermEnd::Failed,
+                    Ok(Some(stored)) => self.stored(&stored),
+                    _ => return TermEnd::Failed,
                 },
                 () = sleep_until(self.next_flush), if self.waits_for_the_gap() => {}
                 event = self.source.next(), if may_read => {
@@ -190,9 +192,23 @@ impl Stream {
                     }
                     self.heard = Instant::now();
                 }
-                () = sleep_until(silent_at), if may_read => return TermEnd::Silence(self.options.silence),
+                () = sleep_until(silent_at), if may_read => {
+                    let asked = stop.run_until_cancelled(self.reads_on()).await;
+                    match asked {
+                        None => return TermEnd::Stopped,
+                        Some(true) => self.heard = Instant::now(),
+                        Some(false) => return TermEnd::Silence(self.options.silence),
+                    }
+                }
             }
         }
+    }
+
+    /// Whether the server has read more of the log for us since the last time that nothing was heard of it.
+    async fn reads_on(&mut self) -> bool {
+        let asked = self.flusher.context().postgres.sent(&self.options.slot);
+        let Ok(Ok(Some(sent))) = timeout(INQUIRY, asked).await else { return false };
+        self.sent.replace(sent) != Some(sent)
     }
 
     async fn take(&mut self, event: WalEvent) -> Result<(), TermEnd> {
@@ -202,7 +218,9 @@ impl Stream {
                 None
             }
             WalEvent::Change(message) => {
-                match self.decoder.decode(message)? {
+                let change = self.decoder.decode(message)?;
+                self.count(&change);
+                match change {
                     Change::Truncate => self.truncate().await?,
                     change => self.batcher.take(change)?,
                 }
@@ -216,6 +234,17 @@ impl Stream {
             self.reach(place);
         }
         Ok(())
+    }
+
+    fn count(&self, change: &Change) {
+        let event = match change {
+            Change::Insert(_) => ReplicationEvent::Insert,
+            Change::Update { .. } => ReplicationEvent::Update,
+            Change::Delete(_) => ReplicationEvent::Delete,
+            Change::Truncate => ReplicationEvent::Truncate,
+            Change::Nothing => return,
+        };
+        self.flusher.context().metrics.event(event);
     }
 
     /// What was told before is stored first, or a row would be buried that came back.
@@ -240,7 +269,7 @@ impl Stream {
     /// Waits for what is on its way.
     async fn land(&mut self) -> Result<(), TermEnd> {
         while let Some(stored) = self.flights.join_next().await {
-            self.stored(&stored.map_err(|_| TermEnd::Failed)?);
+            self.stored(&stored.ok().flatten().ok_or(TermEnd::Failed)?);
         }
         Ok(())
     }
@@ -257,7 +286,11 @@ impl Stream {
 
     /// Everything before `place` is stored.
     fn reach(&self, place: Lsn) {
-        self.reached.fetch_max(place.0, Ordering::Relaxed);
+        self.flusher.context().reached.send_if_modified(|reached| {
+            let is_further = place > *reached;
+            *reached = place.max(*reached);
+            is_further
+        });
         self.source.confirm(place);
     }
 
@@ -300,8 +333,9 @@ impl Stream {
         self.in_order = batch.in_order;
         let flusher = self.flusher.clone();
         self.flights.spawn(async move {
-            flusher.store(batch).await;
-            Stored { ticket, bytes }
+            let storing = flusher.store(batch);
+            flusher.context().background.caught("inserts of replication", storing).await?;
+            Some(Stored { ticket, bytes })
         });
     }
 
@@ -317,18 +351,19 @@ impl Stream {
 }
 
 /// Tells who leads and how far the stream is, and makes the stream say something.
-async fn beat(
-    postgres: ReplicationStore,
-    options: TermOptions,
-    epoch: Epoch,
-    reached: Arc<AtomicU64>,
-    superseded: CancellationToken,
-) {
-    let mut beats = interval(options.heartbeat);
-    loop {
-        beats.tick().await;
-        let place = reached.load(Ordering::Relaxed);
-        match postgres.beat(&options.slot, epoch.0, &options.name, place, HEARTBEAT).await {
+async fn beat(context: Context, options: TermOptions, epoch: Epoch, superseded: CancellationToken) {
+    let Context { postgres, metrics, reached, .. } = &context;
+    // A beat that is late moves those behind it.
+    let mut beats = Ticker::new(options.heartbeat, CancellationToken::new());
+    while beats.tick().await {
+        let place = reached.borrow().0;
+        let beat = async {
+            let is_ours = postgres.beat(&options.slot, epoch.0, &options.name, place, HEARTBEAT).await?;
+            let slot = postgres.slot(&options.slot).await?;
+            metrics.retained(slot.map_or(0, |slot| slot.retained));
+            Ok::<_, Error>(is_ours)
+        };
+        match beat.await {
             Ok(true) => {}
             Ok(false) => return superseded.cancel(),
             // The stream breaks as well, if it lasts.

@@ -252,7 +252,7 @@ async fn settings_come_from_defaults_file_environment_and_flags_in_that_order() 
     let folder = tempfile::tempdir().expect("a folder");
     let data = folder.path();
     let file = data.join("settings.toml");
-    std::fs::write(&file, "[http]\nmax_connections = 1\nwrite_timeout = \"1s\"\n[log]\nretention = \"1h\"\n")
+    std::fs::write(&file, "[http]\nmax_connections = 1\nwrite_timeout = \"1s\"\n[log]\nretention = \"1h\"\n[replication]\nflush_rows = 60\n")
         .expect("written");
     let mut shown = command(data, &["config", "--json", "--config", file.to_str().expect("UTF-8")]);
     shown.env("SESSIOND_HTTP__MAX_CONNECTIONS", "2").env("SESSIOND_SECRET_KEY", "tr_dev_a_secret_to_hide");
@@ -260,6 +260,9 @@ async fn settings_come_from_defaults_file_environment_and_flags_in_that_order() 
     shown
         .env("SESSIOND_BLOBS__ACCESS_KEY", "a_secret_to_hide")
         .env("SESSIOND_BLOBS__SECRET_KEY", "a_secret_to_hide");
+    // Those of another system, of which our own count for more.
+    shown.env("SESSION_REPLICATION_FLUSH_BATCH_SIZE", "70").env("SESSION_REPLICATION_SLOT_NAME", "theirs");
+    shown.env("SESSIOND_REPLICATION__SLOT", "ours").env("SESSION_REPLICATION_ACK_INTERVAL_SECONDS", "10");
     let output = shown.output().await.expect("runs");
     let text = String::from_utf8(output.stdout).expect("UTF-8");
     let settings: Value = serde_json::from_str(&text).expect("JSON");
@@ -267,6 +270,8 @@ async fn settings_come_from_defaults_file_environment_and_flags_in_that_order() 
     assert_eq!(settings["http"]["write_timeout"], "1s");
     assert_eq!(settings["http"]["listen"], "127.0.0.1:3030");
     assert_eq!(settings["data"], data.to_str().expect("UTF-8"));
+    assert_eq!(settings["replication"]["flush_rows"], 70);
+    assert_eq!(settings["replication"]["slot"], "ours");
     assert_eq!(settings["blobs"]["secret_key"], "***");
     assert!(!text.contains("a_secret_to_hide"));
 
@@ -278,6 +283,10 @@ async fn settings_come_from_defaults_file_environment_and_flags_in_that_order() 
         ("SESSIOND_METADATA__URL", "mysql://x", "metadata.url"),
         ("SESSIOND_METADATA__URL", "postgres://x", "auth.master_key"),
         ("SESSIOND_BLOBS__URL", "s3://bucket", "blobs.region"),
+        ("SESSIOND_REPLICATION__ENABLED", "true", "clickhouse.url"),
+        ("SESSIOND_REPLICATION__SLOT", "Slot", "replication.slot"),
+        ("SESSIOND_REPLICATION__HEARTBEAT", "6s", "replication.heartbeat"),
+        ("SESSION_REPLICATION_FLUSH_INTERVAL_MS", "soon", "SESSION_REPLICATION_FLUSH_INTERVAL_MS"),
     ] {
         let output = command(data, &["config"]).env(name, value).output().await.expect("runs");
         let text = String::from_utf8(output.stderr).expect("UTF-8");

@@ -1,6 +1,10 @@
 //! From Postgres to ClickHouse: what the stream of changes of a real server is made into.
 
+mod held;
+mod kills;
+mod large;
 mod leader;
+mod service;
 mod slot;
 mod source;
 mod term;
@@ -24,6 +28,7 @@ use sessiond::store::index::clickhouse::SessionRow;
 use tokio::time::{sleep, timeout};
 
 use crate::harness::database::{HERE, Sql, at, named, session, words};
+use crate::harness::replication;
 
 /// Longest that a test waits for what must happen.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -47,7 +52,7 @@ impl Slot {
     /// Not made yet.
     async fn named(sql: &Sql) -> Self {
         let connection = sql.database.connect().await;
-        let name = format!("slot_{}", uuid::Uuid::new_v4().simple());
+        let name = replication::slot_name();
         let (decoder, batcher) = (Decoder::new("sessions", COLUMNS), Batcher::new(Epoch(3)));
         Self { connection, name, decoder, batcher, truncated: None }
     }
@@ -124,11 +129,10 @@ impl Slot {
             self.name
         );
         let row = self.connection.query_one_raw(Statement::from_string(DbBackend::Postgres, query)).await;
-        row.expect("asked")
-            .expect("a slot")
-            .try_get::<Option<String>>("", "found")
-            .expect("text")
-            .unwrap_or_default()
+        // Nothing is true of a slot that is not there.
+        let found =
+            row.expect("asked").and_then(|row| row.try_get::<Option<String>>("", "found").expect("text"));
+        found.unwrap_or_default()
     }
 
     /// Waits until this is true of the slot.

@@ -9,9 +9,10 @@ use serde_json::json;
 
 use super::cost::COST_MAX;
 use super::error::Fault;
-use crate::api::trace::{Chain, RequestId};
+use crate::api::trace::RequestId;
 use crate::domain::Code;
 use crate::domain::send_budget::{Reservation, holding_room};
+use crate::telemetry::Chain;
 
 /// Most errors in one result: a short document can be wrong in ten thousand places.
 const ERRORS_MAX: usize = 20;

@@ -15,10 +15,11 @@ use super::event::{write_headers, write_text};
 use crate::api::App;
 use crate::api::error::{Failure, Route};
 use crate::api::extract::{Asker, ChannelPath};
-use crate::api::trace::{Chain, RequestId};
+use crate::api::trace::RequestId;
 use crate::domain::record::{BATCH_RECORDS_MAX, ReadLimit};
 use crate::domain::send_budget::Reserved;
 use crate::domain::{ConnectionBudget, Error, Record, RecordBatch, SeqNum, Violation, envelope};
+use crate::telemetry::Chain;
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 

@@ -23,14 +23,14 @@ use super::event::{self, End};
 use crate::api::App;
 use crate::api::error::{Failure, Route};
 use crate::api::extract::{Asker, ChannelPath};
-use crate::api::trace::{Chain, RequestId};
+use crate::api::trace::RequestId;
 use crate::domain::record::{BATCH_RECORDS_MAX, METERED_MAX, Rendering, metered_size};
 use crate::domain::send_budget::Reserved;
 use crate::domain::{
     Clock, ConnectionBudget, Delivery, Error, Follow, FollowEvent, FollowOptions, Position, ReadStart,
     Record, SeqNum, Timestamp,
 };
-use crate::telemetry::{Door, GaugeGuard};
+use crate::telemetry::{Chain, Door, GaugeGuard};
 
 /// Gap between records after which a stream ends, unless the caller says otherwise.
 const GAP_DEFAULT: u64 = 60;

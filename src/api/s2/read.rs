@@ -23,10 +23,11 @@ use super::{PROTOBUF, S2S, error, format};
 use crate::api::App;
 use crate::api::error::Failure;
 use crate::api::realtime::event;
-use crate::api::trace::{Chain, RequestId};
+use crate::api::trace::RequestId;
 use crate::domain::record::metered_size;
 use crate::domain::send_budget::Reserved;
 use crate::domain::{ConnectionBudget, Error, Position, ReadStart, Record, Timestamp};
+use crate::telemetry::Chain;
 
 /// Where the next record will stand: the S2 records API.
 #[utoipa::path(get, path = "/v1/streams/{stream}/records/tail", tag = "s2", operation_id = "s2CheckTail",

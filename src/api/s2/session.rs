@@ -24,9 +24,9 @@ use crate::api::App;
 use crate::api::error::Failure;
 use crate::api::own_task::in_own_task;
 use crate::api::received::Received;
-use crate::api::trace::{Chain, RequestId};
+use crate::api::trace::RequestId;
 use crate::domain::{Appender, ConnectionBudget, DirectBatch, Direction, Error, WriterEnd, WriterEvent};
-use crate::telemetry::GaugeGuard;
+use crate::telemetry::{Chain, GaugeGuard};
 
 /// Bytes of acks that go out together.
 const PIECE: usize = 8 << 10;

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use migration::{Migrator, MigratorTrait};
-use sea_orm::sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sea_orm::sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sea_orm::sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
@@ -107,6 +107,23 @@ impl SqlMetadata {
         if url.starts_with("sqlite:") { 3 * (connections + 1) + 1 } else { connections }
     }
 
+    /// A Postgres that is connected to when it is first asked, and not migrated.
+    ///
+    /// # Errors
+    /// [`OpenError::Url`], [`OpenError::Connect`] if the URL cannot be used.
+    pub fn postgres_when_asked(url: &str, options: OpenOptions) -> Result<Self, OpenError> {
+        if !is_postgres(url) {
+            return Err(OpenError::Url("this one is of no Postgres"));
+        }
+        let (pool, connect) = postgres(url, options)?;
+        Ok(Self::of_postgres(pool.connect_lazy_with(connect)))
+    }
+
+    fn of_postgres(pool: PgPool) -> Self {
+        let connection = SqlxPostgresConnector::from_sqlx_postgres_pool(pool);
+        Self { reader: connection.clone(), writer: connection }
+    }
+
     /// Connects to `sqlite:PATH` (made readable by its owner only, if missing) or `postgres://...` and migrates. Without
     /// [`OpenOptions::create`] only what is there already: neither a file nor a schema is made.
     ///
@@ -129,22 +146,27 @@ async fn connect(url: &str, options: OpenOptions) -> Result<SqlMetadata, OpenErr
             return Err(OpenError::Url("the path names a file, without options"));
         }
         open_sqlite(Path::new(path), options).await
-    } else if url.starts_with("postgres:") || url.starts_with("postgresql:") {
+    } else if is_postgres(url) {
         open_postgres(url, options).await
     } else {
         Err(OpenError::Url("this one has another scheme"))
     }
 }
 
-async fn open_postgres(url: &str, options: OpenOptions) -> Result<SqlMetadata, OpenError> {
+fn is_postgres(url: &str) -> bool {
+    url.starts_with("postgres:") || url.starts_with("postgresql:")
+}
+
+fn postgres(url: &str, options: OpenOptions) -> Result<(PgPoolOptions, PgConnectOptions), sqlx::Error> {
     let connect = PgConnectOptions::from_str(url)?.application_name("sessiond").disable_statement_logging();
-    let pool = PgPoolOptions::new()
-        .max_connections(options.connections)
-        .acquire_timeout(options.acquire_timeout)
-        .connect_with(connect)
-        .await?;
-    let connection = SqlxPostgresConnector::from_sqlx_postgres_pool(pool);
-    Ok(SqlMetadata { reader: connection.clone(), writer: connection })
+    let pool =
+        PgPoolOptions::new().max_connections(options.connections).acquire_timeout(options.acquire_timeout);
+    Ok((pool, connect))
+}
+
+async fn open_postgres(url: &str, options: OpenOptions) -> Result<SqlMetadata, OpenError> {
+    let (pool, connect) = postgres(url, options)?;
+    Ok(SqlMetadata::of_postgres(pool.connect_with(connect).await?))
 }
 
 async fn open_sqlite(path: &Path, options: OpenOptions) -> Result<SqlMetadata, OpenError> {

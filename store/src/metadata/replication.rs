@@ -21,8 +21,12 @@ pub struct ReplicationState {
     pub phase: Phase,
     /// The id of the last session that was copied, while older rows are being copied.
     pub backfilled_to: Option<String>,
-    /// Everything before this place of the log is in ClickHouse.
+    /// When what no newer epoch has stored was last cleared away, in milliseconds since 1970; `None` once it has been for good.
+    pub swept_at: Option<i64>,
+    /// Everything before this place of the log is in ClickHouse, as of the last heartbeat.
     pub flushed: u64,
+    /// Who leads, or led last, and how long ago it was last heard of, in milliseconds.
+    pub leader: Option<(String, i64)>,
 }
 
 /// What is being done with a slot.
@@ -66,6 +70,28 @@ pub struct SlotStatus {
     pub is_lost: bool,
     /// Bytes of the log that are kept for it.
     pub retained: u64,
+    /// Bytes of the log behind what its reader has confirmed.
+    pub behind: u64,
+}
+
+/// Which database of which cluster a connection leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Made with the cluster, and copied with it.
+    pub system_identifier: String,
+    /// The database.
+    pub database: String,
+}
+
+/// What a publication publishes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Published {
+    /// There is none of this name.
+    Nothing,
+    /// All changes of sessions, and nothing else.
+    Sessions,
+    /// Something else.
+    Otherwise,
 }
 
 /// Held while a slot is made, so that of several processes one makes it. Any number would do.
@@ -83,12 +109,19 @@ impl ReplicationStore {
         Self { store }
     }
 
+    /// The metadata store that the same connections are of.
+    pub fn metadata(&self) -> &SqlMetadata {
+        &self.store
+    }
+
     /// What is known of a slot; `None` if nobody has made it.
     ///
     /// # Errors
     /// [`Error::Unavailable`]; [`Error::Internal`] for a row that this program does not understand.
     pub async fn state(&self, slot: &str) -> Result<Option<ReplicationState>> {
-        let sql = "SELECT epoch, system_identifier, timeline, phase, backfilled_to, flushed_lsn FROM replication WHERE slot = $1";
+        let sql = "SELECT epoch, system_identifier, timeline, phase, backfilled_to, swept_at, flushed_lsn, leader, \
+                   coalesce((extract(epoch FROM clock_timestamp()) * 1000)::bigint - leader_seen_at, 0) AS unheard \
+                   FROM replication WHERE slot = $1";
         let Some(row) = self.one(sql, [slot.into()]).await? else { return Ok(None) };
         let (epoch, timeline): (i16, i64) = (get(&row, "epoch")?, get(&row, "timeline")?);
         let (phase, flushed): (String, i64) = (get(&row, "phase")?, get(&row, "flushed_lsn")?);
@@ -102,7 +135,9 @@ impl ReplicationStore {
                 .find(|one| one.as_str() == phase)
                 .ok_or_else(|| unknown("phase"))?,
             backfilled_to: get(&row, "backfilled_to")?,
+            swept_at: get(&row, "swept_at")?,
             flushed: flushed.cast_unsigned(),
+            leader: get::<Option<String>>(&row, "leader")?.zip(get(&row, "unheard")?),
         }))
     }
 
@@ -131,7 +166,40 @@ impl ReplicationStore {
             flushed.cast_signed().into(),
             prefix.into(),
         ];
-        Ok(self.one(sql, values).await?.is_some())
+        self.note(sql, values).await
+    }
+
+    /// Which server and database answers here.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn place(&self) -> Result<Place> {
+        let sql = "SELECT system_identifier::text AS system, current_database()::text AS database FROM pg_control_system()";
+        let row = self.one(sql, []).await?.ok_or_else(|| Error::internal("a question without an answer"))?;
+        Ok(Place { system_identifier: get(&row, "system")?, database: get(&row, "database")? })
+    }
+
+    /// Up to where the server has read the log for the reader of a slot; `None` if nobody reads it.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn sent(&self, slot: &str) -> Result<Option<u64>> {
+        let sql = "SELECT (r.sent_lsn - '0/0'::pg_lsn)::bigint AS sent FROM pg_replication_slots s \
+                   JOIN pg_stat_replication r ON r.pid = s.active_pid WHERE s.slot_name = $1";
+        let Some(row) = self.one(sql, [slot.into()]).await? else { return Ok(None) };
+        Ok(get::<Option<i64>>(&row, "sent")?.map(i64::cast_unsigned))
+    }
+
+    /// How long the oldest transaction has been open that may have written, in milliseconds, and its process. Slots are made
+    /// when it is over.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn oldest_writer(&self) -> Result<Option<(i64, i32)>> {
+        let sql = "SELECT (extract(epoch FROM clock_timestamp() - xact_start) * 1000)::bigint AS open, pid \
+                   FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND xact_start IS NOT NULL ORDER BY xact_start LIMIT 1";
+        let Some(row) = self.one(sql, []).await? else { return Ok(None) };
+        Ok(Some((get(&row, "open")?, get(&row, "pid")?)))
     }
 
     /// Columns of the sessions with these ids, as text, in no order; `None` as long as not all of the transactions are visible
@@ -203,24 +271,29 @@ impl ReplicationStore {
         })
     }
 
-    /// Makes a publication of the changes of sessions if there is none. False if there is one of this name that publishes
-    /// something else.
+    /// What a publication publishes.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn publish(&self, publication: &str) -> Result<bool> {
+    pub async fn published(&self, publication: &str) -> Result<Published> {
         // Row filters and column lists are of Postgres 15; before, the columns are not there to be asked for.
         let sql = "SELECT p.pubinsert AND p.pubupdate AND p.pubdelete AND p.pubtruncate AND NOT p.puballtables AND \
                    coalesce((SELECT bool_and(r.prrelid = 'sessions'::regclass AND to_jsonb(r) ->> 'prqual' IS NULL AND \
                    to_jsonb(r) ->> 'prattrs' IS NULL) FROM pg_publication_rel r WHERE r.prpubid = p.oid), false) AS fits \
                    FROM pg_publication p WHERE p.pubname = $1";
-        if let Some(row) = self.one(sql, [publication.into()]).await? {
-            return get(&row, "fits");
-        }
+        let Some(row) = self.one(sql, [publication.into()]).await? else { return Ok(Published::Nothing) };
+        Ok(if get(&row, "fits")? { Published::Sessions } else { Published::Otherwise })
+    }
+
+    /// Makes a publication of all changes of sessions.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn publish(&self, publication: &str) -> Result<()> {
         let name = publication.replace('"', "\"\"");
         let make = format!("CREATE PUBLICATION \"{name}\" FOR TABLE sessions");
         self.store.reader().execute_unprepared(&make).await.map_err(fault)?;
-        Ok(true)
+        Ok(())
     }
 
     /// The slot of this name.
@@ -230,7 +303,8 @@ impl ReplicationStore {
     pub async fn slot(&self, slot: &str) -> Result<Option<SlotStatus>> {
         let sql = "SELECT coalesce(database = current_database() AND plugin = 'pgoutput' AND NOT temporary, false) AS ours, \
                    active, coalesce(wal_status, 'lost') = 'lost' AS lost, \
-                   coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint AS retained \
+                   coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint AS retained, \
+                   coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn), 0)::bigint AS behind \
                    FROM pg_replication_slots WHERE slot_name = $1";
         let Some(row) = self.one(sql, [slot.into()]).await? else { return Ok(None) };
         Ok(Some(SlotStatus {
@@ -238,10 +312,11 @@ impl ReplicationStore {
             is_active: get(&row, "active")?,
             is_lost: get(&row, "lost")?,
             retained: u64::try_from(get::<i64>(&row, "retained")?).unwrap_or_default(),
+            behind: u64::try_from(get::<i64>(&row, "behind")?).unwrap_or_default(),
         }))
     }
 
-    /// Runs `work` while no other process is at the same. The transaction that sees to it writes nothing: a slot is made once
+    /// Runs `work` while no other process is at the same. Takes a connection of its own beside those of `work`. The transaction that sees to it writes nothing: a slot is made once
     /// every transaction that has written is over, and would wait for its own maker.
     ///
     /// # Errors
@@ -251,7 +326,8 @@ impl ReplicationStore {
         let take = format!("SELECT pg_advisory_xact_lock({SETUP_LOCK})");
         lock.execute_unprepared(&take).await.map_err(fault)?;
         let done = work.await;
-        lock.rollback().await.map_err(fault)?;
+        // It wrote nothing: however it ends, what was done is done.
+        let _ = lock.rollback().await;
         Ok(done)
     }
 
@@ -273,17 +349,20 @@ impl ReplicationStore {
                      RETURNING 1 AS one";
         let epoch = i16::from(epoch);
         let values = [slot.into(), epoch.into(), system_identifier.into(), i64::from(timeline).into()];
-        self.one(begin, values).await?;
+        self.note(begin, values).await?;
         if self.slot(slot).await?.is_some() {
             self.one("SELECT pg_drop_replication_slot($1)::text AS dropped", [slot.into()]).await?;
         }
         let make = "SELECT (lsn - '0/0'::pg_lsn)::bigint AS place FROM pg_create_logical_replication_slot($1, 'pgoutput')";
         let made = self.one(make, [slot.into()]).await?;
-        let place: i64 = made.map(|row| get(&row, "place")).transpose()?.unwrap_or_default();
+        let made = made.ok_or_else(|| Error::internal("a question without an answer"))?;
+        let place: i64 = get(&made, "place")?;
         let end = "UPDATE replication SET slot_lsn = $3, flushed_lsn = $3, phase = 'backfilling' WHERE slot = $1 AND epoch = $2 \
                    RETURNING 1 AS one";
-        self.one(end, [slot.into(), epoch.into(), place.into()]).await?;
-        Ok(())
+        match self.note(end, [slot.into(), epoch.into(), place.into()]).await? {
+            true => Ok(()),
+            false => Err(Error::internal("the row of a slot is gone that is being made")),
+        }
     }
 
     /// A place among transactions: whoever has begun before it, and may not be visible yet, is named by a lower number.
@@ -307,19 +386,34 @@ impl ReplicationStore {
         row.map(|row| get(&row, "past")).transpose().map(Option::unwrap_or_default)
     }
 
-    /// Columns of so many sessions behind an id, in the order of their ids, as text. Column names are the caller's own.
+    /// Columns of the next sessions behind an id, in the order of their ids, as text: so many at most, and of those no more
+    /// than take so many bytes together, but one. Column names are the caller's own.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn page(&self, columns: &[&str], after: &str, limit: u64) -> Result<Vec<Vec<Option<String>>>> {
-        let selected: Vec<_> = columns.iter().map(|column| format!("{column}::text AS {column}")).collect();
-        let sql =
-            format!("SELECT {} FROM sessions WHERE id > $1 ORDER BY id LIMIT {limit}", selected.join(", "));
+    pub async fn page(
+        &self,
+        columns: &[&str],
+        after: &str,
+        limit: u32,
+        bytes: u32,
+    ) -> Result<Vec<Vec<Option<String>>>> {
+        let selected: Vec<_> = columns.iter().map(|column| format!("s.{column}::text AS {column}")).collect();
+        let sql = format!(
+            "WITH sizes AS (SELECT id, coalesce(octet_length(metadata::text), 0) + \
+                coalesce(octet_length(trigger_config::text), 0) AS size \
+                FROM sessions WHERE id > $1 ORDER BY id LIMIT {limit}), \
+             page AS (SELECT id, size, sum(size) OVER (ORDER BY id) AS until FROM sizes) \
+             SELECT {} FROM page JOIN sessions s USING (id) \
+                WHERE until <= {bytes} OR until = size ORDER BY id",
+            selected.join(", ")
+        );
         let rows = self.all(&sql, [after.into()]).await?;
         rows.iter().map(|row| columns.iter().map(|column| get(row, column)).collect()).collect()
     }
 
-    /// Notes how far older rows have been copied under `epoch`; `None` once all are. False if the epoch is over.
+    /// Notes how far older rows have been copied under `epoch`; `None` once all are, and what no epoch has stored is cleared
+    /// away. False if the epoch is over.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
@@ -328,8 +422,38 @@ impl ReplicationStore {
                    built = CASE WHEN $3 IS NULL THEN 1 ELSE built END, swept_at = CASE WHEN $3 IS NULL THEN \
                    (extract(epoch FROM clock_timestamp()) * 1000)::bigint ELSE swept_at END \
                    WHERE slot = $1 AND epoch = $2 AND phase = 'backfilling' RETURNING 1 AS one";
-        let values = [slot.into(), i16::from(epoch).into(), to.map(str::to_owned).into()];
-        Ok(self.one(sql, values).await?.is_some())
+        self.note(sql, [slot.into(), i16::from(epoch).into(), to.map(str::to_owned).into()]).await
+    }
+
+    /// Milliseconds since what no epoch has stored was cleared away; `None` if that was done for good, or not yet.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn since_swept(&self, slot: &str, epoch: u8) -> Result<Option<i64>> {
+        let sql = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint - swept_at AS since FROM replication \
+                   WHERE slot = $1 AND epoch = $2 AND phase = 'streaming'";
+        let Some(row) = self.one(sql, [slot.into(), i16::from(epoch).into()]).await? else { return Ok(None) };
+        get(&row, "since")
+    }
+
+    /// Notes that it was cleared away for good.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn swept(&self, slot: &str, epoch: u8) -> Result<()> {
+        let sql = "UPDATE replication SET swept_at = NULL WHERE slot = $1 AND epoch = $2 RETURNING 1 AS one";
+        self.note(sql, [slot.into(), i16::from(epoch).into()]).await.map(drop)
+    }
+
+    /// Changes a row of `replication`; whether there was one. A synchronous standby that is away must keep no leader from
+    /// showing that it lives, or from going on: what a lost standby does not know is found out by its timeline.
+    async fn note<const N: usize>(&self, sql: &str, values: [Value; N]) -> Result<bool> {
+        let transaction = self.store.begin().await?;
+        transaction.execute_unprepared("SET LOCAL synchronous_commit = local").await.map_err(fault)?;
+        let statement = Statement::from_sql_and_values(DbBackend::Postgres, sql, values);
+        let noted = transaction.query_one_raw(statement).await.map_err(fault)?;
+        transaction.commit().await.map_err(fault)?;
+        Ok(noted.is_some())
     }
 
     async fn one<const N: usize>(&self, sql: &str, values: [Value; N]) -> Result<Option<QueryResult>> {

@@ -88,7 +88,7 @@ async fn lists_fall_back_to_the_metadata_store_where_they_may() {
     let engine = Engine::start();
     let clickhouse = connect(options(&engine.url()));
     let server = server(&clickhouse, sessiond::config::Fallback::Sql).await;
-    let sentence = "the list index has not been built: run `sessiond index rebuild`";
+    let sentence = "the list index has not been built: run `sessiond index rebuild`, or `sessiond replicate`";
     let meanwhile = "lists come from the metadata store meanwhile";
     assert_eq!(server.get(SESSIONS).await.expect(200)["data"][0]["externalId"], "one");
     assert_eq!(readyz(&server).await.1["degraded"], json!([format!("{sentence}; {meanwhile}")]));
@@ -114,7 +114,7 @@ async fn lists_are_refused_in_words_before_the_first_rebuild() {
     let server = server(&connect(options(&clickhouse::url())), sessiond::config::Fallback::None).await;
     let answer = server.get(SESSIONS).await;
     assert!(is_refusal(&answer), "{answer:?}");
-    let sentence = "the list index has not been built: run `sessiond index rebuild`";
+    let sentence = "the list index has not been built: run `sessiond index rebuild`, or `sessiond replicate`";
     assert_eq!(answer.json()["error"], sentence);
     assert_eq!(readyz(&server).await.1["degraded"], json!([sentence]));
 }

@@ -41,7 +41,7 @@ async fn lists_are_refused_in_words_until_a_rebuild_is_finished() {
     let sql = Sql::sqlite().await;
     sql.create(session(1000)).await;
     let clickhouse = connect(options(&clickhouse::url()));
-    let sentence = "the list index has not been built: run `sessiond index rebuild`";
+    let sentence = "the list index has not been built: run `sessiond index rebuild`, or `sessiond replicate`";
     assert_eq!(refusal(&clickhouse, &sql).await, sentence);
     let store = Arc::new(sql.store.clone());
     let mut rebuild =
@@ -92,7 +92,7 @@ async fn two_replicas_may_make_the_tables_at_once() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_sql_answers_for_the_third_adapter() {
     let engine = Engine::start();
     let sql = Sql::with_engine(&engine.url()).await;

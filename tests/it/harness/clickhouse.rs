@@ -1,23 +1,14 @@
-//! A database of its own on the engine that tests share, an engine of its own for tests that stop it, and an index that is
-//! never behind.
+//! A database of its own on the engine that tests share, and an engine of its own for tests that stop it.
 
-use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use sessiond::domain::error::Result;
-use sessiond::domain::list::{Filter, Page, PageRequest, TagQuery};
-use sessiond::domain::tenant::Environment;
-use sessiond::domain::{EnvironmentId, ListIndex, MetadataStore, Session, SessionId, Timestamp};
-use sessiond::store::index::clickhouse::{
-    ClickHouse, ClickHouseIndex, ClickHouseOptions, Progress, Rebuild, SessionRow, SessionWriter,
-};
+use sessiond::domain::{MetadataStore, Timestamp};
+use sessiond::store::index::clickhouse::{ClickHouse, ClickHouseOptions, Progress, Rebuild};
 use tempfile::TempDir;
-use tokio::sync::Mutex;
 
 /// Where the engine that all tests share listens.
 pub fn url() -> String {
@@ -62,90 +53,6 @@ pub async fn select<T: clickhouse::RowOwned + clickhouse::RowRead>(
     text: &str,
 ) -> Vec<T> {
     clickhouse.fetch(clickhouse.query(text)).await.expect("answers")
-}
-
-/// A `ClickHouseIndex` that is brought up to date before each question. No SQL answers for it.
-pub struct CaughtUp {
-    index: ClickHouseIndex,
-    writer: SessionWriter,
-    store: Arc<dyn MetadataStore>,
-    copied: Mutex<Copied>,
-}
-
-#[derive(Default)]
-struct Copied {
-    sessions: HashMap<SessionId, Session>,
-    version: u64,
-}
-
-impl CaughtUp {
-    /// Over a database of its own on the engine at `url`.
-    pub async fn over(url: &str, store: Arc<dyn MetadataStore>) -> Self {
-        let clickhouse = connect(options(url));
-        rebuild(&clickhouse, store.clone(), Timestamp::from_millis(1)).await;
-        Self {
-            index: ClickHouseIndex::new(clickhouse.clone(), store.clone(), Arc::default()),
-            writer: SessionWriter::new(clickhouse),
-            store,
-            copied: Mutex::default(),
-        }
-    }
-
-    async fn catch_up(&self) -> Result<()> {
-        let mut copied = self.copied.lock().await;
-        copied.version += 1;
-        let version = (1 << 56) + copied.version;
-        let environments: HashMap<EnvironmentId, Environment> =
-            self.store.environments().await?.into_iter().map(|one| (one.id.clone(), one)).collect();
-        let now: HashMap<SessionId, Session> = self
-            .store
-            .scan_sessions(None, usize::MAX >> 1)
-            .await?
-            .into_iter()
-            .map(|session| (session.id.clone(), session))
-            .collect();
-        let row = |session: &Session| {
-            SessionRow::new(session.clone(), &environments[&session.environment], version)
-        };
-        let changed =
-            now.values().filter(|session| copied.sessions.get(&session.id) != Some(session)).map(row);
-        let gone = copied.sessions.values().filter(|session| !now.contains_key(&session.id));
-        let buried = gone.map(|session| SessionRow { _is_deleted: 1, ..row(session) });
-        let rows: Vec<_> = changed.chain(buried).collect();
-        if !rows.is_empty() {
-            self.writer.insert(&rows).await?;
-        }
-        copied.sessions = now;
-        Ok(())
-    }
-}
-
-#[async_trait]
-impl ListIndex for CaughtUp {
-    async fn list(
-        &self,
-        environment: &EnvironmentId,
-        filter: &Filter,
-        page: &PageRequest,
-        now: Timestamp,
-    ) -> Result<Page> {
-        self.catch_up().await?;
-        self.index.list(environment, filter, page, now).await
-    }
-
-    async fn count(&self, environment: &EnvironmentId, filter: &Filter, now: Timestamp) -> Result<u64> {
-        self.catch_up().await?;
-        self.index.count(environment, filter, now).await
-    }
-
-    async fn tags(&self, environment: &EnvironmentId, query: &TagQuery) -> Result<Vec<String>> {
-        self.catch_up().await?;
-        self.index.tags(environment, query).await
-    }
-
-    async fn ping(&self) -> Result<Vec<String>> {
-        self.index.ping().await
-    }
 }
 
 /// An engine of its own.

@@ -15,6 +15,7 @@ use sessiond::store::metadata::{OpenOptions, SqlMetadata};
 use tempfile::TempDir;
 
 use super::clickhouse;
+use super::replication::CaughtUp;
 
 /// The environment that cases work in.
 pub const HERE: &str = "env_here";
@@ -38,9 +39,13 @@ impl TestDatabase {
 
     /// A database of its own on the test server.
     pub async fn postgres() -> Self {
-        let admin = std::env::var("SESSIOND_TEST_POSTGRES").expect(
-            "SESSIOND_TEST_POSTGRES is not set: `cargo xtask test` starts a Postgres and sets it, so run the tests through it",
-        );
+        Self::on("SESSIOND_TEST_POSTGRES").await
+    }
+
+    async fn on(server: &str) -> Self {
+        let admin = std::env::var(server).unwrap_or_else(|_| {
+            panic!("{server} is not set: `cargo xtask test` starts a Postgres and sets it, so run the tests through it")
+        });
         let name = format!("test_{}", uuid::Uuid::new_v4().simple());
         let connection = Database::connect(&admin).await.expect("the test server answers");
         connection.execute_unprepared(&format!("CREATE DATABASE {name}")).await.expect("a new database");
@@ -78,7 +83,12 @@ impl Sql {
         Self::on(TestDatabase::postgres().await).await
     }
 
-    /// Sessions in SQLite, lists from a ClickHouse.
+    /// On the server whose synchronous standby never comes: commits of a connection that sets `synchronous_commit` to `on` wait.
+    pub async fn synchronous() -> Self {
+        Self::on(TestDatabase::on("SESSIOND_TEST_POSTGRES_SYNCHRONOUS").await).await
+    }
+
+    /// Sessions in Postgres, lists from a ClickHouse that a replicator keeps up to date.
     pub async fn clickhouse() -> Self {
         Self::with_engine(&clickhouse::url()).await
     }
@@ -94,8 +104,8 @@ impl Sql {
 
     /// As [`Sql::clickhouse`], on the engine at `url`.
     pub async fn with_engine(url: &str) -> Self {
-        let mut sql = Self::sqlite().await;
-        sql.index = Arc::new(clickhouse::CaughtUp::over(url, Arc::new(sql.store.clone())).await);
+        let mut sql = Self::postgres().await;
+        sql.index = Arc::new(CaughtUp::over(&sql.database.url, &sql.store, url).await);
         sql
     }
 

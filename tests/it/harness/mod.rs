@@ -9,6 +9,7 @@ pub mod graphql;
 pub mod openapi;
 pub mod process;
 pub mod proxy;
+pub mod replication;
 pub mod s2;
 pub mod s2_lite;
 pub mod seed;

@@ -1,5 +1,7 @@
 //! Several replicators at once, and what becomes of their work when they are killed.
 
+use std::sync::atomic::AtomicUsize;
+
 use sessiond::replication::leader::{Health, Replicator, ReplicatorOptions};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -24,8 +26,7 @@ impl Running {
             poll,
             longest_pause: 4 * poll,
         };
-        let store = std::sync::Arc::new(world.sql.store.clone());
-        let replicator = Replicator::new(options, world.postgres(), store, world.faulty.clone());
+        let replicator = Replicator::new(options, world.context(&world.faulty));
         let (health, stop) = (replicator.health(), CancellationToken::new());
         let stopped = stop.clone();
         let task = tokio::spawn(async move { replicator.run(stopped).await });
@@ -66,7 +67,9 @@ async fn of_replicators_on_postgres_one_leads_and_another_goes_on_when_it_is_kil
         changes.cancel();
         (leader, follower)
     };
-    let (made, (leader, follower)) = tokio::join!(changing(&world.sql, &changes), killing);
+    let made = AtomicUsize::new(0);
+    let ((), (leader, follower)) = tokio::join!(changing(&world.sql, &made, &changes), killing);
+    let made = made.into_inner();
     assert!(made > 50, "{made} changes");
     world.caught_up().await;
     world.assert_same().await;

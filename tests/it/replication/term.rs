@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use async_trait::async_trait;
 use sessiond::domain::{SessionId, Timestamp};
+use sessiond::replication::Context;
 use sessiond::replication::flush::Flusher;
 use sessiond::replication::pgwire::PgSource;
-use sessiond::replication::source::{SourceError, WalEvent, WalSource};
+use sessiond::replication::source::WalSource;
 use sessiond::replication::term::{Term, TermEnd, TermOptions};
 use sessiond::store::index::clickhouse::{ClickHouse, ClickHouseOptions, SessionWriter};
 use sessiond::store::metadata::{Phase, ReplicationStore};
@@ -16,10 +17,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::harness::proxy::FaultyInserts;
-use crate::harness::{Dice, clickhouse};
+use crate::harness::{Dice, clickhouse, replication};
 
 /// Every column that is compared, and what is no part of it.
-const ROW: &str = "environment_id, organization_id, project_id, session_id, environment_type, friendly_id, external_id, type, \
+pub(super) const ROW: &str = "environment_id, organization_id, project_id, session_id, environment_type, friendly_id, external_id, type, \
                    task_identifier, tags, '{}' AS metadata, closed_at, closed_reason, expires_at, created_at, updated_at, \
                    is_test, toUInt64(0) AS _version, toUInt8(0) AS _is_deleted, document";
 
@@ -29,7 +30,7 @@ pub(super) struct World {
     pub(super) clickhouse: ClickHouse,
     /// The same behind a proxy that lets inserts fail. Whatever is killed writes here.
     pub(super) faulty: ClickHouse,
-    inserts: FaultyInserts,
+    pub(super) inserts: FaultyInserts,
     pub(super) slot: Slot,
     pub(super) source: SourceOptions,
     pub(super) options: TermOptions,
@@ -43,8 +44,12 @@ pub(super) struct Running {
 
 impl World {
     /// With a slot that is read from its beginning on.
-    async fn fresh() -> Self {
-        let world = Self::bare().await;
+    pub(super) async fn fresh() -> Self {
+        Self::bare().await.streaming().await
+    }
+
+    async fn streaming(self) -> Self {
+        let world = self;
         world.slot.create().await;
         let state = format!(
             "INSERT INTO replication (slot, epoch, system_identifier, timeline, slot_lsn, phase) \
@@ -55,25 +60,27 @@ impl World {
         world
     }
 
+    /// On the server whose synchronous standby never comes, without a slot.
+    pub(super) async fn synchronous() -> Self {
+        Self::on(Sql::synchronous().await).await
+    }
+
+    /// The same with a slot.
+    pub(super) async fn synchronous_streaming() -> Self {
+        Self::synchronous().await.streaming().await
+    }
+
     /// Without a slot.
     pub(super) async fn bare() -> Self {
-        let sql = Sql::postgres().await;
+        Self::on(Sql::postgres().await).await
+    }
+
+    async fn on(sql: Sql) -> Self {
         let clickhouse = clickhouse::connect(clickhouse::options(&clickhouse::url()));
         // Of nothing: it makes the tables.
         clickhouse::rebuild(&clickhouse, Arc::new(sql.store.clone()), Timestamp::from_millis(1)).await;
         let slot = Slot::named(&sql).await;
-        let options = TermOptions {
-            slot: slot.name.clone(),
-            name: "the test".to_owned(),
-            flush_rows: 50,
-            flush_bytes: 1 << 20,
-            flush_gap: Duration::from_millis(20),
-            in_flight: 4,
-            memory: 8 << 20,
-            heartbeat: Duration::from_millis(100),
-            silence: Duration::from_secs(10),
-            drain: Duration::from_secs(10),
-        };
+        let options = replication::term_options(&slot.name);
         let source = slot.options(&sql);
         let inserts = FaultyInserts::before(&clickhouse::url()).await;
         let through = ClickHouseOptions { url: inserts.url.clone(), ..clickhouse.options().clone() };
@@ -89,9 +96,12 @@ impl World {
         SessionWriter::new(self.clickhouse.clone())
     }
 
+    pub(super) fn context(&self, clickhouse: &ClickHouse) -> Context {
+        replication::context(&self.sql.store, clickhouse)
+    }
+
     pub(super) fn flusher(&self, clickhouse: &ClickHouse) -> Flusher {
-        let (writer, store) = (SessionWriter::new(clickhouse.clone()), Arc::new(self.sql.store.clone()));
-        Flusher::new(writer, self.postgres(), store, false)
+        Flusher::new(self.context(clickhouse))
     }
 
     pub(super) async fn phase_or_none(&self) -> Option<Phase> {
@@ -99,7 +109,7 @@ impl World {
     }
 
     fn term(&self, source: Box<dyn WalSource>, clickhouse: &ClickHouse) -> Term {
-        Term::new(source, self.flusher(clickhouse), self.postgres(), Epoch(1), self.options.clone())
+        Term::new(source, self.flusher(clickhouse), Epoch(1), self.options.clone())
     }
 
     /// Reads the slot, once nobody else does, into `clickhouse`.
@@ -117,10 +127,7 @@ impl World {
 
     /// Waits until everything that has been committed is stored.
     pub(super) async fn caught_up(&self) {
-        let query =
-            Statement::from_string(DbBackend::Postgres, "SELECT pg_current_wal_flush_lsn()::text AS place");
-        let row = self.slot.connection.query_one_raw(query).await.expect("asked").expect("a row");
-        let place: String = row.try_get("", "place").expect("text");
+        let place = replication::flushed(&self.slot.connection).await;
         self.slot.wait_for(&format!("confirmed_flush_lsn >= '{place}'")).await;
     }
 
@@ -139,7 +146,7 @@ impl World {
     }
 
     /// Sessions of which the two sides say different things.
-    async fn differences(&self) -> Vec<String> {
+    pub(super) async fn differences(&self) -> Vec<String> {
         let [stored, copied] = self.both().await;
         assert!(!stored.is_empty(), "there is nothing to compare");
         let ids = stored.keys().chain(copied.keys().filter(|id| !stored.contains_key(*id)));
@@ -163,30 +170,31 @@ impl Running {
     }
 
     /// As kill -9 would end it.
-    async fn kill(self) {
+    pub(super) async fn kill(self) {
         self.term.abort();
         assert!(self.term.await.is_err_and(|error| error.is_cancelled()), "it was still running");
     }
 }
 
-/// Makes changes of every kind by three writers, until they are told to end. Returns how many.
-pub(super) async fn changing(sql: &Sql, stop: &CancellationToken) -> usize {
-    let writers = (1..4).map(|seed| change(sql, seed, stop.clone()));
-    futures_util::future::join_all(writers).await.into_iter().sum()
+/// Makes changes of every kind by three writers, until they are told to end, and counts the rows in `changes`.
+pub(super) async fn changing(sql: &Sql, changes: &AtomicUsize, stop: &CancellationToken) {
+    let writers = (1..4).map(|seed| change(sql, seed, changes, stop));
+    futures_util::future::join_all(writers).await;
 }
 
-/// Makes changes of every kind, until it is told to end.
-async fn change(sql: &Sql, seed: u64, stop: CancellationToken) -> usize {
-    let mut dice = Dice::new(seed);
+/// Makes changes of every kind to sessions of its own, until it is told to end.
+async fn change(sql: &Sql, seed: u64, changes: &AtomicUsize, stop: &CancellationToken) {
+    let (mut dice, kind) = (Dice::new(seed), format!("kind-{seed}"));
     let connection = sql.database.connect().await;
-    let (mut alive, mut changes): (Vec<SessionId>, _) = (Vec::new(), 0);
+    let (mut alive, mut turn): (Vec<SessionId>, i64) = (Vec::new(), 0);
     while !stop.is_cancelled() {
-        changes += 1;
-        let now = at(10_000 + changes as i64);
+        turn += 1;
+        let now = at(10_000 + turn);
         let pick = |dice: &mut Dice, alive: &[SessionId]| alive[dice.roll(alive.len())].clone();
-        match dice.roll(12) {
+        let changed = match dice.roll(13) {
             0..4 => {
-                let mut new = session(i64::try_from(1_000 + dice.roll(1_000_000)).expect("small"));
+                let created = i64::try_from(1_000 + dice.roll(1_000_000)).expect("small");
+                let mut new = Session { kind: kind.clone(), ..session(created) };
                 if dice.one_in(3) {
                     let noise: String = (0..200).map(|_| uuid::Uuid::new_v4().simple().to_string()).collect();
                     let Value::Object(metadata) = json!({ "noise": noise }) else {
@@ -196,19 +204,20 @@ async fn change(sql: &Sql, seed: u64, stop: CancellationToken) -> usize {
                 }
                 alive.push(new.id.clone());
                 sql.create(new).await;
+                1
             }
-            _ if alive.is_empty() => {}
+            _ if alive.is_empty() => 0,
             4..8 => {
                 let patch =
-                    SessionPatch { tags: Some(vec![format!("tag-{changes}")]), ..SessionPatch::default() };
-                sql.store
-                    .update_session(&sql.here, &pick(&mut dice, &alive), patch, now)
-                    .await
-                    .expect("updated");
+                    SessionPatch { tags: Some(vec![format!("tag-{turn}")]), ..SessionPatch::default() };
+                let id = pick(&mut dice, &alive);
+                sql.store.update_session(&sql.here, &id, patch, now).await.expect("updated");
+                1
             }
             8 => {
                 let closure = Closure { at: now, reason: (dice.one_in(2)).then(|| "done".to_owned()) };
                 sql.store.close_session(&sql.here, &pick(&mut dice, &alive), &closure).await.expect("closed");
+                1
             }
             9 => {
                 let gone = alive.swap_remove(dice.roll(alive.len()));
@@ -216,20 +225,36 @@ async fn change(sql: &Sql, seed: u64, stop: CancellationToken) -> usize {
                     "DELETE FROM session_runs WHERE session_id = '{gone}'; DELETE FROM sessions WHERE id = '{gone}'"
                 );
                 connection.execute_unprepared(&delete).await.expect("gone");
+                1
             }
             10 => {
                 let moved = pick(&mut dice, &alive);
                 let move_it = format!("UPDATE sessions SET created_at = created_at + 1 WHERE id = '{moved}'");
                 connection.execute_unprepared(&move_it).await.expect("moved");
+                1
+            }
+            11 => {
+                // What is stored out of line is not told again.
+                let id = pick(&mut dice, &alive);
+                let touch = format!("UPDATE sessions SET updated_at = updated_at + 1 WHERE id = '{id}'");
+                connection.execute_unprepared(&touch).await.expect("touched");
+                1
             }
             _ => {
-                let all = format!("UPDATE sessions SET updated_at = updated_at + {seed} WHERE kind = 'chat'");
-                connection.execute_unprepared(&all).await.expect("a transaction of many changes");
+                let many = format!(
+                    "UPDATE sessions SET updated_at = updated_at + {seed} WHERE id IN \
+                     (SELECT id FROM sessions WHERE kind = '{kind}' ORDER BY id DESC LIMIT 180)"
+                );
+                connection
+                    .execute_unprepared(&many)
+                    .await
+                    .expect("a transaction of many changes")
+                    .rows_affected()
             }
-        }
+        };
+        changes.fetch_add(usize::try_from(changed).expect("small"), Ordering::Relaxed);
     }
     connection.close().await.expect("closed");
-    changes
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -265,69 +290,4 @@ async fn what_changes_on_postgres_comes_to_clickhouse() {
     assert!(matches!(running.end().await, TermEnd::Stopped));
     world.slot.wait_for("NOT active").await;
     world.slot.end().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whatever_kills_terms_on_postgres_nothing_is_missing_stale_or_left_in_clickhouse() {
-    let world = World::fresh().await;
-    kills(&world, |source| Box::new(source)).await;
-    world.assert_same().await;
-    world.slot.end().await;
-}
-
-/// Confirms what it tells, before anyone has stored it.
-struct Hasty(PgSource);
-
-#[async_trait]
-impl WalSource for Hasty {
-    async fn next(&mut self) -> Result<WalEvent, SourceError> {
-        let event = self.0.next().await?;
-        if let WalEvent::Commit { end } = event {
-            self.0.confirm(end);
-        }
-        Ok(event)
-    }
-
-    fn confirm(&self, _: Lsn) {}
-
-    async fn stop(self: Box<Self>) -> Result<(), SourceError> {
-        Box::new(self.0).stop().await
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_source_on_postgres_that_confirms_what_is_not_stored_loses_changes() {
-    let world = World::fresh().await;
-    kills(&world, |source| Box::new(Hasty(source))).await;
-    assert!(!world.differences().await.is_empty(), "the kills prove nothing");
-    world.slot.end().await;
-}
-
-/// Kills one term after another while sessions change, behind a network that breaks, and lets the last one catch up.
-async fn kills(world: &World, wrap: impl Fn(PgSource) -> Box<dyn WalSource>) {
-    const KILLS: usize = 12;
-    let stop = CancellationToken::new();
-    let killing = async {
-        let mut dice = Dice::new(5);
-        for kill in 0..KILLS {
-            let running = world.lead(&world.faulty, &wrap).await;
-            // A time at random, and no event: that is what is tested. Every other time while an insert is under way.
-            sleep(Duration::from_millis(50 + dice.roll(250) as u64)).await;
-            if kill % 2 == 0 {
-                let mut inserts = world.inserts.watched();
-                timeout(PATIENCE, inserts.wait_for(|open| *open > 0))
-                    .await
-                    .expect("an insert")
-                    .expect("it runs");
-            }
-            running.kill().await;
-        }
-        stop.cancel();
-    };
-    let (changes, ()) = tokio::join!(changing(&world.sql, &stop), killing);
-    assert!(changes > 200, "{changes} changes");
-    let running = world.lead(&world.clickhouse, &wrap).await;
-    world.caught_up().await;
-    assert!(matches!(running.end().await, TermEnd::Stopped));
-    world.slot.wait_for("NOT active").await;
 }

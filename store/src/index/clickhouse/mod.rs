@@ -23,9 +23,10 @@ use tracing::instrument;
 
 use breaker::{Breaker, Probe};
 pub use client::{ClickHouse, ClickHouseOptions, Fault};
-use environments::Environments;
+pub use environments::Environments;
 use query::{Among, PageQuery, Statement, Tenant};
-pub use rebuild::{Progress, Rebuild};
+use rebuild::Origin;
+pub use rebuild::{Progress, Rebuild, VERSION_END, note_replicated};
 use row::ListedRow;
 pub use row::{SessionRow, SessionTexts};
 pub use schema::migrate;
@@ -36,7 +37,8 @@ use sessiond_domain::{Background, EnvironmentId, Timestamp};
 pub use writer::SessionWriter;
 
 /// What lists answer until there is something to list.
-const NOT_BUILT: &str = "the list index has not been built: run `sessiond index rebuild`";
+const NOT_BUILT: &str =
+    "the list index has not been built: run `sessiond index rebuild`, or `sessiond replicate`";
 /// How long it is remembered that there is nothing to list.
 const NOT_BUILT_FOR: Duration = Duration::from_secs(1);
 /// Longest that [`ListIndex::ping`] waits: probes of readiness are impatient.
@@ -111,22 +113,22 @@ impl ClickHouseIndex {
         if known.is_some_and(|until| Instant::now() < until) {
             return Err(Error::NotReady(NOT_BUILT));
         }
-        self.built_at().await.map(drop)
+        self.origin().await.map(drop)
     }
 
-    /// When the copy that lists come from was begun.
-    async fn built_at(&self) -> Result<Timestamp> {
+    /// Where the copy that lists come from is from.
+    async fn origin(&self) -> Result<Origin> {
         let look = async {
             match schema::is_current(&self.clickhouse).await? {
-                true => rebuild::last_finished(&self.clickhouse).await,
+                true => rebuild::origin(&self.clickhouse).await,
                 false => Ok(None),
             }
         };
-        let built = self.breaker.run_at_once(look).await?;
-        self.usable.store(built.is_some(), Ordering::Relaxed);
-        let until = built.is_none().then(|| Instant::now() + NOT_BUILT_FOR);
+        let origin = self.breaker.run_at_once(look).await?;
+        self.usable.store(origin.is_some(), Ordering::Relaxed);
+        let until = origin.is_none().then(|| Instant::now() + NOT_BUILT_FOR);
         *self.not_built_until.lock().unwrap_or_else(PoisonError::into_inner) = until;
-        built.ok_or(Error::NotReady(NOT_BUILT))
+        origin.ok_or(Error::NotReady(NOT_BUILT))
     }
 
     /// `None` for an environment that there is not.
@@ -207,11 +209,14 @@ impl ListIndex for ClickHouseIndex {
     }
 
     async fn ping(&self) -> Result<Vec<String>> {
-        let Ok(built) = tokio::time::timeout(PING_TIMEOUT, self.built_at()).await else {
+        let Ok(origin) = tokio::time::timeout(PING_TIMEOUT, self.origin()).await else {
             // Nobody may have asked for a list.
             self.breaker.probe();
             return Err(Fault::TimedOut(PING_TIMEOUT).into());
         };
-        Ok(vec![format!("lists are of {}: nothing keeps them up to date", built?)])
+        Ok(match origin? {
+            Origin::Rebuild(time) => vec![format!("lists are of {time}: nothing keeps them up to date")],
+            Origin::Replication => Vec::new(),
+        })
     }
 }

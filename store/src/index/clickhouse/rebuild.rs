@@ -23,8 +23,8 @@ use sessiond_domain::{SessionId, Timestamp};
 /// of metadata has no limit of its own.
 const PAGE_MAX: usize = 500;
 const PAGE_BYTES: usize = 8 << 20;
-/// Versions of rebuilds lie below this; from here on they are the replicator's.
-const VERSION_END: u64 = 1 << 56;
+/// Versions of rebuilds lie below this; from here on they are a replicator's.
+pub const VERSION_END: u64 = 1 << 56;
 
 /// A rebuild under way.
 pub struct Rebuild {
@@ -73,6 +73,14 @@ impl Rebuild {
     ) -> Result<Self> {
         schema::migrate(&clickhouse).await?;
         let last = last_step(&clickhouse, "").await?;
+        // Its rows count for more than those of any rebuild.
+        let newest = SessionWriter::new(clickhouse.clone()).newest_version().await?;
+        if last.as_ref().map_or(newest, |step| step.version.max(newest)) >= VERSION_END {
+            return Err(Error::NotReady(
+                "a replicator keeps this index: `sessiond replicate` brings it up to date, and a copy beside it needs another \
+                 clickhouse.database",
+            ));
+        }
         let mut rebuild = Self {
             environments: Environments::new(store.clone()),
             writer: SessionWriter::new(clickhouse.clone()),
@@ -149,28 +157,48 @@ impl Rebuild {
     }
 
     async fn note(&self) -> Result<(), Fault> {
-        let step = Step {
-            version: self.version,
-            after: self.after.as_ref().map_or_else(String::new, ToString::to_string),
-            rows: self.progress.sessions,
-            finished: self.progress.finished.into(),
-        };
-        let work = async {
-            let mut insert = self.clickhouse.client().insert::<Step>("rebuilds").await?;
-            for (name, value) in [("async_insert", "0")].iter().chain(self.clickhouse.cluster_settings()) {
-                insert = insert.with_setting(*name, *value);
-            }
-            insert.write(&step).await?;
-            insert.end().await
-        };
-        timely(self.clickhouse.options().insert_timeout, work).await
+        let after = self.after.as_ref().map_or_else(String::new, ToString::to_string);
+        let (version, rows) = (self.version, self.progress.sessions);
+        note(&self.clickhouse, Step { version, after, rows, finished: self.progress.finished.into() }).await
     }
 }
 
-/// When the last rebuild that was finished began; `None` if none was.
-pub(super) async fn last_finished(clickhouse: &ClickHouse) -> Result<Option<Timestamp>, Fault> {
+/// Who has made the copy that lists come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// A rebuild, which began then.
+    Rebuild(Timestamp),
+    /// A replicator, which keeps it up to date.
+    Replication,
+}
+
+/// Where the newest whole copy is from; `None` if there is none.
+pub(super) async fn origin(clickhouse: &ClickHouse) -> Result<Option<Origin>, Fault> {
     let step = last_step(clickhouse, "WHERE finished = 1").await?;
-    Ok(step.map(|step| Timestamp::from_millis(step.version.try_into().unwrap_or(i64::MAX))))
+    Ok(step.map(|step| match i64::try_from(step.version) {
+        Ok(millis) if step.version < VERSION_END => Origin::Rebuild(Timestamp::from_millis(millis)),
+        _ => Origin::Replication,
+    }))
+}
+
+/// Says that everything is there that is older than what a replicator has stored at `version` and above.
+///
+/// # Errors
+/// As [`SessionWriter::insert`].
+pub async fn note_replicated(clickhouse: &ClickHouse, version: u64, rows: u64) -> Result<(), Fault> {
+    note(clickhouse, Step { version, after: String::new(), rows, finished: 1 }).await
+}
+
+async fn note(clickhouse: &ClickHouse, step: Step) -> Result<(), Fault> {
+    let work = async {
+        let mut insert = clickhouse.client().insert::<Step>("rebuilds").await?;
+        for (name, value) in [("async_insert", "0")].iter().chain(clickhouse.cluster_settings()) {
+            insert = insert.with_setting(*name, *value);
+        }
+        insert.write(&step).await?;
+        insert.end().await
+    };
+    timely(clickhouse.options().insert_timeout, work).await
 }
 
 async fn last_step(clickhouse: &ClickHouse, which: &str) -> Result<Option<Step>, Fault> {

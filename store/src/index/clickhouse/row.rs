@@ -222,6 +222,11 @@ impl SessionRow {
 }
 
 /// The words of the published table.
+/// The kind of an environment by the word in the table.
+pub(super) fn environment_kind(word: &str) -> Option<EnvironmentKind> {
+    EnvironmentKind::ALL.into_iter().find(|kind| environment_type(*kind) == word)
+}
+
 fn environment_type(kind: EnvironmentKind) -> &'static str {
     match kind {
         EnvironmentKind::Production => "PRODUCTION",

@@ -1,0 +1,124 @@
+//! `sessiond replicate`: the replicator alone, and how it is.
+
+use std::sync::Arc;
+
+use anyhow::{bail, ensure};
+use clap::{Args, Subcommand};
+use tokio_util::sync::CancellationToken;
+
+use super::Common;
+use super::output::OutputArgs;
+use crate::config::Config;
+use crate::domain::{Background, SystemClock};
+use crate::replication::Context;
+use crate::replication::status::{Status, status};
+use crate::server::{open_context, prepare_process, replicator, source_options};
+use crate::store::metadata::{OpenError, OpenOptions, SqlMetadata};
+use crate::telemetry::Metrics;
+use crate::{shutdown, telemetry};
+
+/// Flags and commands of `replicate`.
+#[derive(Debug, Args)]
+pub(super) struct ReplicateArgs {
+    #[command(subcommand)]
+    command: Option<ReplicateCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+enum ReplicateCommand {
+    /// Say how the replication is, and what is wrong with it; the exit code is 1 if anything is
+    Status(OutputArgs),
+}
+
+pub(super) async fn replicate(common: &Common, args: ReplicateArgs) -> anyhow::Result<()> {
+    let config = common.load(None)?;
+    config.require_replicable()?;
+    match args.command {
+        None => run(&config).await,
+        Some(ReplicateCommand::Status(output)) => show_status(&config, output).await,
+    }
+}
+
+async fn run(config: &Config) -> anyhow::Result<()> {
+    telemetry::start_logging(&config.telemetry)?;
+    config.tell_without_effect();
+    prepare_process()?;
+    let [stop, _] = shutdown::signalled()?;
+    let metadata = open_metadata(config).await?;
+    let (stopping, metrics) = (CancellationToken::new(), Metrics::new());
+    let faults = metrics.clone();
+    let background = Arc::new(Background::new(stopping.clone(), move |task| faults.task_fault(task)));
+    let context = context(config, metadata, background.clone(), &metrics)?;
+    let replicator = Arc::new(replicator(config, context)?);
+    tracing::info!(slot = config.replication.slot, "replicating");
+    let stopped = stopping.clone();
+    let running = background.keep("replication", move || {
+        let (replicator, stop) = (replicator.clone(), stopped.clone());
+        async move { replicator.run(stop).await }
+    });
+    stop.await;
+    tracing::info!("stopping");
+    stopping.cancel();
+    running.await?;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Makes no store where there is none: a server does, with its keys.
+async fn open_metadata(config: &Config) -> anyhow::Result<SqlMetadata> {
+    let options =
+        OpenOptions { connections: config.metadata.connections, create: false, ..OpenOptions::default() };
+    match SqlMetadata::open(&config.metadata_url(), options).await {
+        Err(missing @ OpenError::Missing(_)) => bail!("{missing}: `sessiond serve` makes one"),
+        other => Ok(other?),
+    }
+}
+
+fn context(
+    config: &Config,
+    metadata: SqlMetadata,
+    background: Arc<Background>,
+    metrics: &Metrics,
+) -> anyhow::Result<Context> {
+    open_context(config, metadata, (background, metrics.replication().clone()), Arc::new(SystemClock))
+}
+
+async fn show_status(config: &Config, output: OutputArgs) -> anyhow::Result<()> {
+    prepare_process()?;
+    let metadata = open_metadata(config).await?;
+    let context = context(config, metadata, Arc::default(), &Metrics::new())?;
+    let seen = status(&source_options(config)?, config.replication.heartbeat, &context).await?;
+    output.print(&serde_json::to_value(&seen)?, || describe(&seen));
+    ensure!(seen.problems.is_empty(), "{} found", many(seen.problems.len(), "problem"));
+    Ok(())
+}
+
+fn many(count: usize, what: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{plural}")
+}
+
+fn describe(seen: &Status) -> String {
+    let phase = match (seen.phase, &seen.backfilled_to) {
+        (Some(phase), Some(to)) => format!("{phase}, up to {to}"),
+        (phase, _) => phase.unwrap_or("-").to_owned(),
+    };
+    let leader = match (&seen.leader, seen.leader_unheard_ms) {
+        (Some(leader), Some(millis)) => format!("{leader}, heard of {} s ago", millis / 1000),
+        _ => "-".to_owned(),
+    };
+    let bytes = |bytes: Option<u64>| bytes.map_or("-".to_owned(), |bytes| format!("{bytes} bytes"));
+    let read = if seen.is_read { "is read" } else { "is not read" };
+    let rows = [
+        ("slot", format!("{} ({read})", seen.slot)),
+        ("phase", phase),
+        ("epoch", seen.epoch.map_or("-".to_owned(), |epoch| epoch.to_string())),
+        ("leader", leader),
+        ("stored", seen.flushed.clone().map_or("-".to_owned(), |place| format!("up to {place}"))),
+        ("behind", bytes(seen.behind_bytes)),
+        ("log kept", bytes(seen.retained_bytes)),
+    ];
+    let rows = rows.map(|(name, value)| format!("{name:10}{value}"));
+    let problems = seen.problems.iter().map(|problem| format!("! {problem}"));
+    rows.into_iter().chain(problems).collect::<Vec<_>>().join("\n")
+}

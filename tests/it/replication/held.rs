@@ -73,7 +73,7 @@ fn inserts(first: usize, last: usize, metadata: &str) -> String {
 const LARGE: &str = "(SELECT jsonb_build_object('noise', string_agg(md5(n::text || m::text), '')) FROM generate_series(1, 300) m)";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_commit_that_is_held_while_the_slot_is_made_is_there_after_the_copy() {
+async fn a_commit_that_a_standby_of_postgres_holds_while_the_slot_is_made_is_there_after_the_copy() {
     let world = World::synchronous().await;
     world.slot.run(&inserts(1, 5, "NULL")).await;
     let held = Held::commit(&world, inserts(6, 8, LARGE)).await;
@@ -110,7 +110,7 @@ async fn a_commit_that_is_held_while_the_slot_is_made_is_there_after_the_copy() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_held_transaction_leaves_out_is_fetched_once_it_can_be_seen() {
+async fn what_a_held_transaction_of_postgres_leaves_out_is_fetched_once_it_can_be_seen() {
     let world = World::synchronous_streaming().await;
     let running = world.lead(&world.clickhouse, |source| Box::new(source)).await;
     // The inserts of the large ones are in the first chunk, the updates, which leave the metadata out, in the second.
@@ -137,7 +137,7 @@ async fn what_a_held_transaction_leaves_out_is_fetched_once_it_can_be_seen() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leader_lives_on_while_every_commit_of_its_own_database_is_held() {
+async fn a_leader_lives_on_while_postgres_holds_every_commit_of_its_own_database() {
     let world = World::synchronous().await;
     world.slot.run(&inserts(1, 5, "NULL")).await;
     world.ensured().await.expect("a slot");

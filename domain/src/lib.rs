@@ -4,6 +4,7 @@
 
 pub mod access;
 pub mod background;
+mod backoff;
 pub mod blob;
 pub mod channel;
 pub mod clock;
@@ -28,6 +29,7 @@ pub mod watch;
 
 pub use access::{Action, Caller, CallerKind, Resource, Scopes};
 pub use background::{Background, Ticker};
+pub use backoff::Backoff;
 pub use blob::{Blob, BlobInfo, BlobKey, Blobs, ByteStream};
 pub use channel::{ChannelAddress, ChannelKey, ChannelName, Direction};
 pub use clock::{Clock, SystemClock, TestClock, Timestamp};

@@ -1,19 +1,18 @@
 //! [`Flusher`]: brings batches to ClickHouse, for as long as it takes.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Mutex, MutexGuard};
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
 use super::batch::{Batch, RowChange};
 use super::pgoutput::{Column, Tuple};
 use super::row::{COLUMNS, SortKey, Version};
 use super::{Context, RowVersion};
-use crate::domain::EnvironmentId;
 use crate::domain::tenant::Environment;
+use crate::domain::{Backoff, EnvironmentId};
 use crate::store::index::clickhouse::{Environments, Fault, SessionRow, SessionWriter, note_replicated};
 
 /// The first pause before a failed attempt is made again, before jitter, and the longest.
@@ -24,6 +23,11 @@ const UNSEEN_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::
 /// stored at once.
 const FETCHED: usize = 8;
 const FETCHED_BYTES: usize = 8 << 20;
+
+/// Parts of a month from which on inserts come less often, and how seldom they may become. A server slows inserts down by itself
+/// at a thousand.
+const MANY_PARTS: u64 = 150;
+const LONGEST_GAP: Duration = Duration::from_secs(2);
 
 /// Stores batches of one epoch.
 #[derive(Clone)]
@@ -36,24 +40,6 @@ pub struct Flusher {
     /// Held from when older rows are read to when they are stored, and while all rows are buried: what was read before a
     /// TRUNCATE must not be stored after it.
     older: Arc<Mutex<()>>,
-}
-
-/// Pauses that double, each of a random part of its length: what fails together does not come back together.
-struct Pauses {
-    next: Duration,
-    longest: Duration,
-}
-
-impl Pauses {
-    fn new((first, longest): (Duration, Duration)) -> Self {
-        Self { next: first, longest }
-    }
-
-    async fn pause(&mut self) {
-        let random = RandomState::new().hash_one(self.next) % 1024;
-        sleep(self.next.mul_f64(random as f64 / 1024.0)).await;
-        self.next = (self.next * 2).min(self.longest);
-    }
 }
 
 impl Flusher {
@@ -108,7 +94,7 @@ impl Flusher {
 
     async fn store_whole(&self, changes: HashMap<SortKey, RowChange>) {
         let rows = self.rows(changes).await;
-        let mut pauses = Pauses::new(PAUSE);
+        let mut pauses = backoff(PAUSE);
         while let Err(fault) = self.insert(&rows).await {
             self.context.metrics.retried();
             tracing::warn!(
@@ -119,6 +105,16 @@ impl Flusher {
             pauses.pause().await;
         }
         self.context.metrics.inserted(rows.len());
+    }
+
+    /// The gap between two inserts that are not full, after one of `gap`: twice as long, up to [`LONGEST_GAP`], while
+    /// ClickHouse has not merged what there is, and half of it again afterwards, down to `least`.
+    pub async fn next_gap(&self, gap: Duration, least: Duration) -> Duration {
+        match self.writer.most_parts().await {
+            Ok(parts) if parts > MANY_PARTS => (gap * 2).clamp(least, LONGEST_GAP.max(least)),
+            Ok(_) => (gap / 2).max(least),
+            Err(_) => gap,
+        }
     }
 
     /// To be held from when older rows are read to when they are stored.
@@ -214,7 +210,7 @@ impl Flusher {
     }
 
     async fn fetch(&self, ids: &[&str], xids: &[u32]) -> Vec<Vec<Option<String>>> {
-        let mut unseen = Pauses::new(UNSEEN_PAUSE);
+        let mut unseen = backoff(UNSEEN_PAUSE);
         loop {
             let found = surely("sessions", || self.context.postgres.sessions(COLUMNS, ids, xids)).await;
             match found {
@@ -240,6 +236,10 @@ impl Flusher {
     }
 }
 
+fn backoff((first, longest): (Duration, Duration)) -> Backoff {
+    Backoff::new(first, longest)
+}
+
 /// Texts of a query as the stream would have them.
 fn tuple(columns: Vec<Option<String>>) -> Tuple {
     columns.into_iter().map(|text| text.map_or(Column::Null, |text| Column::Text(text.into()))).collect()
@@ -255,7 +255,7 @@ pub(super) async fn surely<T, E: std::error::Error + 'static, F: Future<Output =
     what: &'static str,
     ask: impl Fn() -> F,
 ) -> T {
-    let mut pauses = Pauses::new(PAUSE);
+    let mut pauses = backoff(PAUSE);
     loop {
         match ask().await {
             Ok(answer) => return answer,

@@ -3,11 +3,10 @@
 //! The slot is the lock: whoever reads it leads, and the server lets one read. A leader that dies loses it with its connection,
 //! one that is frozen when the server has waited for it long enough.
 
-use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -18,6 +17,7 @@ use super::slot::{self, SlotError};
 use super::source::SourceError;
 use super::term::{Term, TermEnd, TermOptions};
 use super::{Context, Lsn};
+use crate::domain::Backoff;
 use crate::store::index::clickhouse::{Fault, migrate};
 use crate::store::metadata::Phase;
 
@@ -94,9 +94,8 @@ impl Replicator {
 
     /// Leads whenever the slot is free, until `stop` is cancelled. Whatever goes wrong is told and tried again.
     pub async fn run(&self, stop: CancellationToken) {
-        let mut failures = 0;
+        let mut backoff = Backoff::new(self.options.poll, self.options.longest_pause);
         while let Some(term) = stop.run_until_cancelled(Box::pin(self.begin())).await {
-            failures += 1;
             match term {
                 Ok(Some((term, backfilling))) => {
                     tracing::info!(
@@ -110,7 +109,7 @@ impl Replicator {
                     drop(backfilling);
                     self.context.metrics.leading(false);
                     if begun.elapsed() >= WELL {
-                        failures = 1;
+                        backoff.reset();
                     }
                     if matches!(end, TermEnd::Stopped) {
                         return;
@@ -120,7 +119,7 @@ impl Replicator {
                     self.tell(&Health::Failing(end.to_string()));
                 }
                 Ok(None) => {
-                    failures = 0;
+                    backoff.reset();
                     self.tell(&Health::Following);
                 }
                 Err(hindrance) => {
@@ -133,11 +132,7 @@ impl Replicator {
                     self.tell(&failing);
                 }
             }
-            let random = RandomState::new().hash_one(failures) % 1024;
-            let pause =
-                self.options.poll.saturating_mul(1 << failures.min(10)).min(self.options.longest_pause);
-            let pause = pause.mul_f64(1.0 + random as f64 / 1024.0);
-            if stop.run_until_cancelled(sleep(pause)).await.is_none() {
+            if stop.run_until_cancelled(backoff.pause()).await.is_none() {
                 return;
             }
         }

@@ -42,8 +42,8 @@ fn unfit<T>(sentence: impl Into<String>) -> Result<T, SlotError> {
 pub enum Found {
     /// It can be read.
     Ready(Slot),
-    /// It is not there yet, and can be made under this epoch.
-    Missing(Epoch),
+    /// It is not there yet, and can be made: under this epoch, if somebody has begun to, otherwise under the next one.
+    Missing(Option<Epoch>),
 }
 
 /// Finds the slot of `options`, or makes it, its publication first: what is published when a change is made decides whether it is
@@ -59,7 +59,8 @@ async fn ensure_alone(options: &SourceOptions, context: &Context) -> Result<Slot
     let (name, postgres) = (&options.slot, &context.postgres);
     let epoch = match look(options, context).await? {
         Found::Ready(slot) => return Ok(slot),
-        Found::Missing(epoch) => epoch,
+        Found::Missing(Some(epoch)) => epoch,
+        Found::Missing(None) => next_epoch(context).await?,
     };
     if postgres.published(&options.publication).await? == Published::Nothing {
         postgres.publish(&options.publication).await?;
@@ -70,7 +71,16 @@ async fn ensure_alone(options: &SourceOptions, context: &Context) -> Result<Slot
     Ok(Slot { epoch, is_backfilling: true })
 }
 
-/// Looks at the slot of `options`, and at what it needs. Changes nothing.
+/// The one that outweighs whatever is in ClickHouse.
+async fn next_epoch(context: &Context) -> Result<Epoch, SlotError> {
+    let newest = SessionWriter::new(context.clickhouse.clone()).newest_version().await?;
+    match RowVersion(newest).epoch().0.checked_add(1) {
+        Some(epoch) => Ok(Epoch(epoch)),
+        None => unfit("replication has begun anew 255 times: set another clickhouse.database"),
+    }
+}
+
+/// Looks at the slot of `options`, and at what it needs. Changes nothing, and asks ClickHouse nothing.
 ///
 /// # Errors
 /// As [`ensure`].
@@ -112,14 +122,10 @@ pub async fn look(options: &SourceOptions, context: &Context) -> Result<Found, S
                  SELECT pg_drop_replication_slot('{name}')"
             ));
         }
-        let newest = SessionWriter::new(context.clickhouse.clone()).newest_version().await?;
-        return match RowVersion(newest).epoch().0.checked_add(1) {
-            Some(epoch) => Ok(Found::Missing(Epoch(epoch))),
-            None => unfit("replication has begun anew 255 times: set another clickhouse.database"),
-        };
+        return Ok(Found::Missing(None));
     };
     match state.phase {
-        Phase::Creating => return Ok(Found::Missing(Epoch(state.epoch))),
+        Phase::Creating => return Ok(Found::Missing(Some(Epoch(state.epoch)))),
         Phase::Dropped | Phase::Overrun => {
             return unfit(format!("the slot {name} was dropped on purpose"));
         }

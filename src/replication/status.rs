@@ -76,7 +76,7 @@ pub async fn status(source: &SourceOptions, heartbeat: Duration, context: &Conte
             }
         }
     }
-    if let Err(fault) = context.clickhouse.fetch::<u8>(context.clickhouse.query("SELECT 1")).await {
+    if let Err(fault) = context.clickhouse.ping().await {
         problems.push(Chain(&fault).to_string());
     }
     let leader = state.as_ref().and_then(|state| state.leader.clone());

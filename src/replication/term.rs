@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -104,6 +105,8 @@ struct Stream {
     flying: usize,
     /// What is on its way must not be overtaken.
     in_order: bool,
+    /// Shortest time between the beginnings of two batches that are not full.
+    gap: watch::Receiver<Duration>,
     /// When a batch that is not full may begin.
     next_flush: Instant,
     heard: Instant,
@@ -123,14 +126,24 @@ impl Term {
     pub async fn run(self, stop: &CancellationToken) -> TermEnd {
         let Self { source, flusher, epoch, options } = self;
         let (superseded, context) = (CancellationToken::new(), flusher.context().clone());
+        let gap = watch::Sender::new(options.flush_gap);
+        let look = {
+            let (gap, flusher, options, background) =
+                (gap.clone(), flusher.clone(), options.clone(), context.background.clone());
+            async move {
+                let looking = || look_at_parts(&flusher, &options, &gap);
+                background.survived("look at parts in ClickHouse", looking).await;
+            }
+        };
         let heart = {
             let (options, superseded) = (options.clone(), superseded.clone());
             async move {
-                let beating = || beat(context.clone(), options.clone(), epoch, superseded.clone());
+                let beating = || beat(&context, &options, epoch, &superseded);
                 context.background.survived("heartbeats of replication", beating).await;
             }
         };
-        let _heart = AbortOnDropHandle::new(tokio::spawn(heart));
+        let _tasks =
+            [AbortOnDropHandle::new(tokio::spawn(look)), AbortOnDropHandle::new(tokio::spawn(heart))];
         let mut stream = Stream {
             source,
             flusher,
@@ -140,6 +153,7 @@ impl Term {
             flights: JoinSet::new(),
             flying: 0,
             in_order: false,
+            gap: gap.subscribe(),
             next_flush: Instant::now(),
             heard: Instant::now(),
             sent: None,
@@ -321,7 +335,7 @@ impl Stream {
     fn flush_if_due(&mut self) {
         let now = Instant::now();
         if self.may_flush() && (self.is_full() || now >= self.next_flush) {
-            self.next_flush = now + self.options.flush_gap;
+            self.next_flush = now + *self.gap.borrow();
             let batch = self.batcher.end();
             self.flush(batch);
         }
@@ -351,8 +365,8 @@ impl Stream {
 }
 
 /// Tells who leads and how far the stream is, and makes the stream say something.
-async fn beat(context: Context, options: TermOptions, epoch: Epoch, superseded: CancellationToken) {
-    let Context { postgres, metrics, reached, .. } = &context;
+async fn beat(context: &Context, options: &TermOptions, epoch: Epoch, superseded: &CancellationToken) {
+    let Context { postgres, metrics, reached, .. } = context;
     // A beat that is late moves those behind it.
     let mut beats = Ticker::new(options.heartbeat, CancellationToken::new());
     while beats.tick().await {
@@ -371,5 +385,16 @@ async fn beat(context: Context, options: TermOptions, epoch: Epoch, superseded: 
                 tracing::warn!(error = &error as &dyn std::error::Error, "no heartbeat of the replicator");
             }
         }
+    }
+}
+
+/// Keeps inserts apart while ClickHouse is behind with merging them. In a task of its own: ClickHouse may be silent for long.
+async fn look_at_parts(flusher: &Flusher, options: &TermOptions, gap: &watch::Sender<Duration>) {
+    let mut looks = Ticker::new(options.heartbeat, CancellationToken::new());
+    while looks.tick().await {
+        let before = *gap.borrow();
+        let next = flusher.next_gap(before, options.flush_gap).await;
+        flusher.context().metrics.flush_gap(next);
+        gap.send_replace(next);
     }
 }

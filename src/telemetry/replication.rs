@@ -1,5 +1,6 @@
 //! What a replicator shows. All of it is zero in a process without one.
 
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
@@ -41,6 +42,7 @@ pub struct ReplicationMetrics {
     retries: Counter,
     events: Family<EventLabels, Counter>,
     retained: Gauge,
+    gap: Gauge<f64, AtomicU64>,
 }
 
 impl ReplicationMetrics {
@@ -55,8 +57,9 @@ impl ReplicationMetrics {
             retries: Counter::default(),
             events: Family::default(),
             retained: Gauge::default(),
+            gap: Gauge::default(),
         };
-        let Self { leading, lag, batches, batch_size, duration, inserted, retries, events, retained } =
+        let Self { leading, lag, batches, batch_size, duration, inserted, retries, events, retained, gap } =
             metrics.clone();
         let registry = registry.sub_registry_with_prefix("replication");
         registry.register("leading", "1 while this process reads the replication slot", leading);
@@ -83,6 +86,12 @@ impl ReplicationMetrics {
             Unit::Bytes,
             retained,
         );
+        registry.register_with_unit(
+            "flush_gap",
+            "Shortest time between two inserts that are not full; longer while ClickHouse has many parts to merge",
+            Unit::Seconds,
+            gap,
+        );
         metrics
     }
 
@@ -91,6 +100,7 @@ impl ReplicationMetrics {
         self.leading.set(leads.into());
         if !leads {
             self.retained.set(0);
+            self.gap.set(0.0);
         }
     }
 
@@ -117,6 +127,11 @@ impl ReplicationMetrics {
     /// An insert has failed, and is made again.
     pub fn retried(&self) {
         self.retries.inc();
+    }
+
+    /// Inserts that are not full are so far apart.
+    pub fn flush_gap(&self, gap: Duration) {
+        self.gap.set(gap.as_secs_f64());
     }
 
     /// Postgres keeps so many bytes for the slot.

@@ -8,6 +8,7 @@ use tokio::task::JoinHandle;
 
 use super::term::World;
 use super::*;
+use crate::harness::clickhouse;
 use crate::harness::database::TestDatabase;
 
 impl World {
@@ -100,6 +101,46 @@ async fn what_is_lost_or_not_ours_on_postgres_is_refused_with_a_sentence() {
     let refusal = world.refusal().await;
     assert!(refusal.contains("does not know it"), "{refusal}");
     world.slot.end().await;
+}
+
+#[tokio::test]
+async fn a_page_of_older_rows_on_postgres_is_as_large_as_it_may_be() {
+    let world = World::bare().await;
+    for (number, length) in [(1, 10), (2, 3_000), (3, 900), (4, 10), (5, 10)] {
+        let row = format!(
+            "INSERT INTO sessions (id, environment_id, kind, task_identifier, tags, metadata, current_run_id, created_at, updated_at) \
+             VALUES ('session_{number}', '{HERE}', 'chat', 'agent', '[]', '{{\"text\": \"{}\"}}', 'run', 1, 1)",
+            "x".repeat(length)
+        );
+        world.slot.run(&row).await;
+    }
+    let (mut after, mut pages) = (String::new(), Vec::new());
+    loop {
+        let page = world.postgres().page(&["id"], &after, 2, 1_000).await.expect("a page");
+        let Some(last) = page.last().and_then(|columns| columns[0].clone()) else { break };
+        pages.push(page.len());
+        after = last;
+    }
+    // Alone what is too large, then what fits, and never more than two.
+    assert_eq!(pages, [1, 1, 2, 1]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_on_postgres_that_were_read_before_a_truncate_are_not_left_by_it() {
+    let world = World::bare().await;
+    let flusher = world.flusher(&world.clickhouse);
+    let one = session(1_000);
+    world.sql.create(one.clone()).await;
+    let reading = flusher.reading_older().await;
+    let page = world.postgres().page(COLUMNS, "", 10, 1 << 20).await.expect("a page");
+    let (burying, bury) = (flusher.clone(), RowVersion::new(Epoch(1), Lsn(500)));
+    let truncate = tokio::spawn(async move { burying.bury(bury).await });
+    flusher.store_older(page, RowVersion::new(Epoch(1), Lsn(0))).await;
+    assert!(!truncate.is_finished(), "it waits until what was read is stored");
+    drop(reading);
+    timeout(PATIENCE, truncate).await.expect("it ends in time").expect("no panic");
+    let left: Vec<u64> = clickhouse::select(&world.clickhouse, "SELECT count() FROM sessions_v1 FINAL").await;
+    assert_eq!(left, [0]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

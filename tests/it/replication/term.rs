@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use async_trait::async_trait;
+
 use sessiond::domain::{SessionId, Timestamp};
 use sessiond::replication::Context;
 use sessiond::replication::flush::Flusher;
 use sessiond::replication::pgwire::PgSource;
-use sessiond::replication::source::WalSource;
+use sessiond::replication::source::{SourceError, WalEvent, WalSource};
 use sessiond::replication::term::{Term, TermEnd, TermOptions};
 use sessiond::store::index::clickhouse::{ClickHouse, ClickHouseOptions, SessionWriter};
 use sessiond::store::metadata::{Phase, ReplicationStore};
@@ -284,10 +286,94 @@ async fn what_changes_on_postgres_comes_to_clickhouse() {
     world.caught_up().await;
     world.assert_same().await;
 
+    // Of an environment that is gone itself, and that a new leader has never heard of.
+    let elsewhere = Session { environment: world.sql.elsewhere.clone(), ..session(6_000) };
+    world.sql.create(elsewhere.clone()).await;
+    world.caught_up().await;
+    assert!(matches!(running.end().await, TermEnd::Stopped));
+    world.slot.delete(&elsewhere.id).await;
+    world.slot.run(&format!("DELETE FROM environments WHERE id = '{}'", world.sql.elsewhere)).await;
+    let running = world.lead(&world.clickhouse, |source| Box::new(source)).await;
+    world.caught_up().await;
+    world.assert_same().await;
+
     // An idle server is confirmed too: what others write, and our own heartbeats.
     world.slot.run("CREATE TABLE noise AS SELECT repeat('x', 1000) FROM generate_series(1, 2000)").await;
     world.caught_up().await;
     assert!(matches!(running.end().await, TermEnd::Stopped));
     world.slot.wait_for("NOT active").await;
     world.slot.end().await;
+}
+
+/// Says nothing of what it is told, as where all of it is of other tables.
+struct Quiet(PgSource);
+
+#[async_trait]
+impl WalSource for Quiet {
+    async fn next(&mut self) -> Result<WalEvent, SourceError> {
+        while let Ok(event) = self.0.next().await {
+            if let WalEvent::KeepAlive { wal_end } = event {
+                self.0.confirm(wal_end);
+            }
+        }
+        std::future::pending().await
+    }
+
+    fn confirm(&self, _: Lsn) {}
+
+    async fn stop(self: Box<Self>) -> Result<(), SourceError> {
+        Box::new(self.0).stop().await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_of_postgres_that_is_silent_is_left_only_when_the_server_does_not_read_on() {
+    let mut world = World::fresh().await;
+    world.options.silence = Duration::from_millis(200);
+    let running = world.lead(&world.clickhouse, |source| Box::new(Quiet(source))).await;
+    for turn in 0..20 {
+        let place = replication::flushed(&world.slot.connection).await;
+        world.slot.run(&format!("CREATE TABLE noise_{turn} AS SELECT 1 AS one")).await;
+        world.slot.wait_for(&format!("confirmed_flush_lsn > '{place}'")).await;
+    }
+    assert!(!running.term.is_finished(), "the server reads on, and nothing is amiss");
+    world
+        .slot
+        .run(&format!(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = '{}'",
+            world.slot.name
+        ))
+        .await;
+    let end = timeout(PATIENCE, running.term).await.expect("it ends in time").expect("no panic");
+    assert!(matches!(end, TermEnd::Silence(_)), "{end:?}");
+    world.slot.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inserts_come_less_often_while_clickhouse_is_behind_with_merging() {
+    let world = World::bare().await;
+    let (flusher, environment) = (world.flusher(&world.clickhouse), here(&world.sql).await);
+    let least = Duration::from_millis(50);
+    assert_eq!(flusher.next_gap(least, least).await, least);
+    let database = &world.clickhouse.options().database;
+    let command = |text: String| async move {
+        let client = ::clickhouse::Client::default().with_url(clickhouse::url());
+        client.query_raw(&text).execute().await.expect("done");
+    };
+    command(format!("SYSTEM STOP MERGES {database}.sessions_v1")).await;
+    let rows = (0..160).map(|number| SessionRow::new(session(number), &environment, 7));
+    for row in rows {
+        world.writer().insert(&[row]).await.expect("stored");
+    }
+    let mut gap = least;
+    for millis in [100, 200, 400, 800, 1_600, 2_000, 2_000] {
+        gap = flusher.next_gap(gap, least).await;
+        assert_eq!(gap, Duration::from_millis(millis));
+    }
+    command(format!("SYSTEM START MERGES {database}.sessions_v1")).await;
+    command(format!("OPTIMIZE TABLE {database}.sessions_v1 FINAL")).await;
+    for millis in [1_000, 500, 250, 125] {
+        gap = flusher.next_gap(gap, least).await;
+        assert_eq!(gap, Duration::from_millis(millis));
+    }
 }

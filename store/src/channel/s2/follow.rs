@@ -11,16 +11,17 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use futures_util::stream::{BoxStream, StreamExt};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::backoff::Backoff;
 use super::read::delivered;
 use super::registry::Arrival;
 use super::remote::{Keep, away};
-use super::{Shared, codec};
+use super::{FIRST_PAUSE, Shared, codec};
 use crate::channel::follow::{Source, followed};
 use crate::channel::live::{Subscription, Window};
 use sessiond_domain::port::Followed;
 use sessiond_domain::record::ReadLimit;
-use sessiond_domain::{ChannelKey, Closure, ConnectionBudget, Error, ReadStart, RecordBatch, Result, SeqNum};
+use sessiond_domain::{
+    Backoff, ChannelKey, Closure, ConnectionBudget, Error, ReadStart, RecordBatch, Result, SeqNum,
+};
 
 /// The followed channels of this replica.
 #[derive(Default)]
@@ -106,7 +107,7 @@ impl Source for S2Source {
     /// Waits for S2 to come back.
     async fn read(&self, from: SeqNum, limit: ReadLimit) -> Result<Arc<RecordBatch>> {
         let Feed { shared, key, .. } = &*self.feed;
-        let mut backoff = Backoff::new(shared.longest_pause);
+        let mut backoff = Backoff::new(FIRST_PAUSE, shared.longest_pause);
         loop {
             match shared.read(key, ReadStart::SeqNum(from), limit).await {
                 Err(Error::Unavailable { .. }) => backoff.pause().await,
@@ -141,7 +142,7 @@ enum Ended {
 
 impl Feeder {
     async fn run(self) {
-        let mut backoff = Backoff::new(self.shared.longest_pause);
+        let mut backoff = Backoff::new(FIRST_PAUSE, self.shared.longest_pause);
         loop {
             let before = self.next();
             let ended = match self.connection().await {

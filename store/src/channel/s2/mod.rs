@@ -6,7 +6,6 @@
 //! Knows no session rows: what is closed is what was sealed in S2.
 
 mod append;
-mod backoff;
 mod codec;
 mod follow;
 mod index;
@@ -43,6 +42,9 @@ use sessiond_domain::{
     AppendAck, AppendInput, Background, ChannelKey, ChannelStore, Clock, Close, Closure, ConnectionBudget,
     Error, ReadStart, RecordBatch, Result, SessionId,
 };
+
+/// The first pause before something is tried again, before jitter.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
 /// Longest an answer to "are you there" may take.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);

@@ -17,10 +17,9 @@ use s2_sdk::types::{
 use s2_sdk::{S2, S2Basin, S2Stream};
 use secrecy::ExposeSecret;
 
-use super::backoff::Backoff;
-use super::{OpenError, S2Options, codec};
+use super::{FIRST_PAUSE, OpenError, S2Options, codec};
 use sessiond_domain::record::BATCH_RECORDS_MAX;
-use sessiond_domain::{Error, Position, Result, SeqNum};
+use sessiond_domain::{Backoff, Error, Position, Result, SeqNum};
 
 /// Longest a request or an ack may take before S2 counts as away.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -148,7 +147,7 @@ impl Remote {
         records: Vec<AppendRecord>,
         guard: Guard<'_>,
     ) -> Result<Position, Fault> {
-        let mut backoff = Backoff::new(self.longest_pause);
+        let mut backoff = Backoff::new(FIRST_PAUSE, self.longest_pause);
         loop {
             match self.append(name, records.clone(), guard).await {
                 Err(Fault::NoStream) if backoff.tries() < ATTEMPTS.get() => {
@@ -170,7 +169,7 @@ impl Remote {
         records: Vec<AppendRecord>,
         guard: Guard<'_>,
     ) -> Result<Position, Fault> {
-        let mut backoff = Backoff::new(self.longest_pause);
+        let mut backoff = Backoff::new(FIRST_PAUSE, self.longest_pause);
         loop {
             match self.append_or_create(name, keep, records.clone(), guard).await {
                 Err(Fault::Unknown(_)) if backoff.tries() < ATTEMPTS.get() => backoff.pause().await,

@@ -15,17 +15,18 @@ use s2_sdk::append_session::{AppendSession, BatchSubmitTicket};
 use s2_sdk::error::AppendSessionError;
 use tokio::sync::mpsc;
 
-use super::Shared;
 use super::append::{Request, away_too};
-use super::backoff::Backoff;
 use super::codec::{self, SEAL};
 use super::index::lock;
 use super::plan::{NOWHERE, Plan};
 use super::remote::{Fault, Guard, away, session_fault};
+use super::{FIRST_PAUSE, Shared};
 use crate::channel::observer::CommitStats;
 use crate::channel::part::Digest;
 use sessiond_domain::record::Chain;
-use sessiond_domain::{AppendAck, AppendInput, ChannelKey, Closure, Error, Position, Result, SeqNum};
+use sessiond_domain::{
+    AppendAck, AppendInput, Backoff, ChannelKey, Closure, Error, Position, Result, SeqNum,
+};
 
 /// Batches of one channel that are on their way.
 const IN_FLIGHT: usize = 512;
@@ -330,7 +331,7 @@ impl Writer {
         if request.since.elapsed() > CONTENDED_FOR {
             return request.answer(Err(away("other writers keep getting in the way")));
         }
-        let pause = Backoff::after(self.shared.longest_pause, request.tries).next() / 16;
+        let pause = Backoff::after(FIRST_PAUSE, self.shared.longest_pause, request.tries).next_pause() / 16;
         self.waiting.push_front(request);
         tokio::time::sleep(pause).await;
     }

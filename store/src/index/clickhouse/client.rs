@@ -236,6 +236,14 @@ impl ClickHouse {
         timely(self.options.query_timeout, query.fetch_all()).await
     }
 
+    /// Whether it answers.
+    ///
+    /// # Errors
+    /// As [`ClickHouse::fetch`].
+    pub async fn ping(&self) -> Result<(), Fault> {
+        self.one::<u8>(self.ask("SELECT 1")).await.map(drop)
+    }
+
     /// The one row of a query that has one.
     ///
     /// # Errors

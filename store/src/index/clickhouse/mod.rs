@@ -65,9 +65,8 @@ impl ClickHouseIndex {
         let probe: Probe = Arc::new(move || {
             let clickhouse = probed.clone();
             Box::pin(async move {
-                let answer = clickhouse.one::<u8>(clickhouse.ask("SELECT 1"));
-                let answer = tokio::time::timeout(PROBE_TIMEOUT, answer).await;
-                answer.unwrap_or(Err(Fault::TimedOut(PROBE_TIMEOUT))).map(drop)
+                let answer = tokio::time::timeout(PROBE_TIMEOUT, clickhouse.ping()).await;
+                answer.unwrap_or(Err(Fault::TimedOut(PROBE_TIMEOUT)))
             })
         });
         Self {

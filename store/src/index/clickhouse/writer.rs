@@ -124,6 +124,17 @@ impl SessionWriter {
         }))
     }
 
+    /// Into how many parts the month is split that is split into the most.
+    ///
+    /// # Errors
+    /// As [`ClickHouse::fetch`].
+    pub async fn most_parts(&self) -> Result<u64, Fault> {
+        let parts = "SELECT ifNull(max(parts), 0) FROM (SELECT count() AS parts FROM system.parts \
+                     WHERE database = {database:String} AND table = 'sessions_v1' AND active GROUP BY partition_id)";
+        let parts = self.clickhouse.query(parts).param("database", self.clickhouse.database());
+        Ok(self.clickhouse.fetch::<u64>(parts).await?.into_iter().next().unwrap_or_default())
+    }
+
     /// Puts a tombstone in the place of every session whose newest version is older than `version`. Its own is one less, so
     /// that it hides nothing that was stored at `version`.
     ///

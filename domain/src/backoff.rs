@@ -3,48 +3,46 @@
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
-/// The first pause, before jitter.
-const FIRST: Duration = Duration::from_millis(50);
-
 /// Pauses that double up to a longest, each with up to as much again at random, so that what broke together does not come
 /// back together.
 #[derive(Debug)]
-pub(super) struct Backoff {
+pub struct Backoff {
+    first: Duration,
     longest: Duration,
     tries: u32,
 }
 
 impl Backoff {
-    /// The longest pause is given before jitter.
-    pub(super) fn new(longest: Duration) -> Self {
-        Self { longest, tries: 0 }
+    /// The first pause and the longest one are given before jitter.
+    pub fn new(first: Duration, longest: Duration) -> Self {
+        Self { first, longest, tries: 0 }
     }
 
     /// As if it had been paused so often, but no more than a few times.
-    pub(super) fn after(longest: Duration, tries: u32) -> Self {
-        Self { longest, tries: tries.min(4) }
+    pub fn after(first: Duration, longest: Duration, tries: u32) -> Self {
+        Self { first, longest, tries: tries.min(4) }
     }
 
     /// The next pause.
-    pub(super) fn next(&mut self) -> Duration {
-        let base = FIRST.saturating_mul(1 << self.tries.min(16)).min(self.longest);
+    pub fn next_pause(&mut self) -> Duration {
+        let base = self.first.saturating_mul(1 << self.tries.min(16)).min(self.longest);
         self.tries = self.tries.saturating_add(1);
         let random = RandomState::new().hash_one(self.tries) % 1024;
         base + base.mul_f64(random as f64 / 1024.0)
     }
 
     /// Waits for the next pause.
-    pub(super) async fn pause(&mut self) {
-        tokio::time::sleep(self.next()).await;
+    pub async fn pause(&mut self) {
+        tokio::time::sleep(self.next_pause()).await;
     }
 
     /// How often it was paused.
-    pub(super) fn tries(&self) -> u32 {
+    pub fn tries(&self) -> u32 {
         self.tries
     }
 
     /// It worked: the next pause is the first again.
-    pub(super) fn reset(&mut self) {
+    pub fn reset(&mut self) {
         self.tries = 0;
     }
 }
@@ -55,13 +53,14 @@ mod tests {
 
     #[test]
     fn pauses_grow_to_a_longest_and_begin_anew_after_a_success() {
+        const FIRST: Duration = Duration::from_millis(50);
         const LONGEST: Duration = Duration::from_secs(5);
-        let mut backoff = Backoff::new(LONGEST);
-        let first = backoff.next();
+        let mut backoff = Backoff::new(FIRST, LONGEST);
+        let first = backoff.next_pause();
         assert!((FIRST..2 * FIRST).contains(&first));
-        let last = (0..50).map(|_| backoff.next()).last().expect("fifty");
+        let last = (0..50).map(|_| backoff.next_pause()).last().expect("fifty");
         assert!((LONGEST..2 * LONGEST).contains(&last));
         backoff.reset();
-        assert!(backoff.next() < 2 * FIRST);
+        assert!(backoff.next_pause() < 2 * FIRST);
     }
 }

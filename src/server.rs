@@ -28,7 +28,7 @@ use crate::domain::{
     Ticker,
 };
 use crate::listener::Listener;
-use crate::replication::leader::Replicator;
+use crate::replication::{self, leader::Replicator};
 use crate::shutdown::Shutdown;
 use crate::store::blob::{ObjectBlobs, S3Options};
 use crate::store::channel::log::{LogChannels, LogOptions};
@@ -273,15 +273,19 @@ impl Server {
         let sessions = Sessions::new(backends, rows);
         sessions.recover().await?;
         let auth = Auth::new(control.store.clone(), control.vault.clone(), clock.clone(), timers.clone());
-        let replicator = match config.replication.enabled {
-            true => {
-                let metadata = SqlMetadata::clone(&control.store);
-                let watch = (shutdown.background().clone(), metrics.replication().clone());
-                let context = open_context(&config, metadata, watch, clock)?;
-                Some(Arc::new(replicator(&config, context)?))
-            }
-            false => None,
-        };
+        let replicator = config.replication.enabled.then(|| {
+            let metadata = SqlMetadata::clone(&control.store);
+            let watch = (shutdown.background().clone(), metrics.replication().clone());
+            replicator(&config, open_context(&config, metadata, watch, clock)?).map(Arc::new)
+        });
+        // Nothing of it keeps the server from its work.
+        let replicator = replicator.and_then(|replicator| {
+            let hindered = |error: &anyhow::Error| {
+                tracing::error!(error = &**error as &dyn std::error::Error, "cannot replicate to ClickHouse");
+                shutdown.background().hindered("replication", Some(replication::HINDRANCE));
+            };
+            replicator.inspect_err(hindered).ok()
+        });
         Ok(Self {
             control,
             sessions,

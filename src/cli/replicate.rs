@@ -87,7 +87,7 @@ async fn show_status(config: &Config, output: OutputArgs) -> anyhow::Result<()> 
     prepare_process()?;
     let metadata = open_metadata(config).await?;
     let context = context(config, metadata, Arc::default(), &Metrics::new())?;
-    let seen = status(&source_options(config)?, config.replication.heartbeat, &context).await?;
+    let seen = status(&source_options(config)?, config.replication.heartbeat(), &context).await?;
     output.print(&serde_json::to_value(&seen)?, || describe(&seen));
     ensure!(seen.problems.is_empty(), "{} found", many(seen.problems.len(), "problem"));
     Ok(())

@@ -11,24 +11,11 @@ use crate::domain::{Error, Result};
 
 /// What each of them begins with.
 const PREFIX: &str = "SESSION_REPLICATION_";
-/// Those that mean nothing here: there is no lock beside the slot, and an insert is waited for and never given up.
-const WITHOUT_EFFECT: [&str; 13] = [
-    "LEADER_LOCK_EXTEND_INTERVAL_MS",
-    "LEADER_LOCK_ADDITIONAL_TIME_MS",
-    "ACK_INTERVAL_SECONDS",
-    "LOG_LEVEL",
-    "CLICKHOUSE_LOG_LEVEL",
-    "WAIT_FOR_ASYNC_INSERT",
-    "INSERT_STRATEGY",
-    "INSERT_MAX_RETRIES",
-    "INSERT_BASE_DELAY_MS",
-    "INSERT_MAX_DELAY_MS",
-    "KEEP_ALIVE_ENABLED",
-    "KEEP_ALIVE_IDLE_SOCKET_TTL_MS",
-    "MAX_OPEN_CONNECTIONS",
-];
-
-/// The settings that the others mean.
+/// Whether there is to be a replicator.
+const ENABLED: &str = "SESSION_REPLICATION_ENABLED";
+/// Our own variable for the URL of ClickHouse.
+const OURS: &str = "SESSIOND_CLICKHOUSE__URL";
+/// The settings that the names mean.
 const MEANINGS: [(&str, &str, Kind); 8] = [
     ("SLOT_NAME", "replication.slot", Kind::Text),
     ("PUBLICATION_NAME", "replication.publication", Kind::Text),
@@ -51,31 +38,35 @@ enum Kind {
 /// Merges what `variables` say. Returns the names of those that have no effect.
 ///
 /// # Errors
-/// [`Error::Invalid`] with every variable that is unknown or has a value that it cannot have, by its own name.
+/// [`Error::Invalid`] with every variable that has a value which it cannot have, by its own name.
 pub(super) fn merge(
     mut figment: Figment,
     variables: impl Iterator<Item = (String, String)>,
 ) -> Result<(Figment, Vec<String>)> {
-    let ours = variables.filter(|(name, value)| name.starts_with(PREFIX) && !value.is_empty());
-    let ours: Vec<_> = ours.collect();
+    let variables: Vec<_> = variables.filter(|(_, value)| !value.is_empty()).collect();
+    // Who names another server by our own variable means none of what the other one says, least of all its password.
+    let is_ours_set = variables.iter().any(|(name, _)| name.eq_ignore_ascii_case(OURS));
     // A URL alone must not begin anything: who has it set for the other system need not want this one to write there.
-    let enabled = ours.iter().any(|(name, value)| name[PREFIX.len()..] == *"ENABLED" && value == "1");
+    let is_on = |(name, value): &(String, String)| name[..] == *ENABLED && flag(value) == Some(true);
+    let takes_url = variables.iter().any(is_on) && !is_ours_set;
     let (mut without_effect, mut faults) = (Vec::new(), Vec::new());
-    for (name, value) in ours {
-        let short = &name[PREFIX.len()..];
-        let merged = match short {
-            "ENABLED" => Ok(set(figment.clone(), "replication.enabled", enabled)),
-            "CLICKHOUSE_URL" if enabled => {
+    for (name, value) in variables {
+        let Some(short) = name.strip_prefix(PREFIX) else { continue };
+        let merged = match (short, MEANINGS.iter().find(|(known, ..)| *known == short)) {
+            ("ENABLED", _) => match flag(&value) {
+                Some(enabled) => Ok(set(figment.clone(), "replication.enabled", enabled)),
+                None => Err("must be 0 or 1"),
+            },
+            ("CLICKHOUSE_URL", _) if takes_url => {
                 clickhouse(figment.clone(), &value).ok_or("must be an http or https URL")
             }
-            _ => match MEANINGS.iter().find(|(known, ..)| *known == short) {
-                Some((_, key, kind)) => one(figment.clone(), key, *kind, value),
-                None if short == "CLICKHOUSE_URL" || WITHOUT_EFFECT.contains(&short) => {
-                    without_effect.push(name.clone());
-                    continue;
-                }
-                None => Err("is no setting"),
-            },
+            (_, Some((_, key, kind))) => one(figment.clone(), key, *kind, value),
+            // Those that mean nothing here: there is no lock beside the slot, and an insert is waited for and never given up. Or
+            // no setting of anybody: the name may be that of a service, of which an orchestrator tells where it is.
+            _ => {
+                without_effect.push(name.clone());
+                continue;
+            }
         };
         match merged {
             Ok(merged) => figment = merged,
@@ -83,6 +74,14 @@ pub(super) fn merge(
         }
     }
     if faults.is_empty() { Ok((figment, without_effect)) } else { Err(Error::Invalid(faults)) }
+}
+
+fn flag(value: &str) -> Option<bool> {
+    match value {
+        "1" | "true" => Some(true),
+        "0" | "false" => Some(false),
+        _ => None,
+    }
 }
 
 fn set(figment: Figment, key: &str, value: impl Serialize) -> Figment {
@@ -172,8 +171,27 @@ mod tests {
     }
 
     #[test]
+    fn what_means_nothing_here_is_named_and_keeps_nobody_from_starting() {
+        let (_, without_effect) =
+            read(&[("SERVICE_HOST", "10.0.0.1"), ("LOG_LEVEL", "info")]).expect("settings");
+        assert_eq!(without_effect, ["SESSION_REPLICATION_SERVICE_HOST", "SESSION_REPLICATION_LOG_LEVEL"]);
+    }
+
+    #[test]
+    fn a_password_goes_to_no_other_server_than_its_own() {
+        let theirs = [(ENABLED, "1"), ("SESSION_REPLICATION_CLICKHOUSE_URL", "http://me:secret@host")];
+        let variables = theirs.into_iter().chain([(OURS, "http://elsewhere")]);
+        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let (figment, without_effect) =
+            merge(Figment::from(Toml::string(DEFAULTS)), variables).expect("settings");
+        let config: Config = figment.extract().expect("settings");
+        assert!(config.clickhouse.password.is_none() && config.clickhouse.user == "default");
+        assert_eq!(without_effect, ["SESSION_REPLICATION_CLICKHOUSE_URL"]);
+    }
+
+    #[test]
     fn what_cannot_be_meant_is_refused_by_its_own_name() {
-        for (name, value) in [("FLUSH_INTERVAL_MS", "soon"), ("CLICKHOUSE_URL", "host"), ("SLOT", "x")] {
+        for (name, value) in [("FLUSH_INTERVAL_MS", "soon"), ("CLICKHOUSE_URL", "host"), ("ENABLED", "yes")] {
             let refused = read(&[("ENABLED", "1"), (name, value)]).expect_err(name).to_string();
             assert!(refused.contains(&format!("{PREFIX}{name}")), "{refused}");
         }

@@ -192,7 +192,7 @@ impl Config {
         if !self.without_effect.is_empty() {
             tracing::warn!(
                 variables = self.without_effect.join(" "),
-                "variables without an effect here: nothing is acknowledged early or given up, and the slot is the only lock"
+                "variables that have no effect here: nothing is acknowledged early or given up, and the slot is the only lock"
             );
         }
     }

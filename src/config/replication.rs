@@ -39,12 +39,17 @@ pub struct ReplicationConfig {
     /// After how long without a sign of life Postgres takes the slot from a leader, and a leader gives its connection up.
     #[serde(with = "humantime_serde")]
     pub wal_sender_timeout: Duration,
-    /// How often a leader puts a sign of life into the write-ahead log.
+    /// How often a leader puts a sign of life into the write-ahead log; three times within `wal_sender_timeout` at least.
     #[serde(with = "humantime_serde")]
     pub heartbeat: Duration,
 }
 
 impl ReplicationConfig {
+    /// How often a leader beats.
+    pub fn heartbeat(&self) -> Duration {
+        self.heartbeat.min(self.wal_sender_timeout / 3)
+    }
+
     pub(super) fn validate(&self, faults: &mut Vec<Violation>) {
         if !is_slot(&self.slot) {
             faults.push(fault(
@@ -60,10 +65,10 @@ impl ReplicationConfig {
         }
         let millis = Duration::from_millis;
         for (field, value, least, most) in [
-            ("replication.flush_gap", self.flush_gap, Duration::ZERO, millis(10_000)),
+            ("replication.flush_gap", self.flush_gap, Duration::ZERO, millis(60_000)),
             ("replication.poll", self.poll, millis(10), millis(60_000)),
             ("replication.wal_sender_timeout", self.wal_sender_timeout, millis(1_000), millis(3_600_000)),
-            ("replication.heartbeat", self.heartbeat, millis(100), self.wal_sender_timeout / 2),
+            ("replication.heartbeat", self.heartbeat, millis(100), millis(3_600_000)),
         ] {
             if !(least..=most).contains(&value) {
                 faults.push(fault(field, &format!("must be {least:?} to {most:?}")));
@@ -72,7 +77,7 @@ impl ReplicationConfig {
         for (field, value, most) in [
             ("replication.flush_rows", self.flush_rows, 100_000),
             ("replication.flush_bytes", self.flush_bytes, 64 << 20),
-            ("replication.in_flight", self.in_flight, 64),
+            ("replication.in_flight", self.in_flight, 1_000),
             ("replication.memory", self.memory, 16 << 30),
         ] {
             if !(1..=most).contains(&value) {

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
-use super::flush::{Flusher, surely};
+use super::flush::Flusher;
 use super::row::COLUMNS;
-use super::{Epoch, Lsn, RowVersion};
+use super::{Context, Epoch, Lsn, RowVersion};
 use crate::domain::Error;
-use crate::store::metadata::{Phase, ReplicationStore};
+use crate::store::metadata::Phase;
 
 /// Sessions copied in one step at most, and bytes that what is large in them may take together.
 const PAGE: (u32, u32) = (500, 4 << 20);
@@ -23,42 +23,44 @@ const LATEST_INSERT: Duration = Duration::from_secs(600);
 /// Copies what is left to copy under `epoch`, for as long as it takes, and clears away what is older. Ends as well when the epoch
 /// is over. To be begun once the slot is there.
 pub async fn run(flusher: &Flusher, slot: &str, epoch: Epoch) {
-    let postgres = &flusher.context().postgres;
+    let context = flusher.context();
+    let postgres = &context.postgres;
     let ask = || async { Ok::<_, Error>(postgres.state(slot).await?.filter(|state| state.epoch == epoch.0)) };
-    let Some(state) = surely("replication", ask).await else { return };
+    let Some(state) = context.surely("replication", ask).await else { return };
     let version = RowVersion::new(epoch, Lsn(0));
     if state.phase == Phase::Backfilling {
         copy(flusher, slot, epoch, state.backfilled_to.unwrap_or_default()).await;
     }
-    while let Some(since) = surely("replication", || postgres.since_swept(slot, epoch.0)).await {
+    while let Some(since) = context.surely("replication", || postgres.since_swept(slot, epoch.0)).await {
         let left = LATEST_INSERT.saturating_sub(Duration::from_millis(since.try_into().unwrap_or_default()));
         if left.is_zero() {
             flusher.bury_before(version).await;
-            surely("replication", || postgres.swept(slot, epoch.0)).await;
+            context.surely("replication", || postgres.swept(slot, epoch.0)).await;
         }
         sleep(left).await;
     }
 }
 
 async fn copy(flusher: &Flusher, slot: &str, epoch: Epoch, mut after: String) {
-    let (postgres, version) = (&flusher.context().postgres, RowVersion::new(epoch, Lsn(0)));
-    wait_for_older_commits(postgres).await;
+    let (context, version) = (flusher.context(), RowVersion::new(epoch, Lsn(0)));
+    let postgres = &context.postgres;
+    wait_for_older_commits(context).await;
     let mut copied = 0;
     loop {
         let _reading = flusher.reading_older().await;
         let (rows, bytes) = PAGE;
-        let page = surely("sessions", || postgres.page(COLUMNS, &after, rows, bytes)).await;
+        let page = context.surely("sessions", || postgres.page(COLUMNS, &after, rows, bytes)).await;
         let Some(last) = page.last().and_then(|columns| columns[0].clone()) else { break };
         copied += page.len();
         flusher.store_older(page, version).await;
         after = last;
-        if !surely("replication", || postgres.backfilled(slot, epoch.0, Some(&after))).await {
+        if !context.surely("replication", || postgres.backfilled(slot, epoch.0, Some(&after))).await {
             return;
         }
     }
     flusher.bury_before(version).await;
     flusher.note_whole(version, copied as u64).await;
-    if surely("replication", || postgres.backfilled(slot, epoch.0, None)).await {
+    if context.surely("replication", || postgres.backfilled(slot, epoch.0, None)).await {
         tracing::info!(
             slot,
             epoch = epoch.0,
@@ -70,10 +72,11 @@ async fn copy(flusher: &Flusher, slot: &str, epoch: Epoch, mut after: String) {
 
 /// A transaction whose commit stands before the slot, and so is not streamed, may not be visible yet: its backend is late, or it
 /// waits for a synchronous standby. Once every transaction that has begun by now is over, all of these are.
-async fn wait_for_older_commits(postgres: &ReplicationStore) {
-    let barrier = surely("transactions", || postgres.barrier()).await;
+async fn wait_for_older_commits(context: &Context) {
+    let postgres = &context.postgres;
+    let barrier = context.surely("transactions", || postgres.barrier()).await;
     let past = || postgres.is_past(&barrier);
-    while !surely("transactions", past).await {
+    while !context.surely("transactions", past).await {
         sleep(LOOK_EVERY).await;
     }
 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::TryFutureExt;
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
@@ -15,9 +16,7 @@ use crate::domain::tenant::Environment;
 use crate::domain::{Backoff, EnvironmentId};
 use crate::store::index::clickhouse::{Environments, Fault, SessionRow, SessionWriter, note_replicated};
 
-/// The first pause before a failed attempt is made again, before jitter, and the longest.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
-/// The same for a transaction that queries do not see yet.
+/// The first pause before a transaction is looked at again that queries do not see yet, and the longest, before jitter.
 const UNSEEN_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
 /// Sessions whose columns one query fetches, each with metadata of up to a megabyte, and bytes of what was fetched that are
 /// stored at once.
@@ -94,16 +93,8 @@ impl Flusher {
 
     async fn store_whole(&self, changes: HashMap<SortKey, RowChange>) {
         let rows = self.rows(changes).await;
-        let mut pauses = backoff(PAUSE);
-        while let Err(fault) = self.insert(&rows).await {
-            self.context.metrics.retried();
-            tracing::warn!(
-                error = &fault as &dyn std::error::Error,
-                rows = rows.len(),
-                "ClickHouse does not take rows; they are sent again"
-            );
-            pauses.pause().await;
-        }
+        let insert = || self.insert(&rows).inspect_err(|_| self.context.metrics.retried());
+        self.context.surely("rows to ClickHouse", insert).await;
         self.context.metrics.inserted(rows.len());
     }
 
@@ -135,7 +126,7 @@ impl Flusher {
 
     /// Puts tombstones in the place of all rows that are older than `version`, below it. Returns once it is done.
     pub async fn bury_before(&self, version: RowVersion) {
-        surely("tombstones", || self.writer.bury_older_than(version.0)).await;
+        self.context.surely("tombstones", || self.writer.bury_older_than(version.0)).await;
     }
 
     /// Puts tombstones at `version` in the place of all rows that are older. Returns once it is done.
@@ -148,7 +139,7 @@ impl Flusher {
     /// Says that all rows are there that are older than `version`, so many of them copied just now.
     pub async fn note_whole(&self, version: RowVersion, rows: u64) {
         let note = || note_replicated(&self.context.clickhouse, version.0, rows);
-        surely("the end of a copy", note).await;
+        self.context.surely("the end of a copy", note).await;
     }
 
     async fn insert(&self, rows: &[SessionRow]) -> Result<(), Fault> {
@@ -210,9 +201,11 @@ impl Flusher {
     }
 
     async fn fetch(&self, ids: &[&str], xids: &[u32]) -> Vec<Vec<Option<String>>> {
-        let mut unseen = backoff(UNSEEN_PAUSE);
+        let (first, longest) = UNSEEN_PAUSE;
+        let mut unseen = Backoff::new(first, longest);
         loop {
-            let found = surely("sessions", || self.context.postgres.sessions(COLUMNS, ids, xids)).await;
+            let found =
+                self.context.surely("sessions", || self.context.postgres.sessions(COLUMNS, ids, xids)).await;
             match found {
                 Some(rows) => return rows,
                 None => unseen.pause().await,
@@ -222,22 +215,18 @@ impl Flusher {
 
     async fn environment(&self, id: &str, xid: Option<u32>) -> Option<Arc<Environment>> {
         let id = EnvironmentId::from_stored(id);
-        let mut found = surely("environments", || self.environments.find(&id)).await;
+        let mut found = self.context.surely("environments", || self.environments.find(&id)).await;
         if let (None, Some(xid)) = (&found, xid) {
             // It may have been made in the same transaction.
             self.fetch(&[], &[xid]).await;
-            found = surely("environments", || self.environments.find(&id)).await;
+            found = self.context.surely("environments", || self.environments.find(&id)).await;
         }
         if found.is_none() {
-            let filed = surely("an environment", || self.writer.environment(&id)).await;
+            let filed = self.context.surely("an environment", || self.writer.environment(&id)).await;
             found = filed.map(|environment| self.environments.know(environment));
         }
         found
     }
-}
-
-fn backoff((first, longest): (Duration, Duration)) -> Backoff {
-    Backoff::new(first, longest)
 }
 
 /// Texts of a query as the stream would have them.
@@ -248,22 +237,4 @@ fn tuple(columns: Vec<Option<String>>) -> Tuple {
 /// The order of the table, so that the server has less to sort.
 fn order(row: &SessionRow) -> (&str, &str, &str, i64, &str) {
     (&row.organization_id, &row.project_id, &row.environment_id, row.created_at, &row.session_id)
-}
-
-/// Asks Postgres or ClickHouse until it answers.
-pub(super) async fn surely<T, E: std::error::Error + 'static, F: Future<Output = Result<T, E>>>(
-    what: &'static str,
-    ask: impl Fn() -> F,
-) -> T {
-    let mut pauses = backoff(PAUSE);
-    loop {
-        match ask().await {
-            Ok(answer) => return answer,
-            Err(error) => {
-                let error = &error as &dyn std::error::Error;
-                tracing::warn!(error, what, "the replicator gets no answer, and asks again");
-            }
-        }
-        pauses.pause().await;
-    }
 }

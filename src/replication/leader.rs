@@ -16,16 +16,13 @@ use super::pgwire::{PgSource, SourceOptions};
 use super::slot::{self, SlotError};
 use super::source::SourceError;
 use super::term::{Term, TermEnd, TermOptions};
-use super::{Context, Lsn};
+use super::{Context, Epoch, HINDRANCE, Lsn, NAME, millis};
 use crate::domain::Backoff;
-use crate::store::index::clickhouse::{Fault, migrate};
-use crate::store::metadata::Phase;
+use crate::store::index::clickhouse::{Fault, Marker, mark, migrate};
+use crate::store::metadata::{Phase, ReplicationState};
 
 /// A term that has lasted so long was well: what ends it is a first failure.
 const WELL: Duration = Duration::from_secs(60);
-
-/// What anyone may read while nothing is replicated. What is in the way may name servers.
-const HINDRANCE: &str = "changes do not come to ClickHouse: the log and `sessiond replicate status` say why";
 
 /// How a replicator works.
 #[derive(Clone)]
@@ -94,6 +91,8 @@ impl Replicator {
 
     /// Leads whenever the slot is free, until `stop` is cancelled. Whatever goes wrong is told and tried again.
     pub async fn run(&self, stop: CancellationToken) {
+        // Whatever ended an earlier run.
+        self.context.metrics.leading(false);
         let mut backoff = Backoff::new(self.options.poll, self.options.longest_pause);
         while let Some(term) = stop.run_until_cancelled(Box::pin(self.begin())).await {
             match term {
@@ -155,15 +154,14 @@ impl Replicator {
         // Another process may have made the slot anew between the look at it and this moment, from which on nobody can; and this
         // connection may be to another server than the one that was looked at.
         let state = postgres.state(&source.slot).await?;
-        let is_as_before = state.is_some_and(|state| {
+        let state = state.filter(|state| {
             state.epoch == slot.epoch.0
                 && state.system_identifier == identity.system_identifier
                 && state.timeline == identity.timeline
                 && matches!(state.phase, Phase::Backfilling | Phase::Streaming)
         });
-        if !is_as_before {
-            return Ok(None);
-        }
+        let Some(state) = state else { return Ok(None) };
+        self.claim(slot.epoch, &state).await?;
         let (older, name, background) = (flusher.clone(), source.slot.clone(), context.background.clone());
         let backfilling = async move {
             let copy = || backfill::run(&older, &name, slot.epoch);
@@ -174,9 +172,28 @@ impl Replicator {
         Ok(Some((term, backfilling)))
     }
 
+    /// Leaves the mark of this replication in ClickHouse before anything is stored there. Tables without one are empty, whatever
+    /// was stored before, or are of an earlier epoch: then everything is copied anew.
+    async fn claim(&self, epoch: Epoch, state: &ReplicationState) -> Result<(), Hindrance> {
+        let Self { options: ReplicatorOptions { source, term, .. }, context, .. } = self;
+        if !slot::is_marked(context, &source.slot, epoch).await? {
+            tracing::info!(slot = source.slot, "ClickHouse has no sessions of this slot; all are copied");
+            context.postgres.copy_anew(&source.slot, epoch.0).await?;
+        }
+        let marker = Marker {
+            installation: slot::installation(context).await?,
+            slot: source.slot.clone(),
+            epoch: epoch.0,
+            beat: state.beats,
+            lsn: state.flushed,
+            heartbeat_ms: millis(term.heartbeat),
+        };
+        Ok(mark(&context.clickhouse, &marker).await?)
+    }
+
     fn tell(&self, health: &Health) {
         let fails = matches!(health, Health::Failing(_));
-        self.context.background.hindered("replication", fails.then_some(HINDRANCE));
+        self.context.background.hindered(NAME, fails.then_some(HINDRANCE));
         self.health.send_if_modified(|told| std::mem::replace(told, health.clone()) != *health);
     }
 }

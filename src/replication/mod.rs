@@ -25,11 +25,13 @@ pub mod tunnel;
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
-use crate::domain::{Background, Clock};
+use crate::domain::{Background, Backoff, Clock};
 use crate::store::index::clickhouse::ClickHouse;
 use crate::store::metadata::{ReplicationStore, SqlMetadata};
 use crate::telemetry::ReplicationMetrics;
@@ -51,7 +53,24 @@ pub struct Context {
     pub clock: Arc<dyn Clock>,
     /// Everything that stands before this place in the log is in ClickHouse.
     pub reached: watch::Sender<Lsn>,
+    /// Since when there is something to be stored and nothing is; `None` while there is nothing.
+    stalled: Arc<Mutex<Option<Instant>>>,
 }
+
+/// What replication is called where tasks are named.
+const NAME: &str = "replication";
+/// What anyone may read while nothing is replicated. What is in the way may name servers.
+pub const HINDRANCE: &str =
+    "changes do not come to ClickHouse: the log and `sessiond replicate status` say why";
+/// For how long nothing was stored when that is said.
+const STALLED: Duration = Duration::from_secs(10);
+
+fn millis(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}
+
+/// The first pause before what has failed is tried again, and the longest, before jitter.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
 impl Context {
     /// From the Postgres that `postgres` leads to, which is the one of `metadata`, to `clickhouse`. Asks nobody yet.
@@ -64,8 +83,47 @@ impl Context {
         clock: Arc<dyn Clock>,
     ) -> Self {
         let [metadata, postgres] = [metadata, postgres].map(ReplicationStore::new);
-        let reached = watch::Sender::default();
-        Self { metadata, postgres, clickhouse, background, metrics, clock, reached }
+        let (reached, stalled) = (watch::Sender::default(), Arc::default());
+        Self { metadata, postgres, clickhouse, background, metrics, clock, reached, stalled }
+    }
+
+    /// Tries until it succeeds, whatever is away.
+    pub(crate) async fn surely<T, E: std::error::Error + 'static, F: Future<Output = Result<T, E>>>(
+        &self,
+        what: &'static str,
+        work: impl Fn() -> F,
+    ) -> T {
+        let (first, longest) = PAUSE;
+        let mut backoff = Backoff::new(first, longest);
+        self.stall().get_or_insert_with(Instant::now);
+        loop {
+            match work().await {
+                Ok(done) => {
+                    *self.stall() = None;
+                    return done;
+                }
+                Err(error) => {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(error, what, "the replicator has not succeeded, and tries again");
+                }
+            }
+            backoff.pause().await;
+        }
+    }
+
+    /// Forgets what an earlier term has come to: that may have been of another server.
+    pub(crate) fn begin(&self) {
+        self.reached.send_replace(Lsn(0));
+        *self.stall() = None;
+    }
+
+    /// For how long nothing was stored though there is something, or was answered that is needed for it.
+    pub(crate) fn stalled(&self) -> Option<Duration> {
+        self.stall().map(|since| since.elapsed())
+    }
+
+    fn stall(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.stalled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -4,8 +4,8 @@ use super::pgwire::{SourceOptions, identify};
 use super::source::SourceError;
 use super::{Context, Epoch, RowVersion};
 use crate::domain::Error;
-use crate::store::index::clickhouse::{Fault, SessionWriter};
-use crate::store::metadata::{Phase, Published};
+use crate::store::index::clickhouse::{Fault, Marker, SessionWriter, markers};
+use crate::store::metadata::{Phase, Place, Published};
 
 /// A slot that can be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +62,8 @@ async fn ensure_alone(options: &SourceOptions, context: &Context) -> Result<Slot
         Found::Missing(Some(epoch)) => epoch,
         Found::Missing(None) => next_epoch(context).await?,
     };
+    // Before anything is made: another replication may fill the tables.
+    is_marked(context, name, Epoch(u8::MAX)).await?;
     if postgres.published(&options.publication).await? == Published::Nothing {
         postgres.publish(&options.publication).await?;
     }
@@ -71,10 +73,59 @@ async fn ensure_alone(options: &SourceOptions, context: &Context) -> Result<Slot
     Ok(Slot { epoch, is_backfilling: true })
 }
 
+/// Whether the replication by `slot` under `epoch` has left its mark in ClickHouse, which then has everything that it has stored.
+///
+/// # Errors
+/// [`SlotError::Unfit`] if another replication fills the tables.
+pub async fn is_marked(context: &Context, slot: &str, epoch: Epoch) -> Result<bool, SlotError> {
+    let (ours, database) = (installation(context).await?, context.clickhouse.database());
+    let mut found = false;
+    for Marker { installation, slot: by, epoch: under, .. } in markers(&context.clickhouse).await? {
+        if installation != ours {
+            return unfit(format!(
+                "{database} in ClickHouse is filled from another database, {installation}: set another clickhouse.database"
+            ));
+        }
+        if by != slot {
+            return unfit(format!(
+                "{database} in ClickHouse is filled by the slot {by}: set replication.slot, or another clickhouse.database"
+            ));
+        }
+        if under > epoch.0 {
+            return unfit(format!(
+                "{database} in ClickHouse has been filled under epoch {under} of the slot {slot}, and Postgres knows of {}: \
+                 it was put back to an older state. {}",
+                epoch.0,
+                anew(slot)
+            ));
+        }
+        found = under == epoch.0;
+    }
+    Ok(found)
+}
+
+/// What names the database that is copied from.
+///
+/// # Errors
+/// [`Error::Unavailable`].
+pub async fn installation(context: &Context) -> Result<String, Error> {
+    let Place { system_identifier, database } = context.postgres.place().await?;
+    Ok(format!("{system_identifier}/{database}"))
+}
+
+/// How an operator begins anew.
+fn anew(slot: &str) -> String {
+    format!(
+        "To copy everything anew: SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = '{slot}'; \
+         DELETE FROM replication WHERE slot = '{slot}'"
+    )
+}
+
 /// The one that outweighs whatever is in ClickHouse.
 async fn next_epoch(context: &Context) -> Result<Epoch, SlotError> {
     let newest = SessionWriter::new(context.clickhouse.clone()).newest_version().await?;
-    match RowVersion(newest).epoch().0.checked_add(1) {
+    let marked = markers(&context.clickhouse).await?.into_iter().map(|marker| marker.epoch).max();
+    match RowVersion(newest).epoch().0.max(marked.unwrap_or_default()).checked_add(1) {
         Some(epoch) => Ok(Epoch(epoch)),
         None => unfit("replication has begun anew 255 times: set another clickhouse.database"),
     }
@@ -127,24 +178,29 @@ pub async fn look(options: &SourceOptions, context: &Context) -> Result<Found, S
     match state.phase {
         Phase::Creating => return Ok(Found::Missing(Some(Epoch(state.epoch)))),
         Phase::Dropped | Phase::Overrun => {
-            return unfit(format!("the slot {name} was dropped on purpose"));
+            return unfit(format!("the slot {name} was dropped on purpose. {}", anew(name)));
         }
         Phase::Backfilling | Phase::Streaming => {}
     }
     match slot {
-        None => unfit(format!("the slot {name} is gone, and with it the changes since")),
-        Some(slot) if slot.is_lost => {
-            unfit(format!("the log that the slot {name} needs is gone (see max_slot_wal_keep_size)"))
-        }
-        Some(_) if state.system_identifier != identity.system_identifier => {
-            unfit(format!("this is another Postgres than the one that the slot {name} was made in"))
-        }
+        None => unfit(format!("the slot {name} is gone, and with it the changes since. {}", anew(name))),
+        Some(slot) if slot.is_lost => unfit(format!(
+            "the log that the slot {name} needs is gone (see max_slot_wal_keep_size). {}",
+            anew(name)
+        )),
+        Some(_) if state.system_identifier != identity.system_identifier => unfit(format!(
+            "this is another Postgres than the one that the slot {name} was made in. {}",
+            anew(name)
+        )),
         Some(_) if state.timeline != identity.timeline => unfit(format!(
-            "this Postgres was promoted or recovered since the slot {name} was made: it is on timeline {}, which was {}",
-            identity.timeline, state.timeline
+            "this Postgres was promoted or recovered since the slot {name} was made: it is on timeline {}, which was {}. {}",
+            identity.timeline,
+            state.timeline,
+            anew(name)
         )),
         Some(_) if published == Published::Nothing => unfit(format!(
-            "the publication {publication} is gone, and changes that were made without it cannot be told"
+            "the publication {publication} is gone, and changes that were made without it cannot be told. {}",
+            anew(name)
         )),
         Some(_) => {
             let is_backfilling = state.phase == Phase::Backfilling;

@@ -5,10 +5,11 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::pgwire::SourceOptions;
-use super::slot::{Found, SlotError, look};
-use super::{Context, Lsn};
+use super::slot::{Found, SlotError, is_marked, look};
+use super::{Context, Epoch, Lsn, STALLED};
 use crate::domain::error::Result;
-use crate::store::metadata::Phase;
+use crate::store::index::clickhouse::is_migrated;
+use crate::store::metadata::{Phase, ReplicationState};
 use crate::telemetry::Chain;
 
 /// How many heartbeats may be missing before it is said that a leader is silent.
@@ -51,34 +52,33 @@ pub async fn status(source: &SourceOptions, heartbeat: Duration, context: &Conte
     let (state, slot) = (postgres.state(&source.slot).await?, postgres.slot(&source.slot).await?);
     let mut problems = Vec::new();
     let is_read = slot.as_ref().is_some_and(|slot| slot.is_ours && slot.is_active);
+    let writer = postgres.oldest_writer().await?;
     match look(source, context).await {
         Err(SlotError::Postgres(error)) => return Err(error),
         Err(error) => problems.push(Chain(&error).to_string()),
-        Ok(Found::Missing(_)) if state.is_none() => {
+        Ok(Found::Missing(None)) => {
             problems.push("the slot has not been made: no replicator has come so far".to_owned());
         }
-        Ok(Found::Missing(_)) => problems.push(match postgres.oldest_writer().await? {
-            Some((millis, pid)) => format!(
-                "the slot is being made, which takes until every transaction that has written is over: the oldest, of process \
-                 {pid}, has been open for {} s",
-                millis / 1000
-            ),
-            None => "the slot is being made".to_owned(),
-        }),
+        Ok(Found::Missing(Some(_))) => {
+            problems.push(format!("the slot is being made, {}", until_over(writer.as_ref())));
+        }
         Ok(Found::Ready(_)) if !is_read => {
-            problems.push("nobody reads the slot: no replicator runs, or its log says what keeps it".to_owned());
+            problems
+                .push("nobody reads the slot: no replicator runs, or its log says what keeps it".to_owned());
         }
         Ok(Found::Ready(_)) => {
-            let limit = (heartbeat * BEATS_MISSED).as_millis();
-            let leader = state.as_ref().and_then(|state| state.leader.as_ref());
-            if let Some((name, millis)) = leader.filter(|(_, millis)| millis.unsigned_abs() as u128 > limit) {
-                problems.push(format!("the leader, {name}, was last heard of {} s ago", millis / 1000));
+            if let Some(state) = &state {
+                problems.extend(of_leader(state, heartbeat));
+                let is_waiting = state.phase == Phase::Backfilling && state.backfilled_to.is_none();
+                let is_long =
+                    |(millis, _): &&(i64, String)| u128::from(millis.unsigned_abs()) > STALLED.as_millis();
+                if let Some(writer) = writer.as_ref().filter(is_long).filter(|_| is_waiting) {
+                    problems.push(format!("older sessions are not copied yet, {}", until_over(Some(writer))));
+                }
             }
         }
     }
-    if let Err(fault) = context.clickhouse.ping().await {
-        problems.push(Chain(&fault).to_string());
-    }
+    problems.extend(of_clickhouse(source, context, state.as_ref()).await);
     let leader = state.as_ref().and_then(|state| state.leader.clone());
     let (leader, leader_unheard_ms) = leader.unzip();
     Ok(Status {
@@ -97,4 +97,51 @@ pub async fn status(source: &SourceOptions, heartbeat: Duration, context: &Conte
         retained_bytes: slot.as_ref().map(|slot| slot.retained),
         problems,
     })
+}
+
+/// What slots and copies wait for.
+fn until_over(writer: Option<&(i64, String)>) -> String {
+    let oldest = writer.map_or_else(String::new, |(millis, whose)| {
+        format!(": the oldest, of {whose}, has been open for {} s", millis / 1000)
+    });
+    format!("which waits until every transaction that has written is over{oldest}")
+}
+
+/// What is wrong with who reads the slot.
+fn of_leader(state: &ReplicationState, heartbeat: Duration) -> Option<String> {
+    let Some((name, unheard)) = &state.leader else {
+        return Some(
+            "the slot is read, and no replicator has been heard of: another program may read it".to_owned(),
+        );
+    };
+    let millis = |number: i64| Duration::from_millis(number.try_into().unwrap_or_default());
+    let (unheard, stalled, limit) = (millis(*unheard), millis(state.stalled), heartbeat * BEATS_MISSED);
+    if unheard > limit {
+        return Some(format!("the leader, {name}, was last heard of {} s ago", unheard.as_secs()));
+    }
+    let stalled = Some(stalled + STALLED).filter(|_| stalled > limit)?;
+    Some(format!("the leader, {name}, has stored nothing for {} s: its log says why", stalled.as_secs()))
+}
+
+/// What is wrong with the tables.
+async fn of_clickhouse(
+    source: &SourceOptions,
+    context: &Context,
+    state: Option<&ReplicationState>,
+) -> Option<String> {
+    let epoch = Epoch(state.map_or(u8::MAX, |state| state.epoch));
+    let is_whole = state.is_some_and(|state| state.phase == Phase::Streaming);
+    let looked = async {
+        // A replicator makes tables that are missing.
+        Ok::<_, SlotError>(
+            is_migrated(&context.clickhouse).await? && is_marked(context, &source.slot, epoch).await?,
+        )
+    };
+    match looked.await {
+        Err(error) => Some(Chain(&error).to_string()),
+        Ok(false) if is_whole => {
+            Some("ClickHouse has no sessions of this slot: the next leader copies all of them".to_owned())
+        }
+        Ok(_) => None,
+    }
 }

@@ -16,9 +16,11 @@ use super::flush::Flusher;
 use super::pgoutput::{Change, DecodeError, Decoder};
 use super::progress::{Progress, Ticket};
 use super::row::COLUMNS;
+use super::slot::{self, SlotError};
 use super::source::{SourceError, WalEvent, WalSource};
-use super::{Context, Epoch, Lsn};
+use super::{Context, Epoch, HINDRANCE, Lsn, NAME, STALLED, millis};
 use crate::domain::{Error, Ticker};
+use crate::store::index::clickhouse::{Marker, mark};
 use crate::telemetry::ReplicationEvent;
 
 /// Whose heartbeats in the log are.
@@ -70,8 +72,8 @@ pub enum TermEnd {
     /// Nothing was heard for too long.
     #[error("nothing was heard of the stream for {0:?}")]
     Silence(Duration),
-    /// Replication has begun anew elsewhere.
-    #[error("the epoch is over")]
+    /// Replication has begun anew elsewhere, or its tables are gone.
+    #[error("what has been replicated so far does not count any more")]
     Superseded,
     /// A fault of ours.
     #[error("a batch has failed")]
@@ -126,19 +128,20 @@ impl Term {
     pub async fn run(self, stop: &CancellationToken) -> TermEnd {
         let Self { source, flusher, epoch, options } = self;
         let (superseded, context) = (CancellationToken::new(), flusher.context().clone());
-        let gap = watch::Sender::new(options.flush_gap);
+        context.begin();
+        let (gap, told) = (watch::Sender::new(options.flush_gap), watch::Sender::new((0, Lsn(0))));
         let look = {
-            let (gap, flusher, options, background) =
-                (gap.clone(), flusher.clone(), options.clone(), context.background.clone());
+            let (gap, told, flusher, options, superseded) =
+                (gap.clone(), told.clone(), flusher.clone(), options.clone(), superseded.clone());
             async move {
-                let looking = || look_at_parts(&flusher, &options, &gap);
-                background.survived("look at parts in ClickHouse", looking).await;
+                let attending = || attend(&flusher, &options, epoch, &superseded, (&told, &gap));
+                flusher.context().background.survived("heartbeats in ClickHouse", attending).await;
             }
         };
         let heart = {
             let (options, superseded) = (options.clone(), superseded.clone());
             async move {
-                let beating = || beat(&context, &options, epoch, &superseded);
+                let beating = || beat(&context, &options, epoch, &superseded, &told);
                 context.background.survived("heartbeats of replication", beating).await;
             }
         };
@@ -365,21 +368,30 @@ impl Stream {
 }
 
 /// Tells who leads and how far the stream is, and makes the stream say something.
-async fn beat(context: &Context, options: &TermOptions, epoch: Epoch, superseded: &CancellationToken) {
-    let Context { postgres, metrics, reached, .. } = context;
+async fn beat(
+    context: &Context,
+    options: &TermOptions,
+    epoch: Epoch,
+    superseded: &CancellationToken,
+    told: &watch::Sender<(u64, Lsn)>,
+) {
+    let Context { postgres, metrics, reached, background, .. } = context;
     // A beat that is late moves those behind it.
     let mut beats = Ticker::new(options.heartbeat, CancellationToken::new());
     while beats.tick().await {
-        let place = reached.borrow().0;
+        let place = *reached.borrow();
+        let is_storing = context.stalled().is_none_or(|stalled| stalled < STALLED);
+        background.hindered(NAME, (!is_storing).then_some(HINDRANCE));
         let beat = async {
-            let is_ours = postgres.beat(&options.slot, epoch.0, &options.name, place, HEARTBEAT).await?;
+            let done = (place.0, is_storing);
+            let beat = postgres.beat(&options.slot, epoch.0, &options.name, done, HEARTBEAT).await?;
             let slot = postgres.slot(&options.slot).await?;
             metrics.retained(slot.map_or(0, |slot| slot.retained));
-            Ok::<_, Error>(is_ours)
+            Ok::<_, Error>(beat)
         };
         match beat.await {
-            Ok(true) => {}
-            Ok(false) => return superseded.cancel(),
+            Ok(Some(beat)) => drop(told.send_replace((beat, place))),
+            Ok(None) => return superseded.cancel(),
             // The stream breaks as well, if it lasts.
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "no heartbeat of the replicator");
@@ -388,13 +400,45 @@ async fn beat(context: &Context, options: &TermOptions, epoch: Epoch, superseded
     }
 }
 
-/// Keeps inserts apart while ClickHouse is behind with merging them. In a task of its own: ClickHouse may be silent for long.
-async fn look_at_parts(flusher: &Flusher, options: &TermOptions, gap: &watch::Sender<Duration>) {
-    let mut looks = Ticker::new(options.heartbeat, CancellationToken::new());
-    while looks.tick().await {
+/// Shows in ClickHouse that the leader lives, looks whether another replication fills the tables, and keeps inserts apart while
+/// it is behind with merging them. In a task of its own: ClickHouse may be silent for long.
+async fn attend(
+    flusher: &Flusher,
+    options: &TermOptions,
+    epoch: Epoch,
+    superseded: &CancellationToken,
+    (told, gap): (&watch::Sender<(u64, Lsn)>, &watch::Sender<Duration>),
+) {
+    let (context, mut told) = (flusher.context(), told.subscribe());
+    while told.changed().await.is_ok() {
+        let (beat, place) = *told.borrow_and_update();
         let before = *gap.borrow();
         let next = flusher.next_gap(before, options.flush_gap).await;
-        flusher.context().metrics.flush_gap(next);
+        context.metrics.flush_gap(next);
         gap.send_replace(next);
+        match slot::is_marked(context, &options.slot, epoch).await {
+            Ok(true) => {}
+            Ok(false) | Err(SlotError::Unfit(_)) => {
+                tracing::error!("the tables of ClickHouse are not those that this replicator fills any more");
+                return superseded.cancel();
+            }
+            Err(SlotError::ClickHouse(fault)) if fault.is_of_a_missing_table() => {
+                tracing::error!("the tables of ClickHouse are gone");
+                return superseded.cancel();
+            }
+            Err(_) => continue,
+        }
+        let Ok(installation) = slot::installation(context).await else { continue };
+        let marker = Marker {
+            installation,
+            slot: options.slot.clone(),
+            epoch: epoch.0,
+            beat,
+            lsn: place.0,
+            heartbeat_ms: millis(options.heartbeat),
+        };
+        if let Err(fault) = mark(&context.clickhouse, &marker).await {
+            tracing::debug!(error = &fault as &dyn std::error::Error, "no heartbeat in ClickHouse");
+        }
     }
 }

@@ -19,7 +19,8 @@ const BLOBS: (u64, u64) = (16, 1024);
 const S2_SHARE: u64 = 16;
 const S2: (u64, u64) = (32, 1024);
 
-/// A replicator: its connections to Postgres, the stream with the tunnel to it, and connections to ClickHouse.
+/// A replicator: its connections to Postgres, the stream with the tunnel to it, and connections to ClickHouse, but for those of
+/// inserts that are on their way.
 const REPLICATION: u64 = 32;
 
 /// Who gets how many.
@@ -67,7 +68,8 @@ impl Files {
             _ => ObjectBlobs::FILES_EACH,
         };
         let blobs = part(BLOBS_SHARE, BLOBS);
-        let replication = if config.replication.enabled { REPLICATION } else { 0 };
+        let replication =
+            if config.replication.enabled { REPLICATION + config.replication.in_flight as u64 } else { 0 };
         let reserve = BASE + metadata + log + replication + blobs * each;
         let needed = reserve + CONNECTIONS_MIN.min(config.http.max_connections as u64);
         ensure!(

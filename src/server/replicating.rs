@@ -68,7 +68,7 @@ pub fn replicator(config: &Config, context: Context) -> anyhow::Result<Replicato
         flush_gap: replication.flush_gap,
         in_flight: replication.in_flight,
         memory: replication.memory,
-        heartbeat: replication.heartbeat,
+        heartbeat: replication.heartbeat(),
         silence: replication.wal_sender_timeout,
         drain: DRAIN,
     };

@@ -285,7 +285,7 @@ async fn settings_come_from_defaults_file_environment_and_flags_in_that_order() 
         ("SESSIOND_BLOBS__URL", "s3://bucket", "blobs.region"),
         ("SESSIOND_REPLICATION__ENABLED", "true", "clickhouse.url"),
         ("SESSIOND_REPLICATION__SLOT", "Slot", "replication.slot"),
-        ("SESSIOND_REPLICATION__HEARTBEAT", "6s", "replication.heartbeat"),
+        ("SESSIOND_REPLICATION__HEARTBEAT", "6ms", "replication.heartbeat"),
         ("SESSION_REPLICATION_FLUSH_INTERVAL_MS", "soon", "SESSION_REPLICATION_FLUSH_INTERVAL_MS"),
     ] {
         let output = command(data, &["config"]).env(name, value).output().await.expect("runs");

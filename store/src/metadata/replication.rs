@@ -3,6 +3,8 @@
 //! A stream tells of a transaction before a query sees it, mostly by a moment, behind a synchronous standby by as long as that
 //! takes. So a query that is made because of a change is answered only once that transaction is visible to it.
 
+use std::time::Duration;
+
 use sea_orm::{ConnectionTrait, DbBackend, QueryResult, Statement, Value};
 
 use super::{SqlMetadata, fault};
@@ -23,10 +25,14 @@ pub struct ReplicationState {
     pub backfilled_to: Option<String>,
     /// When what no newer epoch has stored was last cleared away, in milliseconds since 1970; `None` once it has been for good.
     pub swept_at: Option<i64>,
+    /// How many heartbeats there have been.
+    pub beats: u64,
     /// Everything before this place of the log is in ClickHouse, as of the last heartbeat.
     pub flushed: u64,
     /// Who leads, or led last, and how long ago it was last heard of, in milliseconds.
     pub leader: Option<(String, i64)>,
+    /// How long it had stored nothing when it was last heard of, though there was something, in milliseconds.
+    pub stalled: i64,
 }
 
 /// What is being done with a slot.
@@ -97,6 +103,9 @@ pub enum Published {
 /// Held while a slot is made, so that of several processes one makes it. Any number would do.
 const SETUP_LOCK: i64 = 0x5E55_1043;
 
+/// Longest that an answer may take. A host that is gone says nothing, and the connection to it may live for long.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// The questions, of one Postgres.
 #[derive(Clone, Debug)]
 pub struct ReplicationStore {
@@ -119,8 +128,8 @@ impl ReplicationStore {
     /// # Errors
     /// [`Error::Unavailable`]; [`Error::Internal`] for a row that this program does not understand.
     pub async fn state(&self, slot: &str) -> Result<Option<ReplicationState>> {
-        let sql = "SELECT epoch, system_identifier, timeline, phase, backfilled_to, swept_at, flushed_lsn, leader, \
-                   coalesce((extract(epoch FROM clock_timestamp()) * 1000)::bigint - leader_seen_at, 0) AS unheard \
+        let sql = "SELECT epoch, system_identifier, timeline, phase, backfilled_to, swept_at, beats, flushed_lsn, leader, \
+                   coalesce(leader_seen_at - flushed_at, 0) AS stalled, coalesce((extract(epoch FROM clock_timestamp()) * 1000)::bigint - leader_seen_at, 0) AS unheard \
                    FROM replication WHERE slot = $1";
         let Some(row) = self.one(sql, [slot.into()]).await? else { return Ok(None) };
         let (epoch, timeline): (i16, i64) = (get(&row, "epoch")?, get(&row, "timeline")?);
@@ -136,13 +145,16 @@ impl ReplicationStore {
                 .ok_or_else(|| unknown("phase"))?,
             backfilled_to: get(&row, "backfilled_to")?,
             swept_at: get(&row, "swept_at")?,
+            beats: get::<i64>(&row, "beats")?.cast_unsigned(),
             flushed: flushed.cast_unsigned(),
             leader: get::<Option<String>>(&row, "leader")?.zip(get(&row, "unheard")?),
+            stalled: get(&row, "stalled")?,
         }))
     }
 
     /// Says that the leader of `epoch` lives and that everything before `flushed` is in ClickHouse, and puts a message of its own
-    /// into the log: a stream that is well brings it. False if the epoch is over.
+    /// into the log: a stream that is well brings it. What is returned counts these signs; `None` if the epoch is over.
+    /// `is_storing` is false while nothing can be stored.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
@@ -151,22 +163,34 @@ impl ReplicationStore {
         slot: &str,
         epoch: u8,
         leader: &str,
-        flushed: u64,
+        (flushed, is_storing): (u64, bool),
         prefix: &str,
-    ) -> Result<bool> {
+    ) -> Result<Option<u64>> {
         let sql = "WITH beat AS (UPDATE replication SET beats = beats + 1, leader = $3, \
-                   flushed_lsn = greatest(flushed_lsn, $4), flushed_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint, \
-                   leader_seen_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint \
-                   WHERE slot = $1 AND epoch = $2 RETURNING 1) \
-                   SELECT pg_logical_emit_message(true, $5, '')::text AS place FROM beat";
+                   flushed_lsn = greatest(flushed_lsn, $4), flushed_at = CASE WHEN $6 THEN \
+                   (extract(epoch FROM clock_timestamp()) * 1000)::bigint ELSE flushed_at END, leader_seen_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint \
+                   WHERE slot = $1 AND epoch = $2 RETURNING beats) \
+                   SELECT beats, pg_logical_emit_message(true, $5, '')::text AS place FROM beat";
         let values = [
             slot.into(),
             i16::from(epoch).into(),
             leader.into(),
             flushed.cast_signed().into(),
             prefix.into(),
+            is_storing.into(),
         ];
-        self.note(sql, values).await
+        let beat = self.noted(sql, values).await?;
+        beat.map(|row| get::<i64>(&row, "beats").map(i64::cast_unsigned)).transpose()
+    }
+
+    /// Begins the copy of older rows anew under `epoch`: ClickHouse has none of it.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn copy_anew(&self, slot: &str, epoch: u8) -> Result<()> {
+        let sql = "UPDATE replication SET phase = 'backfilling', backfilled_to = NULL, swept_at = NULL \
+                   WHERE slot = $1 AND epoch = $2 RETURNING 1 AS one";
+        self.note(sql, [slot.into(), i16::from(epoch).into()]).await.map(drop)
     }
 
     /// Which server and database answers here.
@@ -190,16 +214,18 @@ impl ReplicationStore {
         Ok(get::<Option<i64>>(&row, "sent")?.map(i64::cast_unsigned))
     }
 
-    /// How long the oldest transaction has been open that may have written, in milliseconds, and its process. Slots are made
-    /// when it is over.
+    /// How long the oldest transaction has been open that may have written, in milliseconds, and whose it is, in words. Slots
+    /// are made, and older rows copied, when it is over.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn oldest_writer(&self) -> Result<Option<(i64, i32)>> {
-        let sql = "SELECT (extract(epoch FROM clock_timestamp() - xact_start) * 1000)::bigint AS open, pid \
-                   FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND xact_start IS NOT NULL ORDER BY xact_start LIMIT 1";
+    pub async fn oldest_writer(&self) -> Result<Option<(i64, String)>> {
+        let sql = "SELECT (extract(epoch FROM clock_timestamp() - begun) * 1000)::bigint AS open, whose FROM (\
+                   SELECT xact_start AS begun, 'process ' || pid AS whose FROM pg_stat_activity \
+                   WHERE backend_xid IS NOT NULL AND xact_start IS NOT NULL UNION ALL \
+                   SELECT prepared, 'the prepared transaction ' || gid FROM pg_prepared_xacts) AS writers ORDER BY begun LIMIT 1";
         let Some(row) = self.one(sql, []).await? else { return Ok(None) };
-        Ok(Some((get(&row, "open")?, get(&row, "pid")?)))
+        Ok(Some((get(&row, "open")?, get(&row, "whose")?)))
     }
 
     /// Columns of the sessions with these ids, as text, in no order; `None` as long as not all of the transactions are visible
@@ -354,7 +380,8 @@ impl ReplicationStore {
             self.one("SELECT pg_drop_replication_slot($1)::text AS dropped", [slot.into()]).await?;
         }
         let make = "SELECT (lsn - '0/0'::pg_lsn)::bigint AS place FROM pg_create_logical_replication_slot($1, 'pgoutput')";
-        let made = self.one(make, [slot.into()]).await?;
+        // For as long as the oldest transaction takes that has written.
+        let made = self.all_at_length(make, [slot.into()]).await?.into_iter().next();
         let made = made.ok_or_else(|| Error::internal("a question without an answer"))?;
         let place: i64 = get(&made, "place")?;
         let end = "UPDATE replication SET slot_lsn = $3, flushed_lsn = $3, phase = 'backfilling' WHERE slot = $1 AND epoch = $2 \
@@ -448,12 +475,24 @@ impl ReplicationStore {
     /// Changes a row of `replication`; whether there was one. A synchronous standby that is away must keep no leader from
     /// showing that it lives, or from going on: what a lost standby does not know is found out by its timeline.
     async fn note<const N: usize>(&self, sql: &str, values: [Value; N]) -> Result<bool> {
+        Ok(self.noted(sql, values).await?.is_some())
+    }
+
+    async fn noted<const N: usize>(&self, sql: &str, values: [Value; N]) -> Result<Option<QueryResult>> {
+        in_time(self.noted_at_length(sql, values)).await
+    }
+
+    async fn noted_at_length<const N: usize>(
+        &self,
+        sql: &str,
+        values: [Value; N],
+    ) -> Result<Option<QueryResult>> {
         let transaction = self.store.begin().await?;
         transaction.execute_unprepared("SET LOCAL synchronous_commit = local").await.map_err(fault)?;
         let statement = Statement::from_sql_and_values(DbBackend::Postgres, sql, values);
         let noted = transaction.query_one_raw(statement).await.map_err(fault)?;
         transaction.commit().await.map_err(fault)?;
-        Ok(noted.is_some())
+        Ok(noted)
     }
 
     async fn one<const N: usize>(&self, sql: &str, values: [Value; N]) -> Result<Option<QueryResult>> {
@@ -461,6 +500,10 @@ impl ReplicationStore {
     }
 
     async fn all<const N: usize>(&self, sql: &str, values: [Value; N]) -> Result<Vec<QueryResult>> {
+        in_time(self.all_at_length(sql, values)).await
+    }
+
+    async fn all_at_length<const N: usize>(&self, sql: &str, values: [Value; N]) -> Result<Vec<QueryResult>> {
         let statement = Statement::from_sql_and_values(DbBackend::Postgres, sql, values);
         self.store.reader().query_all_raw(statement).await.map_err(fault)
     }
@@ -468,4 +511,11 @@ impl ReplicationStore {
 
 fn get<T: sea_orm::TryGetable>(row: &QueryResult, column: &str) -> Result<T> {
     row.try_get("", column).map_err(fault)
+}
+
+async fn in_time<T>(asking: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout(ANSWER_TIMEOUT, asking).await {
+        Ok(answer) => answer,
+        Err(late) => Err(Error::unavailable("metadata", late)),
+    }
 }

@@ -62,7 +62,7 @@ async fn tables_of_a_later_version_are_left_alone() {
     run(&clickhouse::url(), &format!("INSERT INTO {database}.schema_steps (step) VALUES (1000)")).await;
     let refused = refusal(&clickhouse, &sql).await;
     assert!(
-        refused.ends_with("are of schema 1000, and this program knows 1: use the later one"),
+        refused.ends_with("are of schema 1000, and this program knows 2: use the later one"),
         "{refused}"
     );
 }

@@ -283,6 +283,80 @@ async fn neither_a_clickhouse_that_is_away_nor_a_missing_right_on_postgres_keeps
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_installations_on_postgres_do_not_fill_one_database_of_clickhouse() {
+    let here = Installation::fresh().await;
+    let there = Installation { clickhouse: here.clickhouse.clone(), ..Installation::fresh().await };
+    let (server, other) = (here.serve("a").await, there.serve("b").await);
+    // Whichever came first.
+    let refused = async {
+        loop {
+            let both = [(here.status().await, &other, &there), (there.status().await, &server, &here)];
+            for ((_, seen), leader, installation) in both {
+                if seen["problems"].to_string().contains("is filled from another database") {
+                    return (leader, installation);
+                }
+            }
+        }
+    };
+    let (leader, installation) = timeout(PATIENCE, refused).await.expect("one of them is refused");
+    installation.wait_for("the other one leads", |seen| seen["phase"] == "streaming").await;
+    let one = create(&leader.url, json!({"externalId": "one"})).await;
+    installation.stored(&one, |row| row.external_id == "one").await;
+    for installation in [here, there] {
+        installation.end().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clickhouse_that_has_lost_everything_gets_everything_from_postgres_again() {
+    let here = Installation::fresh().await;
+    let server = here.serve("a").await;
+    let one = create(&server.url, json!({"externalId": "one"})).await;
+    here.stored(&one, |_| true).await;
+    here.wait_for("all is copied", |seen| seen["phase"] == "streaming").await;
+    let database = &here.clickhouse.options().database;
+    let client = ::clickhouse::Client::default().with_url(clickhouse::url());
+    client.query_raw(&format!("DROP DATABASE {database} SYNC")).execute().await.expect("dropped");
+    let two = create(&server.url, json!({"externalId": "two"})).await;
+    for id in [&one, &two] {
+        here.stored(id, |_| true).await;
+    }
+    here.wait_for("all is copied again", |seen| {
+        seen["phase"] == "streaming" && seen["problems"] == json!([])
+    })
+    .await;
+    assert_eq!(listed(&server.url, "").await, [two, one]);
+    assert!(server.terminate().await.success());
+    here.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lists_of_clickhouse_say_when_no_replicator_of_postgres_keeps_them_up_to_date() {
+    let here = Installation::fresh().await;
+    let mut command = here.command();
+    let (url, database) = (&here.url, &here.clickhouse.options().database);
+    command.env("SESSION_REPLICATION_ENABLED", "0").env("SESSIOND_CLICKHOUSE__URL", url);
+    command.env("SESSIOND_CLICKHOUSE__DATABASE", database);
+    let server = Process::start(&mut command, &here.data.path().join("a")).await;
+    let replicator = here.replicate();
+    here.wait_for("all is copied", |seen| seen["phase"] == "streaming").await;
+    let degraded = async |wanted: fn(&str) -> bool| loop {
+        let (_, body) = ask(&server.url, Method::GET, "/readyz", Value::Null).await;
+        if wanted(&body["degraded"].to_string()) {
+            return;
+        }
+        sleep(Duration::from_millis(50)).await;
+    };
+    timeout(PATIENCE, degraded(|text| text == "null")).await.expect("all is well");
+    drop(replicator);
+    timeout(PATIENCE, degraded(|text| text.contains("no replicator keeps them up to date")))
+        .await
+        .expect("it is told");
+    drop(server);
+    here.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_url_on_postgres_that_leads_to_another_database_is_refused() {
     let here = Installation::fresh().await;
     let server = here.serve("a").await;

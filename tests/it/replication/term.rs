@@ -10,9 +10,10 @@ use sessiond::domain::{SessionId, Timestamp};
 use sessiond::replication::Context;
 use sessiond::replication::flush::Flusher;
 use sessiond::replication::pgwire::PgSource;
+use sessiond::replication::slot as slots;
 use sessiond::replication::source::{SourceError, WalEvent, WalSource};
 use sessiond::replication::term::{Term, TermEnd, TermOptions};
-use sessiond::store::index::clickhouse::{ClickHouse, ClickHouseOptions, SessionWriter};
+use sessiond::store::index::clickhouse::{ClickHouse, ClickHouseOptions, Marker, SessionWriter, mark};
 use sessiond::store::metadata::{Phase, ReplicationStore};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -121,10 +122,25 @@ impl World {
         wrap: impl Fn(PgSource) -> Box<dyn WalSource>,
     ) -> Running {
         self.slot.wait_for("NOT active").await;
+        self.mark().await;
         let source = PgSource::open(&self.source).await.expect("a stream").0;
         let (stop, term) = (CancellationToken::new(), self.term(wrap(source), clickhouse));
         let stopped = stop.clone();
         Running { stop, term: tokio::spawn(async move { term.run(&stopped).await }) }
+    }
+
+    /// As a replicator does before it leads.
+    async fn mark(&self) {
+        let context = self.context(&self.clickhouse);
+        let marker = Marker {
+            installation: slots::installation(&context).await.expect("asked"),
+            slot: self.slot.name.clone(),
+            epoch: 1,
+            beat: 0,
+            lsn: 0,
+            heartbeat_ms: 100,
+        };
+        mark(&self.clickhouse, &marker).await.expect("marked");
     }
 
     /// Waits until everything that has been committed is stored.

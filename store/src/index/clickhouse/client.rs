@@ -133,6 +133,11 @@ impl Fault {
         matches!(self, Self::Away(_) | Self::TimedOut(_))
     }
 
+    /// Whether it says that a table, or the whole database, is not there.
+    pub fn is_of_a_missing_table(&self) -> bool {
+        matches!(self, Self::Refused { code: 60 | 81, .. })
+    }
+
     /// Whether it is about a row rather than about the server: the codes of values that a column cannot take, and of a
     /// broken constraint.
     pub fn is_of_a_row(&self) -> bool {
@@ -204,7 +209,7 @@ impl ClickHouse {
     }
 
     /// The database.
-    pub(super) fn database(&self) -> &str {
+    pub fn database(&self) -> &str {
         &self.options.database
     }
 

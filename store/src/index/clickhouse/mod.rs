@@ -6,6 +6,7 @@
 mod breaker;
 mod client;
 mod environments;
+mod marker;
 mod query;
 mod rebuild;
 mod row;
@@ -24,12 +25,13 @@ use tracing::instrument;
 use breaker::{Breaker, Probe};
 pub use client::{ClickHouse, ClickHouseOptions, Fault};
 pub use environments::Environments;
+pub use marker::{Marker, mark, markers};
 use query::{Among, PageQuery, Statement, Tenant};
 use rebuild::Origin;
 pub use rebuild::{Progress, Rebuild, VERSION_END, note_replicated};
 use row::ListedRow;
 pub use row::{SessionRow, SessionTexts};
-pub use schema::migrate;
+pub use schema::{is_migrated, migrate};
 use sessiond_domain::error::{Error, Result};
 use sessiond_domain::list::{Filter, Page, PageRequest, TagQuery};
 use sessiond_domain::port::{ListIndex, MetadataStore};
@@ -215,7 +217,10 @@ impl ListIndex for ClickHouseIndex {
         };
         Ok(match origin? {
             Origin::Rebuild(time) => vec![format!("lists are of {time}: nothing keeps them up to date")],
-            Origin::Replication => Vec::new(),
+            Origin::Replication(None) => Vec::new(),
+            Origin::Replication(Some(since)) => {
+                vec![format!("lists are of {since}: no replicator keeps them up to date")]
+            }
         })
     }
 }

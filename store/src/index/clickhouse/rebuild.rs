@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::client::{ClickHouse, Fault, timely};
 use super::environments::Environments;
+use super::marker;
 use super::row::SessionRow;
 use super::schema;
 use super::writer::SessionWriter;
@@ -168,16 +169,16 @@ impl Rebuild {
 pub(super) enum Origin {
     /// A rebuild, which began then.
     Rebuild(Timestamp),
-    /// A replicator, which keeps it up to date.
-    Replication,
+    /// A replicator; since when it does not keep it up to date any more, if it does not.
+    Replication(Option<Timestamp>),
 }
 
 /// Where the newest whole copy is from; `None` if there is none.
 pub(super) async fn origin(clickhouse: &ClickHouse) -> Result<Option<Origin>, Fault> {
-    let step = last_step(clickhouse, "WHERE finished = 1").await?;
-    Ok(step.map(|step| match i64::try_from(step.version) {
+    let Some(step) = last_step(clickhouse, "WHERE finished = 1").await? else { return Ok(None) };
+    Ok(Some(match i64::try_from(step.version) {
         Ok(millis) if step.version < VERSION_END => Origin::Rebuild(Timestamp::from_millis(millis)),
-        _ => Origin::Replication,
+        _ => Origin::Replication(marker::left_since(clickhouse).await?),
     }))
 }
 

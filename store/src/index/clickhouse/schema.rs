@@ -16,8 +16,9 @@ const NEEDED: (&str, &str) = ("use_skip_indexes_if_final_exact_mode", "25.5");
 /// The columns and their order, the key and the engine are those of the sessions table that the published system keeps in
 /// ClickHouse, so that its queries go on working. `document` is ours: what a list gives back, as text, because the type
 /// `JSON` of `metadata` loses what it cannot hold (nulls, empty objects, keys with dots).
-const STEPS: &[&[&str]] = &[&[
-    "CREATE TABLE IF NOT EXISTS {database}.sessions_v1 {on_cluster} (
+const STEPS: &[&[&str]] = &[
+    &[
+        "CREATE TABLE IF NOT EXISTS {database}.sessions_v1 {on_cluster} (
         environment_id String,
         organization_id String,
         project_id String,
@@ -44,14 +45,26 @@ const STEPS: &[&[&str]] = &[&[
     PARTITION BY toYYYYMM(created_at, 'UTC')
     ORDER BY (organization_id, project_id, environment_id, created_at, session_id)
     SETTINGS {durable}, min_age_to_force_merge_seconds = 3600, min_age_to_force_merge_on_partition_only = 1",
-    "CREATE TABLE IF NOT EXISTS {database}.rebuilds {on_cluster} (
+        "CREATE TABLE IF NOT EXISTS {database}.rebuilds {on_cluster} (
         version UInt64,
         after String,
         rows UInt64,
         finished UInt8,
         at DateTime64(3) DEFAULT now64(3)
     ) ENGINE = {replicated}MergeTree ORDER BY (version, rows) SETTINGS {durable}",
-]];
+    ],
+    &["CREATE TABLE IF NOT EXISTS {database}.replication_markers {on_cluster} (
+        installation String,
+        slot String,
+        epoch UInt8,
+        beat UInt64,
+        lsn UInt64,
+        heartbeat_ms UInt32,
+        at DateTime64(3) DEFAULT now64(3)
+    ) ENGINE = {replicated}ReplacingMergeTree(at) ORDER BY (installation, slot) SETTINGS {durable}"],
+];
+/// What lists need.
+const LISTED: u32 = 1;
 
 /// The newest step that this program knows.
 const KNOWN: u32 = STEPS.len() as u32;
@@ -106,6 +119,14 @@ struct Found {
 /// # Errors
 /// [`Fault::NewerSchema`], [`Fault::ForeignTable`], [`Fault::TooOld`]; otherwise what keeps the server from answering.
 pub(super) async fn is_current(clickhouse: &ClickHouse) -> Result<bool, Fault> {
+    Ok(look(clickhouse).await?.step.is_some_and(|step| step >= LISTED))
+}
+
+/// Whether a replicator finds all the tables that it needs. Changes nothing.
+///
+/// # Errors
+/// As [`migrate`].
+pub async fn is_migrated(clickhouse: &ClickHouse) -> Result<bool, Fault> {
     Ok(look(clickhouse).await?.step == Some(KNOWN))
 }
 

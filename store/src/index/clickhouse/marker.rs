@@ -1,0 +1,60 @@
+//! Who fills the tables: each leader of a replication leaves its mark here, so that no other one fills them beside it, and lists
+//! know whether they are kept up to date.
+
+use clickhouse::Row;
+use serde::{Deserialize, Serialize};
+
+use super::client::{ClickHouse, Fault, timely};
+use sessiond_domain::Timestamp;
+
+/// The mark of a replication, of its last heartbeat.
+#[derive(Clone, Debug, PartialEq, Eq, Row, Serialize, Deserialize)]
+pub struct Marker {
+    /// Which database it copies from.
+    pub installation: String,
+    /// By which slot.
+    pub slot: String,
+    /// Under which epoch.
+    pub epoch: u8,
+    /// How many heartbeats there have been.
+    pub beat: u64,
+    /// Everything before this place in the log is here.
+    pub lsn: u64,
+    /// How often it beats, in milliseconds.
+    pub heartbeat_ms: u32,
+}
+
+/// The marks of all replications that fill this database.
+///
+/// # Errors
+/// As [`ClickHouse::fetch`].
+pub async fn markers(clickhouse: &ClickHouse) -> Result<Vec<Marker>, Fault> {
+    let text = "SELECT installation, slot, epoch, beat, lsn, heartbeat_ms FROM replication_markers FINAL";
+    clickhouse.fetch(clickhouse.query(text)).await
+}
+
+/// Leaves a mark in the place of the one before.
+///
+/// # Errors
+/// As [`SessionWriter::insert`](super::SessionWriter::insert).
+pub async fn mark(clickhouse: &ClickHouse, marker: &Marker) -> Result<(), Fault> {
+    let work = async {
+        let mut insert = clickhouse.client().insert::<Marker>("replication_markers").await?;
+        for (name, value) in [("async_insert", "0")].iter().chain(clickhouse.cluster_settings()) {
+            insert = insert.with_setting(*name, *value);
+        }
+        insert.write(marker).await?;
+        insert.end().await
+    };
+    timely(clickhouse.options().insert_timeout, work).await
+}
+
+/// When the last mark was left, if the next ones are missing.
+pub(super) async fn left_since(clickhouse: &ClickHouse) -> Result<Option<Timestamp>, Fault> {
+    // Three of them, and a moment for those of a new leader.
+    let text = "SELECT toUnixTimestamp64Milli(at) FROM replication_markers \
+                WHERE at = (SELECT max(at) FROM replication_markers) \
+                AND dateDiff('millisecond', at, now64(3)) > 3 * heartbeat_ms + 5000 LIMIT 1";
+    let since = clickhouse.fetch::<i64>(clickhouse.query(text)).await?;
+    Ok(since.first().copied().map(Timestamp::from_millis))
+}

@@ -149,18 +149,41 @@ impl World {
         self.slot.wait_for(&format!("confirmed_flush_lsn >= '{place}'")).await;
     }
 
-    /// What each side has of every session.
-    async fn both(&self) -> [BTreeMap<String, (SessionRow, Value)>; 2] {
-        let environments = self.sql.store.environments().await.expect("environments");
-        let sessions = self.sql.store.scan_sessions(None, usize::MAX >> 1).await.expect("sessions");
-        let rows = sessions.into_iter().map(|session| {
-            let environment = environments.iter().find(|one| one.id == session.environment).expect("one");
-            SessionRow { _is_deleted: 0, ..SessionRow::new(session, environment, 0) }
+    /// What each side has of every session, each read by SQL of the test's own.
+    async fn both(&self) -> [BTreeMap<String, Value>; 2] {
+        let query = "SELECT s.id, jsonb_build_object(\
+                'environment', s.environment_id, 'organization', e.organization, 'project', e.project, \
+                'environmentType', e.kind, 'friendlyId', s.id, 'externalId', coalesce(s.external_id, ''), 'type', s.kind, \
+                'task', s.task_identifier, 'tags', s.tags, 'closedAt', s.closed_at, \
+                'closedReason', coalesce(s.closed_reason, ''), 'expiresAt', s.expires_at, 'createdAt', s.created_at, \
+                'updatedAt', s.updated_at, 'isTest', 0, 'column', '{}'::jsonb, 'document', jsonb_build_object(\
+                    'metadata', s.metadata, 'triggerConfig', s.trigger_config, 'closedReason', s.closed_reason, \
+                    'currentRunId', s.current_run_id))::text AS row \
+             FROM sessions s JOIN environments e ON e.id = s.environment_id";
+        let query = Statement::from_string(DbBackend::Postgres, query);
+        let rows = self.slot.connection.query_all_raw(query).await.expect("asked");
+        let stored = rows.into_iter().map(|row| {
+            let text: String = row.try_get("", "row").expect("text");
+            let mut value: Value = serde_json::from_str(&text).expect("JSON");
+            assert_eq!(value["environmentType"], "prod", "all environments of these tests are");
+            value["environmentType"] = json!("PRODUCTION");
+            (row.try_get("", "id").expect("text"), value)
         });
         let ours =
             clickhouse::select(&self.clickhouse, &format!("SELECT {ROW} FROM sessions_v1 FINAL")).await;
-        let by_id = |row: SessionRow| (row.session_id.clone(), parsed(&row));
-        [rows.map(by_id).collect(), ours.into_iter().map(by_id).collect()]
+        let copied = ours.into_iter().map(|row: SessionRow| {
+            let value = json!({
+                "environment": row.environment_id, "organization": row.organization_id, "project": row.project_id,
+                "environmentType": row.environment_type, "friendlyId": row.friendly_id, "externalId": row.external_id,
+                "type": row.r#type, "task": row.task_identifier, "tags": row.tags, "closedAt": row.closed_at,
+                "closedReason": row.closed_reason, "expiresAt": row.expires_at, "createdAt": row.created_at,
+                "updatedAt": row.updated_at, "isTest": row.is_test,
+                "column": serde_json::from_str::<Value>(&row.metadata).expect("JSON"),
+                "document": serde_json::from_str::<Value>(&row.document).expect("JSON"),
+            });
+            (row.session_id, value)
+        });
+        [stored.collect(), copied.collect()]
     }
 
     /// Sessions of which the two sides say different things.

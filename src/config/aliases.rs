@@ -47,16 +47,14 @@ pub(super) fn merge(
     // Who names another server by our own variable means none of what the other one says, least of all its password.
     let is_ours_set = variables.iter().any(|(name, _)| name.eq_ignore_ascii_case(OURS));
     // A URL alone must not begin anything: who has it set for the other system need not want this one to write there.
-    let is_on = |(name, value): &(String, String)| name[..] == *ENABLED && flag(value) == Some(true);
-    let takes_url = variables.iter().any(is_on) && !is_ours_set;
+    let is_enabled = variables.iter().any(|(name, value)| name[..] == *ENABLED && value == "1");
+    let takes_url = is_enabled && !is_ours_set;
     let (mut without_effect, mut faults) = (Vec::new(), Vec::new());
     for (name, value) in variables {
         let Some(short) = name.strip_prefix(PREFIX) else { continue };
         let merged = match (short, MEANINGS.iter().find(|(known, ..)| *known == short)) {
-            ("ENABLED", _) => match flag(&value) {
-                Some(enabled) => Ok(set(figment.clone(), "replication.enabled", enabled)),
-                None => Err("must be 0 or 1"),
-            },
+            // Whatever else it says is off there.
+            ("ENABLED", _) => Ok(set(figment.clone(), "replication.enabled", is_enabled)),
             ("CLICKHOUSE_URL", _) if takes_url => {
                 clickhouse(figment.clone(), &value).ok_or("must be an http or https URL")
             }
@@ -74,14 +72,6 @@ pub(super) fn merge(
         }
     }
     if faults.is_empty() { Ok((figment, without_effect)) } else { Err(Error::Invalid(faults)) }
-}
-
-fn flag(value: &str) -> Option<bool> {
-    match value {
-        "1" | "true" => Some(true),
-        "0" | "false" => Some(false),
-        _ => None,
-    }
 }
 
 fn set(figment: Figment, key: &str, value: impl Serialize) -> Figment {
@@ -191,7 +181,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_meant_is_refused_by_its_own_name() {
-        for (name, value) in [("FLUSH_INTERVAL_MS", "soon"), ("CLICKHOUSE_URL", "host"), ("ENABLED", "yes")] {
+        for (name, value) in [("FLUSH_INTERVAL_MS", "soon"), ("CLICKHOUSE_URL", "host")] {
             let refused = read(&[("ENABLED", "1"), (name, value)]).expect_err(name).to_string();
             assert!(refused.contains(&format!("{PREFIX}{name}")), "{refused}");
         }

@@ -9,7 +9,7 @@ use tokio::time::sleep;
 
 use super::flush::Flusher;
 use super::row::COLUMNS;
-use super::{Context, Epoch, Lsn, RowVersion};
+use super::{Context, Epoch, Lsn, RowVersion, surely};
 use crate::domain::Error;
 use crate::store::metadata::Phase;
 
@@ -26,16 +26,16 @@ pub async fn run(flusher: &Flusher, slot: &str, epoch: Epoch) {
     let context = flusher.context();
     let postgres = &context.postgres;
     let ask = || async { Ok::<_, Error>(postgres.state(slot).await?.filter(|state| state.epoch == epoch.0)) };
-    let Some(state) = context.surely("replication", ask).await else { return };
+    let Some(state) = surely("replication", ask).await else { return };
     let version = RowVersion::new(epoch, Lsn(0));
     if state.phase == Phase::Backfilling {
         copy(flusher, slot, epoch, state.backfilled_to.unwrap_or_default()).await;
     }
-    while let Some(since) = context.surely("replication", || postgres.since_swept(slot, epoch.0)).await {
+    while let Some(since) = surely("replication", || postgres.since_swept(slot, epoch.0)).await {
         let left = LATEST_INSERT.saturating_sub(Duration::from_millis(since.try_into().unwrap_or_default()));
         if left.is_zero() {
             flusher.bury_before(version).await;
-            context.surely("replication", || postgres.swept(slot, epoch.0)).await;
+            surely("replication", || postgres.swept(slot, epoch.0)).await;
         }
         sleep(left).await;
     }
@@ -49,18 +49,18 @@ async fn copy(flusher: &Flusher, slot: &str, epoch: Epoch, mut after: String) {
     loop {
         let _reading = flusher.reading_older().await;
         let (rows, bytes) = PAGE;
-        let page = context.surely("sessions", || postgres.page(COLUMNS, &after, rows, bytes)).await;
+        let page = surely("sessions", || postgres.page(COLUMNS, &after, rows, bytes)).await;
         let Some(last) = page.last().and_then(|columns| columns[0].clone()) else { break };
         copied += page.len();
         flusher.store_older(page, version).await;
         after = last;
-        if !context.surely("replication", || postgres.backfilled(slot, epoch.0, Some(&after))).await {
+        if !surely("replication", || postgres.backfilled(slot, epoch.0, Some(&after))).await {
             return;
         }
     }
     flusher.bury_before(version).await;
     flusher.note_whole(version, copied as u64).await;
-    if context.surely("replication", || postgres.backfilled(slot, epoch.0, None)).await {
+    if surely("replication", || postgres.backfilled(slot, epoch.0, None)).await {
         tracing::info!(
             slot,
             epoch = epoch.0,
@@ -74,9 +74,9 @@ async fn copy(flusher: &Flusher, slot: &str, epoch: Epoch, mut after: String) {
 /// waits for a synchronous standby. Once every transaction that has begun by now is over, all of these are.
 async fn wait_for_older_commits(context: &Context) {
     let postgres = &context.postgres;
-    let barrier = context.surely("transactions", || postgres.barrier()).await;
+    let barrier = surely("transactions", || postgres.barrier()).await;
     let past = || postgres.is_past(&barrier);
-    while !context.surely("transactions", past).await {
+    while !surely("transactions", past).await {
         sleep(LOOK_EVERY).await;
     }
 }

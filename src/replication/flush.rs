@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::batch::{Batch, RowChange};
 use super::pgoutput::{Column, Tuple};
 use super::row::{COLUMNS, SortKey, Version};
-use super::{Context, RowVersion};
+use super::{Context, RowVersion, surely};
 use crate::domain::tenant::Environment;
 use crate::domain::{Backoff, EnvironmentId};
 use crate::store::index::clickhouse::{Environments, Fault, SessionRow, SessionWriter, note_replicated};
@@ -94,7 +94,7 @@ impl Flusher {
     async fn store_whole(&self, changes: HashMap<SortKey, RowChange>) {
         let rows = self.rows(changes).await;
         let insert = || self.insert(&rows).inspect_err(|_| self.context.metrics.retried());
-        self.context.surely("rows to ClickHouse", insert).await;
+        surely("rows to ClickHouse", insert).await;
         self.context.metrics.inserted(rows.len());
     }
 
@@ -126,7 +126,7 @@ impl Flusher {
 
     /// Puts tombstones in the place of all rows that are older than `version`, below it. Returns once it is done.
     pub async fn bury_before(&self, version: RowVersion) {
-        self.context.surely("tombstones", || self.writer.bury_older_than(version.0)).await;
+        surely("tombstones", || self.writer.bury_older_than(version.0)).await;
     }
 
     /// Puts tombstones at `version` in the place of all rows that are older. Returns once it is done.
@@ -139,7 +139,7 @@ impl Flusher {
     /// Says that all rows are there that are older than `version`, so many of them copied just now.
     pub async fn note_whole(&self, version: RowVersion, rows: u64) {
         let note = || note_replicated(&self.context.clickhouse, version.0, rows);
-        self.context.surely("the end of a copy", note).await;
+        surely("the end of a copy", note).await;
     }
 
     async fn insert(&self, rows: &[SessionRow]) -> Result<(), Fault> {
@@ -204,8 +204,7 @@ impl Flusher {
         let (first, longest) = UNSEEN_PAUSE;
         let mut unseen = Backoff::new(first, longest);
         loop {
-            let found =
-                self.context.surely("sessions", || self.context.postgres.sessions(COLUMNS, ids, xids)).await;
+            let found = surely("sessions", || self.context.postgres.sessions(COLUMNS, ids, xids)).await;
             match found {
                 Some(rows) => return rows,
                 None => unseen.pause().await,
@@ -215,14 +214,14 @@ impl Flusher {
 
     async fn environment(&self, id: &str, xid: Option<u32>) -> Option<Arc<Environment>> {
         let id = EnvironmentId::from_stored(id);
-        let mut found = self.context.surely("environments", || self.environments.find(&id)).await;
+        let mut found = surely("environments", || self.environments.find(&id)).await;
         if let (None, Some(xid)) = (&found, xid) {
             // It may have been made in the same transaction.
             self.fetch(&[], &[xid]).await;
-            found = self.context.surely("environments", || self.environments.find(&id)).await;
+            found = surely("environments", || self.environments.find(&id)).await;
         }
         if found.is_none() {
-            let filed = self.context.surely("an environment", || self.writer.environment(&id)).await;
+            let filed = surely("an environment", || self.writer.environment(&id)).await;
             found = filed.map(|environment| self.environments.know(environment));
         }
         found

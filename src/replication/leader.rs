@@ -161,24 +161,32 @@ impl Replicator {
                 && matches!(state.phase, Phase::Backfilling | Phase::Streaming)
         });
         let Some(state) = state else { return Ok(None) };
-        self.claim(slot.epoch, &state).await?;
+        let Some(epoch) = self.claim(&state).await? else { return Ok(None) };
         let (older, name, background) = (flusher.clone(), source.slot.clone(), context.background.clone());
         let backfilling = async move {
-            let copy = || backfill::run(&older, &name, slot.epoch);
+            let copy = || backfill::run(&older, &name, epoch);
             background.survived("copy of older sessions", copy).await;
         };
         let backfilling = AbortOnDropHandle::new(tokio::spawn(backfilling));
-        let term = Term::new(Box::new(stream), flusher.clone(), slot.epoch, term.clone());
+        let term = Term::new(Box::new(stream), flusher.clone(), epoch, term.clone());
         Ok(Some((term, backfilling)))
     }
 
-    /// Leaves the mark of this replication in ClickHouse before anything is stored there. Tables without one are empty, whatever
-    /// was stored before, or are of an earlier epoch: then everything is copied anew.
-    async fn claim(&self, epoch: Epoch, state: &ReplicationState) -> Result<(), Hindrance> {
+    /// Leaves the mark of this replication in ClickHouse before anything is stored there, and returns the epoch that it is under;
+    /// `None` if that is over already. Where a leader has been and there is no mark, nothing counts of what it has stored, and
+    /// everything is copied anew.
+    async fn claim(&self, state: &ReplicationState) -> Result<Option<Epoch>, Hindrance> {
         let Self { options: ReplicatorOptions { source, term, .. }, context, .. } = self;
-        if !slot::is_marked(context, &source.slot, epoch).await? {
-            tracing::info!(slot = source.slot, "ClickHouse has no sessions of this slot; all are copied");
-            context.postgres.copy_anew(&source.slot, epoch.0).await?;
+        let mut epoch = Epoch(state.epoch);
+        if !slot::is_marked(context, &source.slot, epoch).await? && state.leader.is_some() {
+            epoch = slot::next_epoch(context, epoch).await?;
+            if !context.postgres.copy_anew(&source.slot, state.epoch, epoch.0).await? {
+                return Ok(None);
+            }
+            tracing::warn!(
+                slot = source.slot,
+                "ClickHouse has lost what this slot had stored; all is copied anew"
+            );
         }
         let marker = Marker {
             installation: slot::installation(context).await?,
@@ -188,7 +196,10 @@ impl Replicator {
             lsn: state.flushed,
             heartbeat_ms: millis(term.heartbeat),
         };
-        Ok(mark(&context.clickhouse, &marker).await?)
+        mark(&context.clickhouse, &marker).await?;
+        // Another one may have come first.
+        slot::is_marked(context, &source.slot, epoch).await?;
+        Ok(Some(epoch))
     }
 
     fn tell(&self, health: &Health) {

@@ -23,9 +23,10 @@ pub mod status;
 pub mod term;
 pub mod tunnel;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -53,8 +54,20 @@ pub struct Context {
     pub clock: Arc<dyn Clock>,
     /// Everything that stands before this place in the log is in ClickHouse.
     pub reached: watch::Sender<Lsn>,
-    /// Since when there is something to be stored and nothing is; `None` while there is nothing.
-    stalled: Arc<Mutex<Option<Instant>>>,
+    /// When each batch that is not stored yet has set out.
+    flights: Arc<Mutex<BTreeMap<u64, Instant>>>,
+}
+
+/// A batch on its way, for as long as this lives.
+pub(crate) struct Flight {
+    number: u64,
+    flights: Arc<Mutex<BTreeMap<u64, Instant>>>,
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        self.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.number);
+    }
 }
 
 /// What replication is called where tasks are named.
@@ -62,7 +75,7 @@ const NAME: &str = "replication";
 /// What anyone may read while nothing is replicated. What is in the way may name servers.
 pub const HINDRANCE: &str =
     "changes do not come to ClickHouse: the log and `sessiond replicate status` say why";
-/// For how long nothing was stored when that is said.
+/// For how long a batch has been on its way when that is said.
 const STALLED: Duration = Duration::from_secs(10);
 
 fn millis(duration: Duration) -> u32 {
@@ -83,47 +96,46 @@ impl Context {
         clock: Arc<dyn Clock>,
     ) -> Self {
         let [metadata, postgres] = [metadata, postgres].map(ReplicationStore::new);
-        let (reached, stalled) = (watch::Sender::default(), Arc::default());
-        Self { metadata, postgres, clickhouse, background, metrics, clock, reached, stalled }
+        let (reached, flights) = (watch::Sender::default(), Arc::default());
+        Self { metadata, postgres, clickhouse, background, metrics, clock, reached, flights }
     }
 
-    /// Tries until it succeeds, whatever is away.
-    pub(crate) async fn surely<T, E: std::error::Error + 'static, F: Future<Output = Result<T, E>>>(
-        &self,
-        what: &'static str,
-        work: impl Fn() -> F,
-    ) -> T {
-        let (first, longest) = PAUSE;
-        let mut backoff = Backoff::new(first, longest);
-        self.stall().get_or_insert_with(Instant::now);
-        loop {
-            match work().await {
-                Ok(done) => {
-                    *self.stall() = None;
-                    return done;
-                }
-                Err(error) => {
-                    let error = &error as &dyn std::error::Error;
-                    tracing::warn!(error, what, "the replicator has not succeeded, and tries again");
-                }
-            }
-            backoff.pause().await;
-        }
-    }
-
-    /// Forgets what an earlier term has come to: that may have been of another server.
+    /// Forgets what an earlier term has reached: that may have been of another server.
     pub(crate) fn begin(&self) {
         self.reached.send_replace(Lsn(0));
-        *self.stall() = None;
     }
 
-    /// For how long nothing was stored though there is something, or was answered that is needed for it.
-    pub(crate) fn stalled(&self) -> Option<Duration> {
-        self.stall().map(|since| since.elapsed())
+    /// Something sets out to be stored.
+    pub(crate) fn depart(&self) -> Flight {
+        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = flights.last_key_value().map_or(0, |(last, _)| last + 1);
+        flights.insert(number, Instant::now());
+        Flight { number, flights: self.flights.clone() }
     }
 
-    fn stall(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.stalled.lock().unwrap_or_else(PoisonError::into_inner)
+    /// For how long that has been on its way which is for the longest.
+    pub(crate) fn longest_flight(&self) -> Option<Duration> {
+        let flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        flights.values().min().map(Instant::elapsed)
+    }
+}
+
+/// Tries until it succeeds, whatever is away.
+async fn surely<T, E: std::error::Error + 'static, F: Future<Output = Result<T, E>>>(
+    what: &'static str,
+    work: impl Fn() -> F,
+) -> T {
+    let (first, longest) = PAUSE;
+    let mut backoff = Backoff::new(first, longest);
+    loop {
+        match work().await {
+            Ok(done) => return done,
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, what, "the replicator has not succeeded, and tries again");
+            }
+        }
+        backoff.pause().await;
     }
 }
 

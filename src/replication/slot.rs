@@ -60,7 +60,7 @@ async fn ensure_alone(options: &SourceOptions, context: &Context) -> Result<Slot
     let epoch = match look(options, context).await? {
         Found::Ready(slot) => return Ok(slot),
         Found::Missing(Some(epoch)) => epoch,
-        Found::Missing(None) => next_epoch(context).await?,
+        Found::Missing(None) => next_epoch(context, Epoch(0)).await?,
     };
     // Before anything is made: another replication may fill the tables.
     is_marked(context, name, Epoch(u8::MAX)).await?;
@@ -83,12 +83,14 @@ pub async fn is_marked(context: &Context, slot: &str, epoch: Epoch) -> Result<bo
     for Marker { installation, slot: by, epoch: under, .. } in markers(&context.clickhouse).await? {
         if installation != ours {
             return unfit(format!(
-                "{database} in ClickHouse is filled from another database, {installation}: set another clickhouse.database"
+                "{database} in ClickHouse is filled from another database, {installation}: set another clickhouse.database, or, if that \
+                 one is gone for good, ALTER TABLE {database}.replication_markers DELETE WHERE installation = '{installation}'"
             ));
         }
         if by != slot {
             return unfit(format!(
-                "{database} in ClickHouse is filled by the slot {by}: set replication.slot, or another clickhouse.database"
+                "{database} in ClickHouse is filled by the slot {by}: set replication.slot, or another clickhouse.database, or, if that \
+                 one is gone for good, ALTER TABLE {database}.replication_markers DELETE WHERE slot = '{by}'"
             ));
         }
         if under > epoch.0 {
@@ -99,7 +101,7 @@ pub async fn is_marked(context: &Context, slot: &str, epoch: Epoch) -> Result<bo
                 anew(slot)
             ));
         }
-        found = under == epoch.0;
+        found |= under == epoch.0;
     }
     Ok(found)
 }
@@ -121,11 +123,14 @@ fn anew(slot: &str) -> String {
     )
 }
 
-/// The one that outweighs whatever is in ClickHouse.
-async fn next_epoch(context: &Context) -> Result<Epoch, SlotError> {
+/// The one that outweighs whatever is in ClickHouse, and `old`.
+///
+/// # Errors
+/// [`SlotError::Unfit`] if there is none.
+pub async fn next_epoch(context: &Context, old: Epoch) -> Result<Epoch, SlotError> {
     let newest = SessionWriter::new(context.clickhouse.clone()).newest_version().await?;
     let marked = markers(&context.clickhouse).await?.into_iter().map(|marker| marker.epoch).max();
-    match RowVersion(newest).epoch().0.max(marked.unwrap_or_default()).checked_add(1) {
+    match RowVersion(newest).epoch().max(old).0.max(marked.unwrap_or_default()).checked_add(1) {
         Some(epoch) => Ok(Epoch(epoch)),
         None => unfit("replication has begun anew 255 times: set another clickhouse.database"),
     }

@@ -268,6 +268,7 @@ impl Stream {
     async fn truncate(&mut self) -> Result<(), TermEnd> {
         let version = self.batcher.truncate()?;
         self.flush_rest().await?;
+        let _flight = self.flusher.context().depart();
         self.flusher.bury(version).await;
         Ok(())
     }
@@ -349,7 +350,9 @@ impl Stream {
         self.flying += bytes;
         self.in_order = batch.in_order;
         let flusher = self.flusher.clone();
+        let flight = self.flusher.context().depart();
         self.flights.spawn(async move {
+            let _flight = flight;
             let storing = flusher.store(batch);
             flusher.context().background.caught("inserts of replication", storing).await?;
             Some(Stored { ticket, bytes })
@@ -380,7 +383,7 @@ async fn beat(
     let mut beats = Ticker::new(options.heartbeat, CancellationToken::new());
     while beats.tick().await {
         let place = *reached.borrow();
-        let is_storing = context.stalled().is_none_or(|stalled| stalled < STALLED);
+        let is_storing = context.longest_flight().is_none_or(|longest| longest < STALLED);
         background.hindered(NAME, (!is_storing).then_some(HINDRANCE));
         let beat = async {
             let done = (place.0, is_storing);
@@ -390,6 +393,8 @@ async fn beat(
             Ok::<_, Error>(beat)
         };
         match beat.await {
+            // Where nothing can be stored, ClickHouse must not say that it is kept up to date.
+            Ok(Some(_)) if !is_storing => {}
             Ok(Some(beat)) => drop(told.send_replace((beat, place))),
             Ok(None) => return superseded.cancel(),
             // The stream breaks as well, if it lasts.
@@ -409,7 +414,7 @@ async fn attend(
     superseded: &CancellationToken,
     (told, gap): (&watch::Sender<(u64, Lsn)>, &watch::Sender<Duration>),
 ) {
-    let (context, mut told) = (flusher.context(), told.subscribe());
+    let (context, mut told, mut missing) = (flusher.context(), told.subscribe(), 0);
     while told.changed().await.is_ok() {
         let (beat, place) = *told.borrow_and_update();
         let before = *gap.borrow();
@@ -417,7 +422,9 @@ async fn attend(
         context.metrics.flush_gap(next);
         gap.send_replace(next);
         match slot::is_marked(context, &options.slot, epoch).await {
-            Ok(true) => {}
+            Ok(true) => missing = 0,
+            // Of a cluster, one server may not have heard of it yet.
+            Ok(false) if missing == 0 => missing = 1,
             Ok(false) | Err(SlotError::Unfit(_)) => {
                 tracing::error!("the tables of ClickHouse are not those that this replicator fills any more");
                 return superseded.cancel();

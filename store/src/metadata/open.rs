@@ -10,7 +10,7 @@ use sea_orm::sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sea_orm::sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
-use sea_orm::sqlx::{self, ConnectOptions};
+use sea_orm::sqlx::{self, ConnectOptions, Connection};
 use sea_orm::{
     ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, SqliteTransactionMode,
     SqlxPostgresConnector, SqlxSqliteConnector, TransactionOptions, TransactionTrait,
@@ -20,6 +20,8 @@ use super::SqlMetadata;
 
 /// Held on Postgres while migrating, so that two starts do it one after the other. Any constant would do.
 const MIGRATION_LOCK: i64 = 0x7365_7373_696f_6e64;
+/// Longest that a connection may take to show that it lives.
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to keep asking SQLite for the switch to WAL while another process makes it.
 const WAL_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -116,6 +118,13 @@ impl SqlMetadata {
             return Err(OpenError::Url("this one is of no Postgres"));
         }
         let (pool, connect) = postgres(url, options)?;
+        // A question that was given up leaves its connection to a ping, which waits for ever where the host is gone.
+        let pool = pool.after_release(|connection, _| {
+            Box::pin(async move {
+                let alive = tokio::time::timeout(PING_TIMEOUT, connection.ping()).await;
+                Ok(alive.is_ok_and(|answer| answer.is_ok()))
+            })
+        });
         Ok(Self::of_postgres(pool.connect_lazy_with(connect)))
     }
 

@@ -183,14 +183,15 @@ impl ReplicationStore {
         beat.map(|row| get::<i64>(&row, "beats").map(i64::cast_unsigned)).transpose()
     }
 
-    /// Begins the copy of older rows anew under `epoch`: ClickHouse has none of it.
+    /// Begins the copy of older rows anew, under a `new` epoch in the place of `old`: whoever still copies under that one stores
+    /// and notes nothing that counts. False if it is over already.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn copy_anew(&self, slot: &str, epoch: u8) -> Result<()> {
-        let sql = "UPDATE replication SET phase = 'backfilling', backfilled_to = NULL, swept_at = NULL \
+    pub async fn copy_anew(&self, slot: &str, old: u8, new: u8) -> Result<bool> {
+        let sql = "UPDATE replication SET epoch = $3, phase = 'backfilling', backfilled_to = NULL, swept_at = NULL \
                    WHERE slot = $1 AND epoch = $2 RETURNING 1 AS one";
-        self.note(sql, [slot.into(), i16::from(epoch).into()]).await.map(drop)
+        self.note(sql, [slot.into(), i16::from(old).into(), i16::from(new).into()]).await
     }
 
     /// Which server and database answers here.
@@ -353,7 +354,7 @@ impl ReplicationStore {
         lock.execute_unprepared(&take).await.map_err(fault)?;
         let done = work.await;
         // It wrote nothing: however it ends, what was done is done.
-        let _ = lock.rollback().await;
+        let _ = in_time(async { lock.rollback().await.map_err(fault) }).await;
         Ok(done)
     }
 
@@ -371,7 +372,8 @@ impl ReplicationStore {
     ) -> Result<()> {
         let begin = "INSERT INTO replication (slot, epoch, system_identifier, timeline, slot_lsn, phase) \
                      VALUES ($1, $2, $3, $4, 0, 'creating') ON CONFLICT (slot) DO UPDATE SET epoch = $2, system_identifier = $3, \
-                     timeline = $4, slot_lsn = 0, phase = 'creating', backfilled_to = NULL, swept_at = NULL, flushed_lsn = 0 \
+                     timeline = $4, slot_lsn = 0, phase = 'creating', backfilled_to = NULL, swept_at = NULL, flushed_lsn = 0, \
+                     leader = NULL, leader_seen_at = NULL, flushed_at = NULL \
                      RETURNING 1 AS one";
         let epoch = i16::from(epoch);
         let values = [slot.into(), epoch.into(), system_identifier.into(), i64::from(timeline).into()];

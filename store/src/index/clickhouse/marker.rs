@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::client::{ClickHouse, Fault, timely};
 use sessiond_domain::Timestamp;
 
-/// The mark of a replication, of its last heartbeat.
+/// The mark of a replication, of its last heartbeat. It tells whose the tables are, not that they have not been put back to an older
+/// state since.
 #[derive(Clone, Debug, PartialEq, Eq, Row, Serialize, Deserialize)]
 pub struct Marker {
     /// Which database it copies from.
@@ -30,7 +31,11 @@ pub struct Marker {
 /// As [`ClickHouse::fetch`].
 pub async fn markers(clickhouse: &ClickHouse) -> Result<Vec<Marker>, Fault> {
     let text = "SELECT installation, slot, epoch, beat, lsn, heartbeat_ms FROM replication_markers FINAL";
-    clickhouse.fetch(clickhouse.query(text)).await
+    let query = clickhouse.query(text);
+    // A replica that lags must not say that there is no mark.
+    let settings = clickhouse.cluster_settings().iter();
+    let query = settings.fold(query, |query, (name, value)| query.with_setting(*name, *value));
+    clickhouse.fetch(query).await
 }
 
 /// Leaves a mark in the place of the one before.
@@ -40,7 +45,8 @@ pub async fn markers(clickhouse: &ClickHouse) -> Result<Vec<Marker>, Fault> {
 pub async fn mark(clickhouse: &ClickHouse, marker: &Marker) -> Result<(), Fault> {
     let work = async {
         let mut insert = clickhouse.client().insert::<Marker>("replication_markers").await?;
-        for (name, value) in [("async_insert", "0")].iter().chain(clickhouse.cluster_settings()) {
+        let settings = [("async_insert", "0"), ("insert_quorum_parallel", "0")];
+        for (name, value) in settings.iter().chain(clickhouse.cluster_settings()) {
             insert = insert.with_setting(*name, *value);
         }
         insert.write(marker).await?;
@@ -55,6 +61,10 @@ pub(super) async fn left_since(clickhouse: &ClickHouse) -> Result<Option<Timesta
     let text = "SELECT toUnixTimestamp64Milli(at) FROM replication_markers \
                 WHERE at = (SELECT max(at) FROM replication_markers) \
                 AND dateDiff('millisecond', at, now64(3)) > 3 * heartbeat_ms + 5000 LIMIT 1";
-    let since = clickhouse.fetch::<i64>(clickhouse.query(text)).await?;
-    Ok(since.first().copied().map(Timestamp::from_millis))
+    match clickhouse.fetch::<i64>(clickhouse.query(text)).await {
+        Ok(since) => Ok(since.first().copied().map(Timestamp::from_millis)),
+        // Filled before there were marks, and not by a replicator of this version since.
+        Err(fault) if fault.is_of_a_missing_table() => Ok(None),
+        Err(fault) => Err(fault),
+    }
 }

@@ -13,8 +13,8 @@ mod row;
 mod schema;
 mod writer;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -41,7 +41,9 @@ pub use writer::SessionWriter;
 /// What lists answer until there is something to list.
 const NOT_BUILT: &str =
     "the list index has not been built: run `sessiond index rebuild`, or `sessiond replicate`";
-/// How long it is remembered that there is nothing to list.
+/// How long it is remembered that there is something to list: a replicator may have to copy everything anew.
+const BUILT_FOR: Duration = Duration::from_secs(10);
+/// How long it is remembered that there is nothing.
 const NOT_BUILT_FOR: Duration = Duration::from_secs(1);
 /// Longest that [`ListIndex::ping`] waits: probes of readiness are impatient.
 const PING_TIMEOUT: Duration = Duration::from_millis(250);
@@ -53,10 +55,8 @@ pub struct ClickHouseIndex {
     clickhouse: ClickHouse,
     environments: Environments,
     breaker: Breaker,
-    /// Set while the tables are known to be usable.
-    usable: AtomicBool,
-    /// Until when they are known not to be.
-    not_built_until: Mutex<Option<Instant>>,
+    /// Whether there is a whole copy in tables of ours, and until when that is taken for known.
+    known: Mutex<Option<(bool, Instant)>>,
     repeats: AtomicU64,
 }
 
@@ -75,8 +75,7 @@ impl ClickHouseIndex {
             environments: Environments::new(store),
             breaker: Breaker::new(clickhouse.options().query_timeout, probe, background),
             clickhouse,
-            usable: AtomicBool::new(false),
-            not_built_until: Mutex::default(),
+            known: Mutex::default(),
             repeats: AtomicU64::new(0),
         }
     }
@@ -102,19 +101,24 @@ impl ClickHouseIndex {
     #[instrument(level = "debug", skip_all, name = "query")]
     async fn fetch<T: RowOwned + RowRead>(&self, statement: &Statement) -> Result<Vec<T>> {
         let query = statement.bind(self.clickhouse.query(&statement.text));
-        self.breaker.run(self.clickhouse.fetch(query)).await
+        let asked = async {
+            let answer = self.clickhouse.fetch(query).await;
+            if answer.as_ref().is_err_and(Fault::is_of_a_missing_table) {
+                *self.known() = None;
+            }
+            answer
+        };
+        self.breaker.run(asked).await
     }
 
     /// Refuses until there are tables of ours, and a whole copy in them.
     async fn require_usable(&self) -> Result<()> {
-        if self.usable.load(Ordering::Relaxed) {
-            return Ok(());
+        let known = *self.known();
+        match known.filter(|(_, until)| Instant::now() < *until) {
+            Some((true, _)) => Ok(()),
+            Some((false, _)) => Err(Error::NotReady(NOT_BUILT)),
+            None => self.origin().await.map(drop),
         }
-        let known = *self.not_built_until.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.is_some_and(|until| Instant::now() < until) {
-            return Err(Error::NotReady(NOT_BUILT));
-        }
-        self.origin().await.map(drop)
     }
 
     /// Where the copy that lists come from is from.
@@ -126,10 +130,13 @@ impl ClickHouseIndex {
             }
         };
         let origin = self.breaker.run_at_once(look).await?;
-        self.usable.store(origin.is_some(), Ordering::Relaxed);
-        let until = origin.is_none().then(|| Instant::now() + NOT_BUILT_FOR);
-        *self.not_built_until.lock().unwrap_or_else(PoisonError::into_inner) = until;
+        let usable = origin.is_some();
+        *self.known() = Some((usable, Instant::now() + if usable { BUILT_FOR } else { NOT_BUILT_FOR }));
         origin.ok_or(Error::NotReady(NOT_BUILT))
+    }
+
+    fn known(&self) -> MutexGuard<'_, Option<(bool, Instant)>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `None` for an environment that there is not.

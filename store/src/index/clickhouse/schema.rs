@@ -61,7 +61,7 @@ const STEPS: &[&[&str]] = &[
         lsn UInt64,
         heartbeat_ms UInt32,
         at DateTime64(3) DEFAULT now64(3)
-    ) ENGINE = {replicated}ReplacingMergeTree(at) ORDER BY (installation, slot) SETTINGS {durable}"],
+    ) ENGINE = {replicated}ReplacingMergeTree(at) ORDER BY (installation, slot, epoch) SETTINGS {durable}"],
 ];
 /// What lists need.
 const LISTED: u32 = 1;

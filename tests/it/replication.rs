@@ -31,7 +31,7 @@ use crate::harness::database::{HERE, Sql, at, named, session, words};
 use crate::harness::replication;
 
 /// Longest that a test waits for what must happen.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A slot of a test's own, and what reads it. Slots are of the whole server, whatever database they decode.
 struct Slot {

@@ -233,7 +233,7 @@ pub struct Server {
     listener: Listener,
     shutdown: Shutdown,
     /// `None` unless one is to run beside the server.
-    replicator: Option<Arc<Replicator>>,
+    replicator: Option<Box<Replicator>>,
     config: Config,
     key: RootKey,
 }
@@ -276,13 +276,13 @@ impl Server {
         let replicator = config.replication.enabled.then(|| {
             let metadata = SqlMetadata::clone(&control.store);
             let watch = (shutdown.background().clone(), metrics.replication().clone());
-            replicator(&config, open_context(&config, metadata, watch, clock)?).map(Arc::new)
+            replicator(&config, open_context(&config, metadata, watch, clock)?).map(Box::new)
         });
         // Nothing of it keeps the server from its work.
         let replicator = replicator.and_then(|replicator| {
             let hindered = |error: &anyhow::Error| {
                 tracing::error!(error = &**error as &dyn std::error::Error, "cannot replicate to ClickHouse");
-                shutdown.background().hindered("replication", Some(replication::HINDRANCE));
+                shutdown.background().hindered(replication::NAME, Some(replication::HINDRANCE));
             };
             replicator.inspect_err(hindered).ok()
         });
@@ -358,13 +358,7 @@ impl Server {
         let router = api::router(self.api_state());
         let background = self.shutdown.background();
         let stop_replicating = CancellationToken::new();
-        let replicating = self.replicator.clone().map(|replicator| {
-            let stop = stop_replicating.clone();
-            background.keep("replication", move || {
-                let (replicator, stop) = (replicator.clone(), stop.clone());
-                async move { replicator.run(stop).await }
-            })
-        });
+        let replicating = self.replicator.map(|replicator| replicator.start(stop_replicating.clone()));
         let listening = background.require("listener", self.listener.serve(router, self.shutdown.clone()));
         tracing::info!(%address, "listening");
         tokio::select! {

@@ -48,14 +48,9 @@ async fn run(config: &Config) -> anyhow::Result<()> {
     let (stopping, metrics) = (CancellationToken::new(), Metrics::new());
     let faults = metrics.clone();
     let background = Arc::new(Background::new(stopping.clone(), move |task| faults.task_fault(task)));
-    let context = context(config, metadata, background.clone(), &metrics)?;
-    let replicator = Arc::new(replicator(config, context)?);
+    let replicator = replicator(config, context(config, metadata, background, &metrics)?)?;
     tracing::info!(slot = config.replication.slot, "replicating");
-    let stopped = stopping.clone();
-    let running = background.keep("replication", move || {
-        let (replicator, stop) = (replicator.clone(), stopped.clone());
-        async move { replicator.run(stop).await }
-    });
+    let running = replicator.start(stopping.clone());
     stop.await;
     tracing::info!("stopping");
     stopping.cancel();

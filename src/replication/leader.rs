@@ -3,9 +3,11 @@
 //! The slot is the lock: whoever reads it leads, and the server lets one read. A leader that dies loses it with its connection,
 //! one that is frozen when the server has waited for it long enough.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -89,6 +91,15 @@ impl Replicator {
         self.health.subscribe()
     }
 
+    /// Runs it in a task of its own, which is watched. What is returned completes when it has stopped.
+    pub fn start(self, stop: CancellationToken) -> JoinHandle<()> {
+        let (background, this) = (self.context.background.clone(), Arc::new(self));
+        background.keep(NAME, move || {
+            let (this, stop) = (this.clone(), stop.clone());
+            async move { this.run(stop).await }
+        })
+    }
+
     /// Leads whenever the slot is free, until `stop` is cancelled. Whatever goes wrong is told and tried again.
     pub async fn run(&self, stop: CancellationToken) {
         // Whatever ended an earlier run.
@@ -146,7 +157,7 @@ impl Replicator {
             return Ok(None);
         }
         migrate(&context.clickhouse).await?;
-        let slot = slot::ensure(source, context).await?;
+        let epoch = slot::ensure(source, context).await?;
         let (stream, identity) = match PgSource::open(source).await {
             Err(SourceError::Busy) => return Ok(None),
             opened => opened?,
@@ -155,7 +166,7 @@ impl Replicator {
         // connection may be to another server than the one that was looked at.
         let state = postgres.state(&source.slot).await?;
         let state = state.filter(|state| {
-            state.epoch == slot.epoch.0
+            state.epoch == epoch.0
                 && state.system_identifier == identity.system_identifier
                 && state.timeline == identity.timeline
                 && matches!(state.phase, Phase::Backfilling | Phase::Streaming)

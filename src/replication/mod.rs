@@ -71,7 +71,7 @@ impl Drop for Flight {
 }
 
 /// What replication is called where tasks are named.
-const NAME: &str = "replication";
+pub const NAME: &str = "replication";
 /// What anyone may read while nothing is replicated. What is in the way may name servers.
 pub const HINDRANCE: &str =
     "changes do not come to ClickHouse: the log and `sessiond replicate status` say why";

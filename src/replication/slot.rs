@@ -7,15 +7,6 @@ use crate::domain::Error;
 use crate::store::index::clickhouse::{Fault, Marker, SessionWriter, markers};
 use crate::store::metadata::{Phase, Place, Published};
 
-/// A slot that can be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Slot {
-    /// What its changes are stored under.
-    pub epoch: Epoch,
-    /// Whether rows that are older than it are still to be copied.
-    pub is_backfilling: bool,
-}
-
 /// Why there is no slot to be read.
 #[derive(Debug, thiserror::Error)]
 pub enum SlotError {
@@ -38,27 +29,27 @@ fn unfit<T>(sentence: impl Into<String>) -> Result<T, SlotError> {
 }
 
 /// What there is of a slot.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// It can be read.
-    Ready(Slot),
+    /// It can be read. What its changes are stored under.
+    Ready(Epoch),
     /// It is not there yet, and can be made: under this epoch, if somebody has begun to, otherwise under the next one.
     Missing(Option<Epoch>),
 }
 
 /// Finds the slot of `options`, or makes it, its publication first: what is published when a change is made decides whether it is
-/// told. Of several processes one makes it.
+/// told. Of several processes one makes it. Returns the epoch that it is read under.
 ///
 /// # Errors
 /// [`SlotError`]. A slot that is lost, or of another server than it was, is refused.
-pub async fn ensure(options: &SourceOptions, context: &Context) -> Result<Slot, SlotError> {
+pub async fn ensure(options: &SourceOptions, context: &Context) -> Result<Epoch, SlotError> {
     context.postgres.alone(ensure_alone(options, context)).await?
 }
 
-async fn ensure_alone(options: &SourceOptions, context: &Context) -> Result<Slot, SlotError> {
+async fn ensure_alone(options: &SourceOptions, context: &Context) -> Result<Epoch, SlotError> {
     let (name, postgres) = (&options.slot, &context.postgres);
     let epoch = match look(options, context).await? {
-        Found::Ready(slot) => return Ok(slot),
+        Found::Ready(epoch) => return Ok(epoch),
         Found::Missing(Some(epoch)) => epoch,
         Found::Missing(None) => next_epoch(context, Epoch(0)).await?,
     };
@@ -70,7 +61,7 @@ async fn ensure_alone(options: &SourceOptions, context: &Context) -> Result<Slot
     let identity = identify(options).await?;
     postgres.make_slot(name, epoch.0, &identity.system_identifier, identity.timeline).await?;
     tracing::info!(slot = name, epoch = epoch.0, "made the replication slot");
-    Ok(Slot { epoch, is_backfilling: true })
+    Ok(epoch)
 }
 
 /// Whether the replication by `slot` under `epoch` has left its mark in ClickHouse, which then has everything that it has stored.
@@ -207,9 +198,6 @@ pub async fn look(options: &SourceOptions, context: &Context) -> Result<Found, S
             "the publication {publication} is gone, and changes that were made without it cannot be told. {}",
             anew(name)
         )),
-        Some(_) => {
-            let is_backfilling = state.phase == Phase::Backfilling;
-            Ok(Found::Ready(Slot { epoch: Epoch(state.epoch), is_backfilling }))
-        }
+        Some(_) => Ok(Found::Ready(Epoch(state.epoch))),
     }
 }

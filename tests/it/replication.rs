@@ -135,6 +135,12 @@ impl Slot {
         found.unwrap_or_default()
     }
 
+    /// Ends the connection that reads it, by the server.
+    async fn cut(&self) {
+        let query = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name";
+        self.run(&format!("{query} = '{}'", self.name)).await;
+    }
+
     /// Waits until this is true of the slot.
     async fn wait_for(&self, what: &str) {
         let until = async {

@@ -23,8 +23,6 @@ pub struct ReplicationState {
     pub phase: Phase,
     /// The id of the last session that was copied, while older rows are being copied.
     pub backfilled_to: Option<String>,
-    /// When what no newer epoch has stored was last cleared away, in milliseconds since 1970; `None` once it has been for good.
-    pub swept_at: Option<i64>,
     /// How many heartbeats there have been.
     pub beats: u64,
     /// Everything before this place of the log is in ClickHouse, as of the last heartbeat.
@@ -128,7 +126,7 @@ impl ReplicationStore {
     /// # Errors
     /// [`Error::Unavailable`]; [`Error::Internal`] for a row that this program does not understand.
     pub async fn state(&self, slot: &str) -> Result<Option<ReplicationState>> {
-        let sql = "SELECT epoch, system_identifier, timeline, phase, backfilled_to, swept_at, beats, flushed_lsn, leader, \
+        let sql = "SELECT epoch, system_identifier, timeline, phase, backfilled_to, beats, flushed_lsn, leader, \
                    coalesce(leader_seen_at - flushed_at, 0) AS stalled, coalesce((extract(epoch FROM clock_timestamp()) * 1000)::bigint - leader_seen_at, 0) AS unheard \
                    FROM replication WHERE slot = $1";
         let Some(row) = self.one(sql, [slot.into()]).await? else { return Ok(None) };
@@ -144,7 +142,6 @@ impl ReplicationStore {
                 .find(|one| one.as_str() == phase)
                 .ok_or_else(|| unknown("phase"))?,
             backfilled_to: get(&row, "backfilled_to")?,
-            swept_at: get(&row, "swept_at")?,
             beats: get::<i64>(&row, "beats")?.cast_unsigned(),
             flushed: flushed.cast_unsigned(),
             leader: get::<Option<String>>(&row, "leader")?.zip(get(&row, "unheard")?),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use sessiond::domain::SystemClock;
 use sessiond::replication::Context;
-use sessiond::replication::leader::{Health, Replicator, ReplicatorOptions};
+use sessiond::replication::leader::{Health, Replicator};
 use sessiond::store::metadata::{OpenOptions, Phase, SqlMetadata};
 use sessiond::telemetry::Metrics;
 use tokio::task::JoinHandle;
@@ -78,8 +78,8 @@ async fn a_commit_that_a_standby_of_postgres_holds_while_the_slot_is_made_is_the
     world.slot.run(&inserts(1, 5, "NULL")).await;
     let held = Held::commit(&world, inserts(6, 8, LARGE)).await;
     let making = async {
-        let made = world.ensured().await.expect("a slot");
-        assert!(made.is_backfilling);
+        world.ensured().await.expect("a slot");
+        assert_eq!(world.phase_or_none().await, Some(Phase::Backfilling));
         let running = world.lead(&world.clickhouse, |source| Box::new(source)).await;
         (running, world.backfilling())
     };
@@ -150,14 +150,7 @@ async fn a_leader_lives_on_while_postgres_holds_every_commit_of_its_own_database
     let clock = Arc::new(SystemClock);
     let context =
         Context::new(store.clone(), store, world.clickhouse.clone(), Arc::default(), metrics, clock);
-    let poll = Duration::from_millis(50);
-    let options = ReplicatorOptions {
-        source: world.source.clone(),
-        term: world.options.clone(),
-        poll,
-        longest_pause: 4 * poll,
-    };
-    let replicator = Replicator::new(options, context);
+    let replicator = Replicator::new(world.replicator_options(), context);
     let (mut health, stop) = (replicator.health(), CancellationToken::new());
     let stopped = stop.clone();
     let task = tokio::spawn(async move { replicator.run(stopped).await });

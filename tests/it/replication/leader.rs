@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicUsize;
 
-use sessiond::replication::leader::{Health, Replicator, ReplicatorOptions};
+use sessiond::replication::leader::{Health, Replicator};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -19,14 +19,7 @@ struct Running {
 
 impl Running {
     fn start(world: &World) -> Self {
-        let poll = Duration::from_millis(50);
-        let options = ReplicatorOptions {
-            source: world.source.clone(),
-            term: world.options.clone(),
-            poll,
-            longest_pause: 4 * poll,
-        };
-        let replicator = Replicator::new(options, world.context(&world.faulty));
+        let replicator = Replicator::new(world.replicator_options(), world.context(&world.faulty));
         let (health, stop) = (replicator.health(), CancellationToken::new());
         let stopped = stop.clone();
         let task = tokio::spawn(async move { replicator.run(stopped).await });
@@ -100,13 +93,7 @@ async fn a_replicator_says_what_keeps_it_from_postgres_and_goes_on_when_that_is_
     timeout(PATIENCE, older).await.expect("older rows are copied");
     world.assert_same().await;
     // As the server ends connections when it restarts.
-    world
-        .slot
-        .run(&format!(
-            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = '{}'",
-            world.slot.name
-        ))
-        .await;
+    world.slot.cut().await;
     running.is(|health| matches!(health, Health::Failing(_))).await;
     running.is(|health| *health == Health::Leading).await;
     world.sql.create(session(2_000)).await;

@@ -2,7 +2,7 @@
 
 use sea_orm::TransactionTrait;
 use sessiond::replication::backfill;
-use sessiond::replication::slot::{self as slots, Slot as Ensured, SlotError};
+use sessiond::replication::slot::{self as slots, SlotError};
 use sessiond::store::metadata::Phase;
 use tokio::task::JoinHandle;
 
@@ -12,7 +12,7 @@ use crate::harness::clickhouse;
 use crate::harness::database::TestDatabase;
 
 impl World {
-    pub(super) async fn ensured(&self) -> Result<Ensured, SlotError> {
+    pub(super) async fn ensured(&self) -> Result<Epoch, SlotError> {
         let context = self.context(&self.clickhouse);
         timeout(PATIENCE, slots::ensure(&self.source, &context)).await.expect("an answer in time")
     }
@@ -40,7 +40,7 @@ async fn a_first_start_on_postgres_makes_publication_slot_and_row_and_a_second_f
     let (one, other) = tokio::join!(world.ensured(), world.ensured());
     let (one, other) = (one.expect("a slot"), other.expect("a slot"));
     assert_eq!(one, other, "of two at once one makes it");
-    assert_eq!((one.epoch, one.is_backfilling), (Epoch(1), true));
+    assert_eq!(one, Epoch(1));
     assert_eq!(world.phase().await, Phase::Backfilling);
     let before = world.slot.text("confirmed_flush_lsn").await;
     assert_eq!(world.ensured().await.expect("a slot"), one);
@@ -71,7 +71,8 @@ async fn what_is_lost_or_not_ours_on_postgres_is_refused_with_a_sentence() {
         assert!(refusal.contains(sentence), "{refusal}");
         world.slot.run(&format!("UPDATE replication SET {mended}")).await;
     }
-    assert!(!world.ensured().await.expect("a slot").is_backfilling);
+    world.ensured().await.expect("a slot");
+    assert_eq!(world.phase().await, Phase::Streaming);
 
     world.slot.run("DROP PUBLICATION ours; CREATE PUBLICATION ours FOR TABLE sessions, environments").await;
     let refusal = world.refusal().await;
@@ -170,7 +171,8 @@ async fn rows_on_postgres_that_are_older_than_the_slot_are_there_and_what_is_gon
         }
         transaction.commit().await.expect("committed");
     });
-    assert!(ensured.expect("a slot").is_backfilling);
+    ensured.expect("a slot");
+    assert_eq!(world.phase().await, Phase::Backfilling);
 
     let running = world.lead(&world.clickhouse, |source| Box::new(source)).await;
     let backfilling = world.backfilling();

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use sessiond::domain::{SessionId, Timestamp};
 use sessiond::replication::Context;
 use sessiond::replication::flush::Flusher;
+use sessiond::replication::leader::ReplicatorOptions;
 use sessiond::replication::pgwire::PgSource;
 use sessiond::replication::slot as slots;
 use sessiond::replication::source::{SourceError, WalEvent, WalSource};
@@ -127,6 +128,13 @@ impl World {
         let (stop, term) = (CancellationToken::new(), self.term(wrap(source), clickhouse));
         let stopped = stop.clone();
         Running { stop, term: tokio::spawn(async move { term.run(&stopped).await }) }
+    }
+
+    /// Of a replicator that looks often.
+    pub(super) fn replicator_options(&self) -> ReplicatorOptions {
+        let poll = Duration::from_millis(50);
+        let (source, term) = (self.source.clone(), self.options.clone());
+        ReplicatorOptions { source, term, poll, longest_pause: 4 * poll }
     }
 
     /// As a replicator does before it leads.
@@ -376,13 +384,7 @@ async fn a_stream_of_postgres_that_is_silent_is_left_only_when_the_server_does_n
         world.slot.wait_for(&format!("confirmed_flush_lsn > '{place}'")).await;
     }
     assert!(!running.term.is_finished(), "the server reads on, and nothing is amiss");
-    world
-        .slot
-        .run(&format!(
-            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = '{}'",
-            world.slot.name
-        ))
-        .await;
+    world.slot.cut().await;
     let end = timeout(PATIENCE, running.term).await.expect("it ends in time").expect("no panic");
     assert!(matches!(end, TermEnd::Silence(_)), "{end:?}");
     world.slot.end().await;

@@ -6,6 +6,7 @@ mod m20261123_000001_initial;
 mod m20261123_000002_waitpoints;
 mod m20261127_000003_given_keys;
 mod m20261128_000004_replication;
+mod m20261128_000005_replication_marks;
 
 pub use sea_orm_migration::MigratorTrait;
 use sea_orm_migration::prelude::{MigrationTrait, async_trait};
@@ -21,6 +22,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261123_000002_waitpoints::Migration),
             Box::new(m20261127_000003_given_keys::Migration),
             Box::new(m20261128_000004_replication::Migration),
+            Box::new(m20261128_000005_replication_marks::Migration),
         ]
     }
 }

@@ -10,8 +10,8 @@ use super::Common;
 use super::output::OutputArgs;
 use crate::config::Config;
 use crate::domain::{Background, SystemClock};
-use crate::replication::Context;
 use crate::replication::status::{Status, status};
+use crate::replication::{Context, slot};
 use crate::server::{open_context, prepare_process, replicator, source_options};
 use crate::store::metadata::{OpenError, OpenOptions, SqlMetadata};
 use crate::telemetry::Metrics;
@@ -28,6 +28,10 @@ pub(super) struct ReplicateArgs {
 enum ReplicateCommand {
     /// Say how the replication is, and what is wrong with it; the exit code is 1 if anything is
     Status(OutputArgs),
+    /// Drop the replication slot, so that Postgres keeps nothing for it, and leave it dropped until `start`
+    DropSlot,
+    /// Let a replicator make the slot anew that was dropped, and copy everything
+    Start,
 }
 
 pub(super) async fn replicate(common: &Common, args: ReplicateArgs) -> anyhow::Result<()> {
@@ -36,6 +40,16 @@ pub(super) async fn replicate(common: &Common, args: ReplicateArgs) -> anyhow::R
     match args.command {
         None => run(&config).await,
         Some(ReplicateCommand::Status(output)) => show_status(&config, output).await,
+        Some(ReplicateCommand::DropSlot) => {
+            slot::drop_for_good(&operator(&config).await?, &config.replication.slot).await?;
+            println!("dropped; `sessiond replicate start` begins anew");
+            Ok(())
+        }
+        Some(ReplicateCommand::Start) => {
+            slot::start(&operator(&config).await?, &config.replication.slot).await?;
+            println!("a replicator makes the slot anew, and copies everything");
+            Ok(())
+        }
     }
 }
 
@@ -78,10 +92,15 @@ fn context(
     open_context(config, metadata, (background, metrics.replication().clone()), Arc::new(SystemClock))
 }
 
-async fn show_status(config: &Config, output: OutputArgs) -> anyhow::Result<()> {
+/// What a command of an operator works with, beside the replicators that run.
+async fn operator(config: &Config) -> anyhow::Result<Context> {
     prepare_process()?;
     let metadata = open_metadata(config).await?;
-    let context = context(config, metadata, Arc::default(), &Metrics::new())?;
+    context(config, metadata, Arc::default(), &Metrics::new())
+}
+
+async fn show_status(config: &Config, output: OutputArgs) -> anyhow::Result<()> {
+    let context = operator(config).await?;
     let seen = status(&source_options(config)?, config.replication.heartbeat(), &context).await?;
     output.print(&serde_json::to_value(&seen)?, || describe(&seen));
     ensure!(seen.problems.is_empty(), "{} found", many(seen.problems.len(), "problem"));

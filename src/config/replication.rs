@@ -33,6 +33,9 @@ pub struct ReplicationConfig {
     pub in_flight: usize,
     /// Bytes of rows that are held, roughly.
     pub memory: usize,
+    /// Bytes of the write-ahead log that Postgres may keep for the slot. One that keeps more is dropped, and everything is copied
+    /// once ClickHouse answers.
+    pub max_wal: u64,
     /// How often a replicator that does not lead looks whether it may.
     #[serde(with = "humantime_serde")]
     pub poll: Duration,
@@ -43,6 +46,9 @@ pub struct ReplicationConfig {
     #[serde(with = "humantime_serde")]
     pub heartbeat: Duration,
 }
+
+/// The log of Postgres is kept in files of 16 MiB.
+const LEAST_MAX_WAL: u64 = 32 << 20;
 
 impl ReplicationConfig {
     /// How often a leader beats.
@@ -83,6 +89,9 @@ impl ReplicationConfig {
             if !(1..=most).contains(&value) {
                 faults.push(fault(field, &format!("must be 1 to {most}")));
             }
+        }
+        if self.max_wal < LEAST_MAX_WAL {
+            faults.push(fault("replication.max_wal", &format!("must be {LEAST_MAX_WAL} or more")));
         }
     }
 }

@@ -20,24 +20,28 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Within what time an insert arrives that was sent under an earlier epoch.
 const LATEST_INSERT: Duration = Duration::from_secs(600);
 
-/// Copies what is left to copy under `epoch`, for as long as it takes, and clears away what is older. Ends as well when the epoch
-/// is over. To be begun once the slot is there.
+/// Copies what is left to copy under `epoch`, for as long as it takes, and clears away what is older; then what comes late of
+/// rows that are gone, of a TRUNCATE too. Ends only when the epoch is over. To be begun once the slot is there.
 pub async fn run(flusher: &Flusher, slot: &str, epoch: Epoch) {
     let context = flusher.context();
     let postgres = &context.postgres;
     let ask = || async { Ok::<_, Error>(postgres.state(slot).await?.filter(|state| state.epoch == epoch.0)) };
     let Some(state) = surely("replication", ask).await else { return };
-    let version = RowVersion::new(epoch, Lsn(0));
     if state.phase == Phase::Backfilling {
         copy(flusher, slot, epoch, state.backfilled_to.unwrap_or_default()).await;
     }
-    while let Some(since) = surely("replication", || postgres.since_swept(slot, epoch.0)).await {
+    loop {
+        let Some((since, place)) = surely("replication", || postgres.since_swept(slot, epoch.0)).await else {
+            context.truncated.notified().await;
+            continue;
+        };
         let left = LATEST_INSERT.saturating_sub(Duration::from_millis(since.try_into().unwrap_or_default()));
         if left.is_zero() {
-            flusher.bury_before(version).await;
-            surely("replication", || postgres.swept(slot, epoch.0)).await;
+            flusher.bury_before(RowVersion::new(epoch, Lsn(place))).await;
+            surely("replication", || postgres.swept(slot, epoch.0, place)).await;
+        } else {
+            sleep(left).await;
         }
-        sleep(left).await;
     }
 }
 

@@ -18,10 +18,10 @@ use super::pgwire::{PgSource, SourceOptions};
 use super::slot::{self, SlotError};
 use super::source::SourceError;
 use super::term::{Term, TermEnd, TermOptions};
-use super::{Context, Epoch, HINDRANCE, Lsn, NAME, millis};
+use super::{Context, Epoch, HEARTBEAT, HINDRANCE, Lsn, NAME, millis};
 use crate::domain::Backoff;
 use crate::store::index::clickhouse::{Fault, Marker, mark, migrate};
-use crate::store::metadata::{Phase, ReplicationState};
+use crate::store::metadata::{Beat, Phase, ReplicationState};
 
 /// A term that has lasted so long was well: what ends it is a first failure.
 const WELL: Duration = Duration::from_secs(60);
@@ -115,7 +115,7 @@ impl Replicator {
                     self.tell(&Health::Leading);
                     self.context.metrics.leading(true);
                     let begun = Instant::now();
-                    let end = term.run(&stop).await;
+                    let end = Box::pin(term.run(&stop)).await;
                     drop(backfilling);
                     self.context.metrics.leading(false);
                     if begun.elapsed() >= WELL {
@@ -123,6 +123,9 @@ impl Replicator {
                     }
                     if matches!(end, TermEnd::Stopped) {
                         return;
+                    }
+                    if matches!(end, TermEnd::Source(SourceError::PublicationMissing(_))) {
+                        self.discard().await;
                     }
                     let error = &end as &dyn std::error::Error;
                     tracing::warn!(error, "this process leads the replication to ClickHouse no longer");
@@ -156,6 +159,7 @@ impl Replicator {
         if postgres.slot(&source.slot).await?.is_some_and(|slot| slot.is_ours && slot.is_active) {
             return Ok(None);
         }
+        slot::release(context, &source.slot, term.max_wal).await?;
         migrate(&context.clickhouse).await?;
         let epoch = slot::ensure(source, context).await?;
         let (stream, identity) = match PgSource::open(source).await {
@@ -172,7 +176,7 @@ impl Replicator {
                 && matches!(state.phase, Phase::Backfilling | Phase::Streaming)
         });
         let Some(state) = state else { return Ok(None) };
-        let Some(epoch) = self.claim(&state).await? else { return Ok(None) };
+        let Some(epoch) = self.claim(&state, identity.flushed).await? else { return Ok(None) };
         let (older, name, background) = (flusher.clone(), source.slot.clone(), context.background.clone());
         let backfilling = async move {
             let copy = || backfill::run(&older, &name, epoch);
@@ -184,33 +188,53 @@ impl Replicator {
     }
 
     /// Leaves the mark of this replication in ClickHouse before anything is stored there, and returns the epoch that it is under;
-    /// `None` if that is over already. Where a leader has been and there is no mark, nothing counts of what it has stored, and
-    /// everything is copied anew.
-    async fn claim(&self, state: &ReplicationState) -> Result<Option<Epoch>, Hindrance> {
+    /// `None` if that is over already. Where either side was put back to an older state, everything is copied anew.
+    async fn claim(&self, state: &ReplicationState, flushed: Lsn) -> Result<Option<Epoch>, Hindrance> {
         let Self { options: ReplicatorOptions { source, term, .. }, context, .. } = self;
+        let (slot, postgres) = (source.slot.as_str(), &context.postgres);
+        let (marker, newest) =
+            (slot::newest_marker(context, slot).await?, slot::newest_version(context).await?);
         let mut epoch = Epoch(state.epoch);
-        if !slot::is_marked(context, &source.slot, epoch).await? && state.leader.is_some() {
+        if let Some(loss) = slot::judge(marker.as_ref(), newest, state, flushed) {
             epoch = slot::next_epoch(context, epoch).await?;
-            if !context.postgres.copy_anew(&source.slot, state.epoch, epoch.0).await? {
+            if !postgres.copy_anew(slot, state.epoch, epoch.0).await? {
                 return Ok(None);
             }
-            tracing::warn!(
-                slot = source.slot,
-                "ClickHouse has lost what this slot had stored; all is copied anew"
-            );
+            context.metrics.began_anew();
+            tracing::warn!(slot, epoch = epoch.0, %loss, "everything is copied anew");
         }
+        // Counted before it is left there, so that it can never be ahead of what Postgres knows.
+        let beat = Beat {
+            slot,
+            epoch: epoch.0,
+            leader: &term.name,
+            flushed: state.flushed,
+            is_storing: true,
+            marked: 0,
+            prefix: HEARTBEAT,
+        };
+        let Some(beat) = postgres.beat(beat).await? else { return Ok(None) };
         let marker = Marker {
             installation: slot::installation(context).await?,
             slot: source.slot.clone(),
             epoch: epoch.0,
-            beat: state.beats,
+            beat,
             lsn: state.flushed,
             heartbeat_ms: millis(term.heartbeat),
         };
         mark(&context.clickhouse, &marker).await?;
         // Another one may have come first.
-        slot::is_marked(context, &source.slot, epoch).await?;
-        Ok(Some(epoch))
+        slot::newest_marker(context, slot).await?;
+        Ok(postgres.marked(slot, epoch.0, beat).await?.then_some(epoch))
+    }
+
+    /// Drops a slot that cannot be decoded any more, once the server has let go of it: the next look finds it gone.
+    async fn discard(&self) {
+        let slot = &self.options.source.slot;
+        if let Err(error) = self.context.postgres.drop_slot(slot).await {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, slot, "a slot whose publication is gone is not dropped yet");
+        }
     }
 
     fn tell(&self, health: &Health) {

@@ -29,7 +29,7 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::domain::{Background, Backoff, Clock};
@@ -54,6 +54,8 @@ pub struct Context {
     pub clock: Arc<dyn Clock>,
     /// Everything that stands before this place in the log is in ClickHouse.
     pub reached: watch::Sender<Lsn>,
+    /// Told when a TRUNCATE was stored: what comes late of the rows before it is to be cleared away.
+    pub(crate) truncated: Arc<Notify>,
     /// When each batch that is not stored yet has set out.
     flights: Arc<Mutex<BTreeMap<u64, Instant>>>,
 }
@@ -75,6 +77,8 @@ pub const NAME: &str = "replication";
 /// What anyone may read while nothing is replicated. What is in the way may name servers.
 pub const HINDRANCE: &str =
     "changes do not come to ClickHouse: the log and `sessiond replicate status` say why";
+/// Whose heartbeats in the log of Postgres are.
+const HEARTBEAT: &str = "sessiond.heartbeat";
 /// For how long a batch has been on its way when that is said.
 const STALLED: Duration = Duration::from_secs(10);
 
@@ -96,8 +100,8 @@ impl Context {
         clock: Arc<dyn Clock>,
     ) -> Self {
         let [metadata, postgres] = [metadata, postgres].map(ReplicationStore::new);
-        let (reached, flights) = (watch::Sender::default(), Arc::default());
-        Self { metadata, postgres, clickhouse, background, metrics, clock, reached, flights }
+        let (reached, truncated, flights) = (watch::Sender::default(), Arc::default(), Arc::default());
+        Self { metadata, postgres, clickhouse, background, metrics, clock, reached, truncated, flights }
     }
 
     /// Forgets what an earlier term has reached: that may have been of another server.
@@ -184,6 +188,16 @@ impl RowVersion {
     /// The version of what stands at `place`.
     pub fn new(epoch: Epoch, place: Lsn) -> Self {
         Self(u64::from(epoch.0) << Self::PLACE_BITS | (place.0 & ((1 << Self::PLACE_BITS) - 1)))
+    }
+
+    /// The next one, which hides what has this one and nothing later.
+    pub fn after(self) -> Self {
+        Self(self.0 + 1)
+    }
+
+    /// The place in it.
+    pub fn place(self) -> Lsn {
+        Lsn(self.0 & ((1 << Self::PLACE_BITS) - 1))
     }
 
     /// The epoch in it; 0 for what a rebuild has stored.

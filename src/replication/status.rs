@@ -5,8 +5,8 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::pgwire::SourceOptions;
-use super::slot::{Found, SlotError, is_marked, look};
-use super::{Context, Epoch, Lsn, STALLED};
+use super::slot::{Found, Loss, SlotError, look, newest_marker};
+use super::{Context, Lsn, STALLED};
 use crate::domain::error::Result;
 use crate::store::index::clickhouse::is_migrated;
 use crate::store::metadata::{Phase, ReplicationState};
@@ -53,14 +53,17 @@ pub async fn status(source: &SourceOptions, heartbeat: Duration, context: &Conte
     let mut problems = Vec::new();
     let is_read = slot.as_ref().is_some_and(|slot| slot.is_ours && slot.is_active);
     let writer = postgres.oldest_writer().await?;
-    match look(source, context).await {
+    match look(source, context).await.map(|seen| seen.found) {
         Err(SlotError::Postgres(error)) => return Err(error),
         Err(error) => problems.push(Chain(&error).to_string()),
-        Ok(Found::Missing(None)) => {
+        Ok(Found::Missing) => {
             problems.push("the slot has not been made: no replicator has come so far".to_owned());
         }
-        Ok(Found::Missing(Some(_))) => {
+        Ok(Found::Unfinished(_)) => {
             problems.push(format!("the slot is being made, {}", until_over(writer.as_ref())));
+        }
+        Ok(Found::Lost(_, loss)) => {
+            problems.push(format!("{loss}: a replicator makes it anew, and copies everything"));
         }
         Ok(Found::Ready(_)) if !is_read => {
             problems
@@ -129,19 +132,19 @@ async fn of_clickhouse(
     context: &Context,
     state: Option<&ReplicationState>,
 ) -> Option<String> {
-    let epoch = Epoch(state.map_or(u8::MAX, |state| state.epoch));
-    let is_whole = state.is_some_and(|state| state.phase == Phase::Streaming);
     let looked = async {
         // A replicator makes tables that are missing.
-        Ok::<_, SlotError>(
-            is_migrated(&context.clickhouse).await? && is_marked(context, &source.slot, epoch).await?,
-        )
+        let marker = match is_migrated(&context.clickhouse).await? {
+            true => newest_marker(context, &source.slot).await?,
+            false => None,
+        };
+        Ok::<_, SlotError>(marker)
     };
-    match looked.await {
-        Err(error) => Some(Chain(&error).to_string()),
-        Ok(false) if is_whole => {
-            Some("ClickHouse has no sessions of this slot: the next leader copies all of them".to_owned())
-        }
-        Ok(_) => None,
-    }
+    let marker = match looked.await {
+        Err(error) => return Some(Chain(&error).to_string()),
+        Ok(marker) => marker,
+    };
+    let state = state?;
+    let beat = marker.filter(|marker| marker.epoch == state.epoch).map_or(0, |marker| marker.beat);
+    (beat < state.marked).then(|| format!("{}: a replicator copies everything anew", Loss::ClickHouse))
 }

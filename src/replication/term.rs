@@ -18,13 +18,12 @@ use super::progress::{Progress, Ticket};
 use super::row::COLUMNS;
 use super::slot::{self, SlotError};
 use super::source::{SourceError, WalEvent, WalSource};
-use super::{Context, Epoch, HINDRANCE, Lsn, NAME, STALLED, millis};
+use super::{Context, Epoch, HEARTBEAT, HINDRANCE, Lsn, NAME, STALLED, millis, surely};
 use crate::domain::{Error, Ticker};
-use crate::store::index::clickhouse::{Marker, mark};
+use crate::store::index::clickhouse::{Marker, is_migrated, mark};
+use crate::store::metadata::Beat;
 use crate::telemetry::ReplicationEvent;
 
-/// Whose heartbeats in the log are.
-const HEARTBEAT: &str = "sessiond.heartbeat";
 /// Longest that it is waited for what the server says of a stream that is silent.
 const INQUIRY: Duration = Duration::from_secs(5);
 
@@ -45,6 +44,8 @@ pub struct TermOptions {
     pub in_flight: usize,
     /// Bytes that may wait or be on their way, roughly. A chunk of one transaction that takes more is held all the same.
     pub memory: usize,
+    /// Bytes of the log that Postgres may keep for the slot. What keeps more is dropped.
+    pub max_wal: u64,
     /// How often the leader puts a sign of life into the log.
     pub heartbeat: Duration,
     /// How long nothing may be heard, heartbeats included, before it is asked whether the server reads on: there may be much
@@ -129,19 +130,26 @@ impl Term {
         let Self { source, flusher, epoch, options } = self;
         let (superseded, context) = (CancellationToken::new(), flusher.context().clone());
         context.begin();
-        let (gap, told) = (watch::Sender::new(options.flush_gap), watch::Sender::new((0, Lsn(0))));
+        let gap = watch::Sender::new(options.flush_gap);
+        let (told, marked) = (watch::Sender::new((0, Lsn(0))), watch::Sender::new(0));
         let look = {
-            let (gap, told, flusher, options, superseded) =
-                (gap.clone(), told.clone(), flusher.clone(), options.clone(), superseded.clone());
+            let (gap, told, marked, flusher, options, superseded) = (
+                gap.clone(),
+                told.clone(),
+                marked.clone(),
+                flusher.clone(),
+                options.clone(),
+                superseded.clone(),
+            );
             async move {
-                let attending = || attend(&flusher, &options, epoch, &superseded, (&told, &gap));
+                let attending = || attend(&flusher, &options, epoch, &superseded, (&told, &marked, &gap));
                 flusher.context().background.survived("heartbeats in ClickHouse", attending).await;
             }
         };
         let heart = {
             let (options, superseded) = (options.clone(), superseded.clone());
             async move {
-                let beating = || beat(&context, &options, epoch, &superseded, &told);
+                let beating = || beat(&context, &options, epoch, &superseded, (&told, &marked));
                 context.background.survived("heartbeats of replication", beating).await;
             }
         };
@@ -268,8 +276,13 @@ impl Stream {
     async fn truncate(&mut self) -> Result<(), TermEnd> {
         let version = self.batcher.truncate()?;
         self.flush_rest().await?;
-        let _flight = self.flusher.context().depart();
+        let context = self.flusher.context().clone();
+        let _flight = context.depart();
         self.flusher.bury(version).await;
+        let (slot, buried) = (&self.options.slot, version.after());
+        let noted = || context.postgres.buried(slot, version.epoch().0, buried.place().0);
+        surely("a TRUNCATE", noted).await;
+        context.truncated.notify_one();
         Ok(())
     }
 
@@ -376,7 +389,7 @@ async fn beat(
     options: &TermOptions,
     epoch: Epoch,
     superseded: &CancellationToken,
-    told: &watch::Sender<(u64, Lsn)>,
+    (told, marked): (&watch::Sender<(u64, Lsn)>, &watch::Sender<u64>),
 ) {
     let Context { postgres, metrics, reached, background, .. } = context;
     // A beat that is late moves those behind it.
@@ -385,11 +398,24 @@ async fn beat(
         let place = *reached.borrow();
         let is_storing = context.longest_flight().is_none_or(|longest| longest < STALLED);
         background.hindered(NAME, (!is_storing).then_some(HINDRANCE));
+        let acknowledged = *marked.borrow();
         let beat = async {
-            let done = (place.0, is_storing);
-            let beat = postgres.beat(&options.slot, epoch.0, &options.name, done, HEARTBEAT).await?;
-            let slot = postgres.slot(&options.slot).await?;
-            metrics.retained(slot.map_or(0, |slot| slot.retained));
+            let beat = Beat {
+                slot: &options.slot,
+                epoch: epoch.0,
+                leader: &options.name,
+                flushed: place.0,
+                is_storing,
+                marked: acknowledged,
+                prefix: HEARTBEAT,
+            };
+            let beat = postgres.beat(beat).await?;
+            let retained = postgres.slot(&options.slot).await?.map_or(0, |slot| slot.retained);
+            metrics.retained(retained);
+            if retained > options.max_wal {
+                slot::overrun(context, &options.slot, epoch, retained).await?;
+                return Ok(None);
+            }
             Ok::<_, Error>(beat)
         };
         match beat.await {
@@ -412,7 +438,7 @@ async fn attend(
     options: &TermOptions,
     epoch: Epoch,
     superseded: &CancellationToken,
-    (told, gap): (&watch::Sender<(u64, Lsn)>, &watch::Sender<Duration>),
+    (told, marked, gap): (&watch::Sender<(u64, Lsn)>, &watch::Sender<u64>, &watch::Sender<Duration>),
 ) {
     let (context, mut told, mut missing) = (flusher.context(), told.subscribe(), 0);
     while told.changed().await.is_ok() {
@@ -421,16 +447,22 @@ async fn attend(
         let next = flusher.next_gap(before, options.flush_gap).await;
         context.metrics.flush_gap(next);
         gap.send_replace(next);
-        match slot::is_marked(context, &options.slot, epoch).await {
-            Ok(true) => missing = 0,
-            // Of a cluster, one server may not have heard of it yet.
-            Ok(false) if missing == 0 => missing = 1,
-            Ok(false) | Err(SlotError::Unfit(_)) => {
-                tracing::error!("the tables of ClickHouse are not those that this replicator fills any more");
-                return superseded.cancel();
+        let acknowledged = *marked.borrow();
+        match standing(context, options, epoch, acknowledged).await {
+            Ok(Standing::Ours { newest }) => {
+                missing = 0;
+                // A process that was frozen must not put its mark in the place of its successor's.
+                if newest > beat {
+                    continue;
+                }
             }
-            Err(SlotError::ClickHouse(fault)) if fault.is_of_a_missing_table() => {
-                tracing::error!("the tables of ClickHouse are gone");
+            // Of a cluster, one server may not have heard of it yet.
+            Ok(Standing::Behind) if missing == 0 => {
+                missing = 1;
+                continue;
+            }
+            Ok(Standing::Behind | Standing::Elsewhere) | Err(SlotError::Unfit(_)) => {
+                tracing::error!("the tables of ClickHouse are not those that this replicator fills any more");
                 return superseded.cancel();
             }
             Err(_) => continue,
@@ -444,8 +476,39 @@ async fn attend(
             lsn: place.0,
             heartbeat_ms: millis(options.heartbeat),
         };
-        if let Err(fault) = mark(&context.clickhouse, &marker).await {
-            tracing::debug!(error = &fault as &dyn std::error::Error, "no heartbeat in ClickHouse");
+        match mark(&context.clickhouse, &marker).await {
+            Ok(()) => drop(marked.send_replace(beat)),
+            Err(fault) => {
+                tracing::debug!(error = &fault as &dyn std::error::Error, "no heartbeat in ClickHouse");
+            }
         }
     }
+}
+
+/// What ClickHouse says of who fills it.
+enum Standing {
+    /// This epoch; its newest heartbeat there.
+    Ours { newest: u64 },
+    /// A heartbeat of this epoch is missing that was there.
+    Behind,
+    /// A later epoch does, or nobody can: a table is gone.
+    Elsewhere,
+}
+
+async fn standing(
+    context: &Context,
+    options: &TermOptions,
+    epoch: Epoch,
+    marked: u64,
+) -> Result<Standing, SlotError> {
+    if !is_migrated(&context.clickhouse).await? {
+        return Ok(Standing::Elsewhere);
+    }
+    Ok(match slot::newest_marker(context, &options.slot).await? {
+        Some(marker) if marker.epoch > epoch.0 => Standing::Elsewhere,
+        Some(marker) if marker.epoch == epoch.0 && marker.beat >= marked => {
+            Standing::Ours { newest: marker.beat }
+        }
+        _ => Standing::Behind,
+    })
 }

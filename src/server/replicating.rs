@@ -68,6 +68,7 @@ pub fn replicator(config: &Config, context: Context) -> anyhow::Result<Replicato
         flush_gap: replication.flush_gap,
         in_flight: replication.in_flight,
         memory: replication.memory,
+        max_wal: replication.max_wal,
         heartbeat: replication.heartbeat(),
         silence: replication.wal_sender_timeout,
         drain: DRAIN,

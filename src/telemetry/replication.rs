@@ -43,6 +43,8 @@ pub struct ReplicationMetrics {
     events: Family<EventLabels, Counter>,
     retained: Gauge,
     gap: Gauge<f64, AtomicU64>,
+    overruns: Counter,
+    beginnings: Counter,
 }
 
 impl ReplicationMetrics {
@@ -58,9 +60,23 @@ impl ReplicationMetrics {
             events: Family::default(),
             retained: Gauge::default(),
             gap: Gauge::default(),
+            overruns: Counter::default(),
+            beginnings: Counter::default(),
         };
-        let Self { leading, lag, batches, batch_size, duration, inserted, retries, events, retained, gap } =
-            metrics.clone();
+        let Self {
+            leading,
+            lag,
+            batches,
+            batch_size,
+            duration,
+            inserted,
+            retries,
+            events,
+            retained,
+            gap,
+            overruns,
+            beginnings,
+        } = metrics.clone();
         let registry = registry.sub_registry_with_prefix("replication");
         registry.register("leading", "1 while this process reads the replication slot", leading);
         registry.register_with_unit(
@@ -91,6 +107,16 @@ impl ReplicationMetrics {
             "Shortest time between two inserts that are not full; longer while ClickHouse has many parts to merge",
             Unit::Seconds,
             gap,
+        );
+        registry.register(
+            "overruns",
+            "Slots that kept more of the log than replication.max_wal, and were dropped",
+            overruns,
+        );
+        registry.register(
+            "epochs",
+            "How often this process had everything copied, the first time included",
+            beginnings,
         );
         metrics
     }
@@ -132,6 +158,16 @@ impl ReplicationMetrics {
     /// Inserts that are not full are so far apart.
     pub fn flush_gap(&self, gap: Duration) {
         self.gap.set(gap.as_secs_f64());
+    }
+
+    /// A slot kept more of the log than it may.
+    pub fn overrun(&self) {
+        self.overruns.inc();
+    }
+
+    /// A new epoch: everything is copied.
+    pub fn began_anew(&self) {
+        self.beginnings.inc();
     }
 
     /// Postgres keeps so many bytes for the slot.

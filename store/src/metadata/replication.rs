@@ -31,6 +31,27 @@ pub struct ReplicationState {
     pub leader: Option<(String, i64)>,
     /// How long it had stored nothing when it was last heard of, though there was something, in milliseconds.
     pub stalled: i64,
+    /// The last heartbeat of this epoch that ClickHouse is known to have stored; 0 for none.
+    pub marked: u64,
+}
+
+/// A sign of life of a leader.
+#[derive(Clone, Copy, Debug)]
+pub struct Beat<'a> {
+    /// The slot.
+    pub slot: &'a str,
+    /// What it is read under.
+    pub epoch: u8,
+    /// Who leads.
+    pub leader: &'a str,
+    /// Everything before this place of the log is in ClickHouse.
+    pub flushed: u64,
+    /// False while nothing can be stored, though there is something.
+    pub is_storing: bool,
+    /// The last heartbeat that ClickHouse has stored; 0 for none.
+    pub marked: u64,
+    /// Whose the message is that is put into the log with it.
+    pub prefix: &'a str,
 }
 
 /// What is being done with a slot.
@@ -42,9 +63,9 @@ pub enum Phase {
     Backfilling,
     /// Every row is there.
     Streaming,
-    /// An operator has dropped it.
+    /// An operator has dropped it, and nobody makes it anew before an operator says so.
     Dropped,
-    /// It held too much of the log, and was dropped for it.
+    /// It keeps more of the log than it may. It is dropped for it, and made anew once ClickHouse answers.
     Overrun,
 }
 
@@ -126,7 +147,7 @@ impl ReplicationStore {
     /// # Errors
     /// [`Error::Unavailable`]; [`Error::Internal`] for a row that this program does not understand.
     pub async fn state(&self, slot: &str) -> Result<Option<ReplicationState>> {
-        let sql = "SELECT epoch, system_identifier, timeline, phase, backfilled_to, beats, flushed_lsn, leader, \
+        let sql = "SELECT epoch, system_identifier, timeline, phase, backfilled_to, beats, marked, flushed_lsn, leader, \
                    coalesce(leader_seen_at - flushed_at, 0) AS stalled, coalesce((extract(epoch FROM clock_timestamp()) * 1000)::bigint - leader_seen_at, 0) AS unheard \
                    FROM replication WHERE slot = $1";
         let Some(row) = self.one(sql, [slot.into()]).await? else { return Ok(None) };
@@ -146,27 +167,21 @@ impl ReplicationStore {
             flushed: flushed.cast_unsigned(),
             leader: get::<Option<String>>(&row, "leader")?.zip(get(&row, "unheard")?),
             stalled: get(&row, "stalled")?,
+            marked: get::<i64>(&row, "marked")?.cast_unsigned(),
         }))
     }
 
-    /// Says that the leader of `epoch` lives and that everything before `flushed` is in ClickHouse, and puts a message of its own
-    /// into the log: a stream that is well brings it. What is returned counts these signs; `None` if the epoch is over.
-    /// `is_storing` is false while nothing can be stored.
+    /// Says that a leader lives, and puts a message of its own into the log: a stream that is well brings it. What is returned
+    /// counts these signs; `None` if nobody is to lead under this epoch any more.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn beat(
-        &self,
-        slot: &str,
-        epoch: u8,
-        leader: &str,
-        (flushed, is_storing): (u64, bool),
-        prefix: &str,
-    ) -> Result<Option<u64>> {
+    pub async fn beat(&self, beat: Beat<'_>) -> Result<Option<u64>> {
+        let Beat { slot, epoch, leader, flushed, is_storing, marked, prefix } = beat;
         let sql = "WITH beat AS (UPDATE replication SET beats = beats + 1, leader = $3, \
-                   flushed_lsn = greatest(flushed_lsn, $4), flushed_at = CASE WHEN $6 THEN \
+                   flushed_lsn = greatest(flushed_lsn, $4), marked = greatest(marked, $7), flushed_at = CASE WHEN $6 THEN \
                    (extract(epoch FROM clock_timestamp()) * 1000)::bigint ELSE flushed_at END, leader_seen_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint \
-                   WHERE slot = $1 AND epoch = $2 RETURNING beats) \
+                   WHERE slot = $1 AND epoch = $2 AND phase IN ('backfilling', 'streaming') RETURNING beats) \
                    SELECT beats, pg_logical_emit_message(true, $5, '')::text AS place FROM beat";
         let values = [
             slot.into(),
@@ -175,9 +190,19 @@ impl ReplicationStore {
             flushed.cast_signed().into(),
             prefix.into(),
             is_storing.into(),
+            marked.cast_signed().into(),
         ];
         let beat = self.noted(sql, values).await?;
         beat.map(|row| get::<i64>(&row, "beats").map(i64::cast_unsigned)).transpose()
+    }
+
+    /// Notes that ClickHouse has stored this heartbeat. False if the epoch is over.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn marked(&self, slot: &str, epoch: u8, beat: u64) -> Result<bool> {
+        let sql = "UPDATE replication SET marked = greatest(marked, $3) WHERE slot = $1 AND epoch = $2 RETURNING 1 AS one";
+        self.note(sql, [slot.into(), i16::from(epoch).into(), beat.cast_signed().into()]).await
     }
 
     /// Begins the copy of older rows anew, under a `new` epoch in the place of `old`: whoever still copies under that one stores
@@ -186,9 +211,57 @@ impl ReplicationStore {
     /// # Errors
     /// [`Error::Unavailable`].
     pub async fn copy_anew(&self, slot: &str, old: u8, new: u8) -> Result<bool> {
-        let sql = "UPDATE replication SET epoch = $3, phase = 'backfilling', backfilled_to = NULL, swept_at = NULL \
-                   WHERE slot = $1 AND epoch = $2 RETURNING 1 AS one";
+        let sql = "UPDATE replication SET epoch = $3, phase = 'backfilling', backfilled_to = NULL, swept_at = NULL, \
+                   buried_lsn = 0, marked = 0 WHERE slot = $1 AND epoch = $2 AND phase IN ('backfilling', 'streaming') RETURNING 1 AS one";
         self.note(sql, [slot.into(), i16::from(old).into(), i16::from(new).into()]).await
+    }
+
+    /// Says that a slot keeps more of the log than it may: nobody is to read it any more. False if nobody is anyway.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn overrun(&self, slot: &str, epoch: u8) -> Result<bool> {
+        let sql = "UPDATE replication SET phase = 'overrun' WHERE slot = $1 AND epoch = $2 AND \
+                   phase IN ('backfilling', 'streaming') RETURNING 1 AS one";
+        self.note(sql, [slot.into(), i16::from(epoch).into()]).await
+    }
+
+    /// Says that nobody is to read or make a slot before [`ReplicationStore::allow`]. False if nobody has ever made it.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn forbid(&self, slot: &str) -> Result<bool> {
+        let sql = "UPDATE replication SET phase = 'dropped' WHERE slot = $1 RETURNING 1 AS one";
+        self.note(sql, [slot.into()]).await
+    }
+
+    /// Has a slot made anew that an operator has dropped. False if none has.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn allow(&self, slot: &str) -> Result<bool> {
+        let sql = "UPDATE replication SET phase = 'creating' WHERE slot = $1 AND phase = 'dropped' RETURNING 1 AS one";
+        self.note(sql, [slot.into()]).await
+    }
+
+    /// Drops a slot, if it is there and nobody reads it. Whether it is gone.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], also if somebody has begun to read it meanwhile.
+    pub async fn drop_slot(&self, slot: &str) -> Result<bool> {
+        let sql = "SELECT pg_drop_replication_slot(slot_name)::text AS dropped FROM pg_replication_slots \
+                   WHERE slot_name = $1 AND NOT active";
+        self.one(sql, [slot.into()]).await?;
+        Ok(self.slot(slot).await?.is_none())
+    }
+
+    /// Ends the connection that reads a slot.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], also if we may not.
+    pub async fn disconnect(&self, slot: &str) -> Result<()> {
+        let sql = "SELECT pg_terminate_backend(active_pid) AS ended FROM pg_replication_slots WHERE slot_name = $1 AND active";
+        self.one(sql, [slot.into()]).await.map(drop)
     }
 
     /// Which server and database answers here.
@@ -356,7 +429,7 @@ impl ReplicationStore {
     }
 
     /// Makes a slot under `epoch`, in three steps that a crash may fall between: it is first written down as being made, and
-    /// a slot that is there under this name is dropped.
+    /// a slot that is there under this name is dropped. False if an operator has [forbidden](ReplicationStore::forbid) it meanwhile.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
@@ -366,15 +439,17 @@ impl ReplicationStore {
         epoch: u8,
         system_identifier: &str,
         timeline: u32,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let begin = "INSERT INTO replication (slot, epoch, system_identifier, timeline, slot_lsn, phase) \
                      VALUES ($1, $2, $3, $4, 0, 'creating') ON CONFLICT (slot) DO UPDATE SET epoch = $2, system_identifier = $3, \
                      timeline = $4, slot_lsn = 0, phase = 'creating', backfilled_to = NULL, swept_at = NULL, flushed_lsn = 0, \
-                     leader = NULL, leader_seen_at = NULL, flushed_at = NULL \
-                     RETURNING 1 AS one";
+                     leader = NULL, leader_seen_at = NULL, flushed_at = NULL, buried_lsn = 0, marked = 0 \
+                     WHERE replication.phase <> 'dropped' RETURNING 1 AS one";
         let epoch = i16::from(epoch);
         let values = [slot.into(), epoch.into(), system_identifier.into(), i64::from(timeline).into()];
-        self.note(begin, values).await?;
+        if !self.note(begin, values).await? {
+            return Ok(false);
+        }
         if self.slot(slot).await?.is_some() {
             self.one("SELECT pg_drop_replication_slot($1)::text AS dropped", [slot.into()]).await?;
         }
@@ -384,11 +459,8 @@ impl ReplicationStore {
         let made = made.ok_or_else(|| Error::internal("a question without an answer"))?;
         let place: i64 = get(&made, "place")?;
         let end = "UPDATE replication SET slot_lsn = $3, flushed_lsn = $3, phase = 'backfilling' WHERE slot = $1 AND epoch = $2 \
-                   RETURNING 1 AS one";
-        match self.note(end, [slot.into(), epoch.into(), place.into()]).await? {
-            true => Ok(()),
-            false => Err(Error::internal("the row of a slot is gone that is being made")),
-        }
+                   AND phase = 'creating' RETURNING 1 AS one";
+        self.note(end, [slot.into(), epoch.into(), place.into()]).await
     }
 
     /// A place among transactions: whoever has begun before it, and may not be visible yet, is named by a lower number.
@@ -451,24 +523,35 @@ impl ReplicationStore {
         self.note(sql, [slot.into(), i16::from(epoch).into(), to.map(str::to_owned).into()]).await
     }
 
-    /// Milliseconds since what no epoch has stored was cleared away; `None` if that was done for good, or not yet.
+    /// Milliseconds since it was cleared away what had been gone before a place of the log, and that place; `None` if that was
+    /// done for good, or not yet.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn since_swept(&self, slot: &str, epoch: u8) -> Result<Option<i64>> {
-        let sql = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint - swept_at AS since FROM replication \
-                   WHERE slot = $1 AND epoch = $2 AND phase = 'streaming'";
+    pub async fn since_swept(&self, slot: &str, epoch: u8) -> Result<Option<(i64, u64)>> {
+        let sql = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint - swept_at AS since, buried_lsn FROM replication \
+                   WHERE slot = $1 AND epoch = $2 AND phase = 'streaming' AND swept_at IS NOT NULL";
         let Some(row) = self.one(sql, [slot.into(), i16::from(epoch).into()]).await? else { return Ok(None) };
-        get(&row, "since")
+        Ok(Some((get(&row, "since")?, get::<i64>(&row, "buried_lsn")?.cast_unsigned())))
     }
 
-    /// Notes that it was cleared away for good.
+    /// Notes that it was cleared away what had been gone before `place`, for the first time.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn swept(&self, slot: &str, epoch: u8) -> Result<()> {
-        let sql = "UPDATE replication SET swept_at = NULL WHERE slot = $1 AND epoch = $2 RETURNING 1 AS one";
-        self.note(sql, [slot.into(), i16::from(epoch).into()]).await.map(drop)
+    pub async fn buried(&self, slot: &str, epoch: u8, place: u64) -> Result<bool> {
+        let sql = "UPDATE replication SET buried_lsn = greatest(buried_lsn, $3), \
+                   swept_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint WHERE slot = $1 AND epoch = $2 RETURNING 1 AS one";
+        self.note(sql, [slot.into(), i16::from(epoch).into(), place.cast_signed().into()]).await
+    }
+
+    /// Notes that it was cleared away for good what had been gone before `place`.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn swept(&self, slot: &str, epoch: u8, place: u64) -> Result<()> {
+        let sql = "UPDATE replication SET swept_at = NULL WHERE slot = $1 AND epoch = $2 AND buried_lsn = $3 RETURNING 1 AS one";
+        self.note(sql, [slot.into(), i16::from(epoch).into(), place.cast_signed().into()]).await.map(drop)
     }
 
     /// Changes a row of `replication`; whether there was one. A synchronous standby that is away must keep no leader from

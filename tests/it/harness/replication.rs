@@ -48,6 +48,7 @@ pub fn term_options(slot: &str) -> TermOptions {
         flush_gap: Duration::from_millis(20),
         in_flight: 4,
         memory: 8 << 20,
+        max_wal: 10 << 30,
         heartbeat: Duration::from_millis(100),
         silence: Duration::from_secs(10),
         drain: Duration::from_secs(10),

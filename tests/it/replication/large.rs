@@ -158,3 +158,35 @@ fn memory(process: u32, line: &str) -> usize {
     let line = status.lines().find_map(|text| text.strip_prefix(line)).expect("a line");
     line.trim_start_matches(':').trim_end_matches("kB").trim().parse().expect("a number")
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clickhouse_that_is_away_for_long_costs_postgres_no_more_log_than_it_may() {
+    let (sql, engine) = (Sql::postgres().await, Engine::start());
+    let here = Installation {
+        postgres: sql.database.url.clone(),
+        clickhouse: connect(options(&engine.url())),
+        url: engine.url(),
+        ..Installation::fresh().await
+    };
+    let slot = Slot { name: here.slot.clone(), ..Slot::named(&sql).await };
+    let replicator = here.command().env("SESSIOND_REPLICATION__MAX_WAL", "33554432").arg("replicate").spawn();
+    let replicator = replicator.expect("the binary starts");
+    here.wait_for("it streams", |seen| seen["phase"] == "streaming").await;
+    engine.signal("STOP");
+    slot.run(&inserts(1, 1_000, "NULL")).await;
+    slot.run("CREATE TABLE noise AS SELECT md5(n::text) || repeat('x', 960) AS text FROM generate_series(1, 40000) n").await;
+    let gone = |seen: &Value| seen["phase"] == "overrun" && seen["retainedBytes"].is_null();
+    let seen = here.wait_for("the slot is dropped", gone).await;
+    assert!(seen["problems"].to_string().contains("replication.max_wal"), "{seen}");
+    slot.run("UPDATE sessions SET tags = '[\"b\"]'").await;
+    engine.signal("CONT");
+    let whole = |seen: &Value| seen["phase"] == "streaming" && seen["problems"] == json!([]);
+    let seen = here.wait_for("everything is copied", whole).await;
+    assert_eq!(seen["epoch"], 2);
+    let copied: Vec<u64> =
+        clickhouse::select(&here.clickhouse, "SELECT count() FROM sessions_v1 FINAL WHERE tags = ['b']")
+            .await;
+    assert_eq!(copied, [1_000]);
+    drop(replicator);
+    here.end().await;
+}

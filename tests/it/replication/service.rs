@@ -324,6 +324,57 @@ async fn a_clickhouse_that_has_lost_everything_gets_everything_from_postgres_aga
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_of_postgres_that_an_operator_has_dropped_stays_dropped_until_it_is_started() {
+    let here = Installation::fresh().await;
+    let run = async |command: &str| {
+        let output = here.command().args(["replicate", command]).output().await.expect("the binary runs");
+        (output.status.success(), String::from_utf8(output.stderr).expect("UTF-8"))
+    };
+    let server = here.serve("a").await;
+    let (done, refusal) = run("start").await;
+    assert!(
+        !done && refusal.contains("not one that `sessiond replicate drop-slot` has dropped"),
+        "{refusal}"
+    );
+    let one = create(&server.url, json!({"externalId": "one"})).await;
+    here.stored(&one, |_| true).await;
+    here.wait_for("all is copied", |seen| seen["phase"] == "streaming").await;
+    assert!(run("drop-slot").await.0);
+    let database = Database::connect(&here.postgres).await.expect("connects");
+    let slot = format!("pg_replication_slots WHERE slot_name = '{}'", here.slot);
+    assert!(!has(&database, &slot).await);
+    let two = create(&server.url, json!({"externalId": "two"})).await;
+    assert!(server.terminate().await.success());
+    let server = here.serve("a").await;
+    let mut replicator = here.replicate();
+    let is_told = |seen: &Value| {
+        seen["phase"] == "dropped" && seen["problems"].to_string().contains("sessiond replicate start")
+    };
+    assert!(is_told(&here.status().await.1));
+    let degraded = async {
+        loop {
+            let (_, body) = ask(&server.url, Method::GET, "/readyz", Value::Null).await;
+            if body["degraded"].to_string().contains("do not come to ClickHouse") {
+                return;
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, degraded).await.expect("it is told");
+    assert!(!has(&database, &slot).await, "nobody has made it");
+    assert!(run("drop-slot").await.0, "twice is once");
+    assert!(run("start").await.0);
+    here.stored(&two, |_| true).await;
+    let whole = |seen: &Value| seen["phase"] == "streaming" && seen["problems"] == json!([]);
+    let seen = here.wait_for("all is copied again", whole).await;
+    assert_eq!(seen["epoch"], 2);
+    assert_eq!(listed(&server.url, "").await, [two, one]);
+    replicator.kill().await.expect("killed");
+    assert!(server.terminate().await.success());
+    here.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lists_of_clickhouse_say_when_no_replicator_of_postgres_keeps_them_up_to_date() {
     let here = Installation::fresh().await;
     let mut command = here.command();

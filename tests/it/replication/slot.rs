@@ -3,6 +3,7 @@
 use sea_orm::TransactionTrait;
 use sessiond::replication::backfill;
 use sessiond::replication::slot::{self as slots, SlotError};
+use sessiond::replication::status::status;
 use sessiond::store::metadata::Phase;
 use tokio::task::JoinHandle;
 
@@ -26,6 +27,16 @@ impl World {
 
     async fn phase(&self) -> Phase {
         self.phase_or_none().await.expect("a row")
+    }
+
+    /// Waits until what comes late has been cleared away.
+    async fn swept(&self) {
+        let swept = async {
+            while self.postgres().since_swept(&self.slot.name, 1).await.expect("asked").is_some() {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, swept).await.expect("it is done in time");
     }
 
     pub(super) fn backfilling(&self) -> JoinHandle<()> {
@@ -54,42 +65,27 @@ async fn a_first_start_on_postgres_makes_publication_slot_and_row_and_a_second_f
 }
 
 #[tokio::test]
-async fn what_is_lost_or_not_ours_on_postgres_is_refused_with_a_sentence() {
+async fn what_is_not_ours_on_postgres_is_refused_with_a_sentence() {
     let world = World::bare().await;
     world.ensured().await.expect("a slot");
-    for (broken, mended, sentence) in [
-        (
-            "system_identifier = system_identifier || '0'",
-            "system_identifier = left(system_identifier, -1)",
-            "another Postgres",
-        ),
-        ("timeline = timeline + 1", "timeline = timeline - 1", "promoted or recovered"),
-        ("phase = 'dropped'", "phase = 'streaming'", "dropped on purpose"),
-    ] {
-        world.slot.run(&format!("UPDATE replication SET {broken}")).await;
-        let refusal = world.refusal().await;
-        assert!(refusal.contains(sentence), "{refusal}");
-        world.slot.run(&format!("UPDATE replication SET {mended}")).await;
-    }
-    world.ensured().await.expect("a slot");
-    assert_eq!(world.phase().await, Phase::Streaming);
+    world.slot.run("UPDATE replication SET phase = 'dropped'").await;
+    let refusal = world.refusal().await;
+    assert!(refusal.contains("an operator has dropped") && refusal.contains("replicate start"), "{refusal}");
+    world.slot.run("UPDATE replication SET phase = 'streaming'").await;
 
     world.slot.run("DROP PUBLICATION ours; CREATE PUBLICATION ours FOR TABLE sessions, environments").await;
     let refusal = world.refusal().await;
     assert!(refusal.contains("the publication ours"), "{refusal}");
-    world.slot.run("DROP PUBLICATION ours").await;
+    world.slot.run("DROP PUBLICATION ours; CREATE PUBLICATION ours FOR TABLE sessions").await;
 
     world.slot.run("ALTER TABLE sessions REPLICA IDENTITY DEFAULT").await;
     let refusal = world.refusal().await;
     assert!(refusal.contains("replica identity"), "{refusal}");
     world.slot.run("ALTER TABLE sessions REPLICA IDENTITY USING INDEX sessions_by_creation").await;
 
+    // Slots are of the whole server.
     let drop_it = format!("SELECT pg_drop_replication_slot('{}')", world.slot.name);
     world.slot.run(&drop_it).await;
-    let refusal = world.refusal().await;
-    assert!(refusal.contains("is gone"), "{refusal}");
-
-    // Slots are of the whole server.
     let elsewhere = TestDatabase::postgres().await.connect().await;
     let make = format!("SELECT pg_create_logical_replication_slot('{}', 'pgoutput')", world.slot.name);
     elsewhere.execute_unprepared(&make).await.expect("made");
@@ -101,6 +97,32 @@ async fn what_is_lost_or_not_ours_on_postgres_is_refused_with_a_sentence() {
     world.slot.run(&make).await;
     let refusal = world.refusal().await;
     assert!(refusal.contains("does not know it"), "{refusal}");
+    world.slot.end().await;
+}
+
+#[tokio::test]
+async fn whatever_is_lost_on_postgres_is_told_and_begins_a_new_epoch() {
+    let world = World::bare().await;
+    let mut epoch = world.ensured().await.expect("a slot");
+    let drop_it = format!("SELECT pg_drop_replication_slot('{}')", world.slot.name);
+    for (broken, sentence) in [
+        ("UPDATE replication SET system_identifier = system_identifier || '0'", "another Postgres"),
+        ("UPDATE replication SET timeline = timeline + 1", "promoted or recovered"),
+        ("UPDATE replication SET phase = 'overrun'", "replication.max_wal"),
+        ("DROP PUBLICATION ours", "the publication is gone"),
+        (&drop_it, "the slot is gone"),
+    ] {
+        world.slot.run("UPDATE replication SET phase = 'streaming'").await;
+        world.slot.run(broken).await;
+        let context = world.context(&world.clickhouse);
+        let seen = status(&world.source, Duration::from_secs(5), &context).await.expect("asked");
+        assert!(seen.problems.iter().any(|problem| problem.contains(sentence)), "{:?}", seen.problems);
+        let next = world.ensured().await.expect("a slot");
+        assert_eq!(next, Epoch(epoch.0 + 1), "{sentence}");
+        assert_eq!(world.phase().await, Phase::Backfilling);
+        assert_eq!(world.ensured().await.expect("a slot"), next, "once");
+        epoch = next;
+    }
     world.slot.end().await;
 }
 
@@ -208,8 +230,24 @@ async fn rows_on_postgres_that_are_older_than_the_slot_are_there_and_what_is_gon
     backfilling.abort();
     world.writer().insert(&[SessionRow::new(session(78), &environment, 6)]).await.expect("stored");
     world.slot.run("UPDATE replication SET swept_at = swept_at - 600000").await;
-    timeout(PATIENCE, world.backfilling()).await.expect("it ends in time").expect("no panic");
+    let backfilling = world.backfilling();
+    world.swept().await;
     world.assert_same().await;
+
+    // And one that comes late of a row that a TRUNCATE has taken.
+    world.slot.run("TRUNCATE sessions CASCADE").await;
+    world.sql.create(session(5_000)).await;
+    world.caught_up().await;
+    let late = RowVersion::new(Epoch(1), Lsn(1)).0;
+    world.writer().insert(&[SessionRow::new(session(79), &environment, late)]).await.expect("stored");
+    assert_eq!(world.differences().await.len(), 1);
+    world.slot.run("UPDATE replication SET swept_at = swept_at - 600000").await;
+    // As a new leader does: the one before has slept since.
+    backfilling.abort();
+    let backfilling = world.backfilling();
+    world.swept().await;
+    world.assert_same().await;
+    backfilling.abort();
     running.end().await;
     world.slot.wait_for("NOT active").await;
     world.slot.end().await;

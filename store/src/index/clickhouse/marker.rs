@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::client::{ClickHouse, Fault, timely};
 use sessiond_domain::Timestamp;
 
-/// The mark of a replication, of its last heartbeat. It tells whose the tables are, not that they have not been put back to an older
-/// state since.
+/// The mark of a replication, of its last heartbeat. It tells whose the tables are, and by that heartbeat whether they, or the
+/// database that they are filled from, were put back to an older state since.
 #[derive(Clone, Debug, PartialEq, Eq, Row, Serialize, Deserialize)]
 pub struct Marker {
     /// Which database it copies from.

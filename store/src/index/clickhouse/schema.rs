@@ -112,6 +112,8 @@ struct Found {
     database: bool,
     /// The newest step that was taken; `None` without the table that notes them.
     step: Option<u32>,
+    /// Whether the table of sessions is there.
+    sessions: bool,
 }
 
 /// Looks, and changes nothing. Whether there is something to list.
@@ -119,7 +121,8 @@ struct Found {
 /// # Errors
 /// [`Fault::NewerSchema`], [`Fault::ForeignTable`], [`Fault::TooOld`]; otherwise what keeps the server from answering.
 pub(super) async fn is_current(clickhouse: &ClickHouse) -> Result<bool, Fault> {
-    Ok(look(clickhouse).await?.step.is_some_and(|step| step >= LISTED))
+    let found = look(clickhouse).await?;
+    Ok(found.sessions && found.step.is_some_and(|step| step >= LISTED))
 }
 
 /// Whether a replicator finds all the tables that it needs. Changes nothing.
@@ -127,7 +130,8 @@ pub(super) async fn is_current(clickhouse: &ClickHouse) -> Result<bool, Fault> {
 /// # Errors
 /// As [`migrate`].
 pub async fn is_migrated(clickhouse: &ClickHouse) -> Result<bool, Fault> {
-    Ok(look(clickhouse).await?.step == Some(KNOWN))
+    let found = look(clickhouse).await?;
+    Ok(found.sessions && found.step == Some(KNOWN))
 }
 
 /// Brings the tables to the schema of this program. Costs two questions where they are.
@@ -148,7 +152,16 @@ pub async fn migrate(clickhouse: &ClickHouse) -> Result<(), Fault> {
         );
         clickhouse.define(&words.fill(&steps)).await?;
     }
-    for (step, statements) in (1..).zip(STEPS).skip(found.step.unwrap_or(0) as usize) {
+    let mut taken = found.step.unwrap_or(0);
+    if taken > 0 && !found.sessions {
+        // Somebody has dropped it alone. What the other tables say of it does not hold for the one that is made in its place.
+        for table in ["rebuilds", "replication_markers"] {
+            let text = format!("TRUNCATE TABLE IF EXISTS {{database}}.{table} {{on_cluster}}");
+            clickhouse.define(&words.fill(&text)).await?;
+        }
+        taken = 0;
+    }
+    for (step, statements) in (1..).zip(STEPS).skip(taken as usize) {
         for statement in *statements {
             clickhouse.define(&words.fill(statement)).await?;
         }
@@ -186,7 +199,7 @@ async fn look(clickhouse: &ClickHouse) -> Result<Found, Fault> {
         Some(step) if step > KNOWN => {
             Err(Fault::NewerSchema { database: name.to_owned(), step, known: KNOWN })
         }
-        step => Ok(Found { database: found.has_database == 1, step }),
+        step => Ok(Found { database: found.has_database == 1, step, sessions: found.has_sessions == 1 }),
     }
 }
 

@@ -76,7 +76,7 @@ async fn copy(flusher: &Flusher, slot: &str, epoch: Epoch, mut after: String) {
 
 /// A transaction whose commit stands before the slot, and so is not streamed, may not be visible yet: its backend is late, or it
 /// waits for a synchronous standby. Once every transaction that has begun by now is over, all of these are.
-async fn wait_for_older_commits(context: &Context) {
+pub(super) async fn wait_for_older_commits(context: &Context) {
     let postgres = &context.postgres;
     let barrier = surely("transactions", || postgres.barrier()).await;
     let past = || postgres.is_past(&barrier);

@@ -1,4 +1,5 @@
-//! [`Flusher`]: brings batches to ClickHouse, for as long as it takes.
+//! [`Flusher`]: brings batches to ClickHouse, for as long as it takes. What it refuses for what a row holds becomes a dead letter, in
+//! Postgres, before its batch counts as stored.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +15,10 @@ use super::row::{COLUMNS, SortKey, Version};
 use super::{Context, RowVersion, surely};
 use crate::domain::tenant::Environment;
 use crate::domain::{Backoff, EnvironmentId};
-use crate::store::index::clickhouse::{Environments, Fault, SessionRow, SessionWriter, note_replicated};
+use crate::store::index::clickhouse::{
+    Environments, Fault, SessionRow, SessionWriter, check_columns, filed_environments, note_replicated,
+};
+use crate::store::metadata::DeadLetter;
 
 /// The first pause before a transaction is looked at again that queries do not see yet, and the longest, before jitter.
 const UNSEEN_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
@@ -28,10 +32,21 @@ const FETCHED_BYTES: usize = 8 << 20;
 const MANY_PARTS: u64 = 150;
 const LONGEST_GAP: Duration = Duration::from_secs(2);
 
+/// A change that cannot be stored.
+struct Refused {
+    environment: String,
+    session: String,
+    version: RowVersion,
+    /// Says nothing of what the row holds.
+    reason: String,
+}
+
 /// Stores batches of one epoch.
 #[derive(Clone)]
 pub struct Flusher {
     context: Context,
+    /// Whose dead letters are kept.
+    slot: String,
     writer: SessionWriter,
     environments: Arc<Environments>,
     /// Held while columns that were fetched are in memory: nothing else counts them.
@@ -42,12 +57,13 @@ pub struct Flusher {
 }
 
 impl Flusher {
-    /// Stores by `context` what a stream tells, and asks it for what that leaves out.
-    pub fn new(context: Context) -> Self {
+    /// Stores by `context` what the stream of `slot` tells, and asks it for what that leaves out.
+    pub fn new(context: Context, slot: &str) -> Self {
         let store = Arc::new(context.postgres.metadata().clone());
         Self {
             writer: SessionWriter::new(context.clickhouse.clone()),
             environments: Arc::new(Environments::new(store)),
+            slot: slot.to_owned(),
             context,
             fetching: Arc::default(),
             older: Arc::default(),
@@ -91,11 +107,73 @@ impl Flusher {
         }
     }
 
-    async fn store_whole(&self, changes: HashMap<SortKey, RowChange>) {
-        let rows = self.rows(changes).await;
-        let insert = || self.insert(&rows).inspect_err(|_| self.context.metrics.retried());
-        surely("rows to ClickHouse", insert).await;
-        self.context.metrics.inserted(rows.len());
+    /// Stores changes without missing columns. Returns once each is stored, or a dead letter: how many of those there are.
+    pub(super) async fn store_whole(&self, changes: HashMap<SortKey, RowChange>) -> usize {
+        let (rows, mut refused) = self.rows(changes).await;
+        let mut parts = vec![rows];
+        while let Some(mut rows) = parts.pop() {
+            match self.insert(&rows).await {
+                Ok(()) => self.context.metrics.inserted(rows.len()),
+                // Halved until what is refused is alone: only its own attempt says that it is.
+                Err(_) if rows.len() > 1 => {
+                    let rest = rows.split_off(rows.len() / 2);
+                    parts.extend([rest, rows]);
+                }
+                Err(fault) => {
+                    for row in rows {
+                        if !self.is_stored_without_column(&row).await {
+                            refused.push(Refused::new(&row, fault.to_string()));
+                        }
+                    }
+                }
+            }
+        }
+        self.keep(&refused).await;
+        refused.len()
+    }
+
+    /// Tries until the rows are stored, whatever is away, or until ClickHouse refuses one of them for what it holds.
+    async fn insert(&self, rows: &[SessionRow]) -> Result<(), Fault> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let insert = async || match self.writer.insert(rows).await {
+            // Of a table that somebody has changed no row is at fault.
+            Err(fault) if fault.is_of_a_row() => {
+                check_columns(&self.context.clickhouse).await.map(|()| Err(fault))
+            }
+            other => other.map(Ok),
+        };
+        surely("rows to ClickHouse", || insert().inspect_err(|_| self.context.metrics.retried())).await
+    }
+
+    /// Whether a row is taken once the column of type `JSON` does not hold its metadata, which lists do not read.
+    async fn is_stored_without_column(&self, row: &SessionRow) -> bool {
+        let has_column = self.context.clickhouse.options().metadata_column;
+        has_column && self.insert(&[row.clone().without_metadata_column()]).await.is_ok()
+    }
+
+    async fn keep(&self, refused: &[Refused]) {
+        if refused.is_empty() {
+            return;
+        }
+        let now = self.context.clock.now().millis();
+        let letter = |refused: &Refused| DeadLetter {
+            id: format!("{}/{:016x}/{}", self.slot, refused.version.0, refused.session),
+            epoch: refused.version.epoch().0,
+            place: refused.version.place().0,
+            environment: refused.environment.clone(),
+            session: refused.session.clone(),
+            reason: refused.reason.clone(),
+            created_at: now,
+        };
+        let letters: Vec<_> = refused.iter().map(letter).collect();
+        for DeadLetter { session, reason, .. } in &letters {
+            tracing::error!(session.id = session, reason, "a change of a session is a dead letter");
+        }
+        let postgres = &self.context.postgres;
+        surely("dead letters", || postgres.keep_dead_letters(&self.slot, &letters)).await;
+        self.context.metrics.refused(letters.len());
     }
 
     /// The gap between two inserts that are not full, after one of `gap`: twice as long, up to [`LONGEST_GAP`], while
@@ -142,42 +220,39 @@ impl Flusher {
         surely("the end of a copy", note).await;
     }
 
-    async fn insert(&self, rows: &[SessionRow]) -> Result<(), Fault> {
-        match rows {
-            [] => Ok(()),
-            rows if self.has_metadata_column() => self.writer.insert_or_blank(rows.to_vec()).await.map(drop),
-            rows => self.writer.insert(rows).await,
-        }
-    }
-
-    fn has_metadata_column(&self) -> bool {
-        self.context.clickhouse.options().metadata_column
-    }
-
-    /// The rows of whole changes, in the order of the table.
-    async fn rows(&self, changes: HashMap<SortKey, RowChange>) -> Vec<SessionRow> {
-        let mut rows = Vec::with_capacity(changes.len());
+    /// The rows of whole changes, in the order of the table, and what cannot be one.
+    async fn rows(&self, changes: HashMap<SortKey, RowChange>) -> (Vec<SessionRow>, Vec<Refused>) {
+        let (mut rows, mut refused) = (Vec::with_capacity(changes.len()), Vec::new());
+        // Most batches are of few environments.
+        let mut environments: HashMap<String, Option<Arc<Environment>>> = HashMap::new();
+        let has_column = self.context.clickhouse.options().metadata_column;
         for (key, change) in changes {
-            let environment = self.environment(&key.environment, change.xid).await;
-            let Some(environment) = environment else {
-                // Its foreign key says that it was there; it was deleted with all of its sessions, by hand, and none of them
-                // is in ClickHouse.
-                continue;
+            if !environments.contains_key(&key.environment) {
+                let found = self.environment(&key.environment, change.xid).await;
+                environments.insert(key.environment.clone(), found);
+            }
+            // Its foreign key says that it was there; it was deleted with all of its sessions, by hand, and none of them is in
+            // ClickHouse.
+            let Some(environment) = &environments[&key.environment] else { continue };
+            let row = match &change.row {
+                None => {
+                    Ok(SessionRow::tombstone(environment, &key.session, key.created_at, change.version.0))
+                }
+                Some(version) => version.row(environment, change.version),
             };
-            rows.push(match change.row {
-                None => SessionRow::tombstone(&environment, &key.session, key.created_at, change.version.0),
-                Some(version) => match version.row(&environment, change.version) {
-                    Ok(row) if self.has_metadata_column() => row.with_metadata_column(),
-                    Ok(row) => row,
-                    Err(error) => {
-                        tracing::error!(session.id = key.session, %error, "a session that cannot be read is left out");
-                        continue;
-                    }
-                },
-            });
+            match row {
+                Ok(row) if has_column && change.row.is_some() => rows.push(row.with_metadata_column()),
+                Ok(row) => rows.push(row),
+                Err(error) => refused.push(Refused {
+                    environment: key.environment,
+                    session: key.session,
+                    version: change.version,
+                    reason: error.to_string(),
+                }),
+            }
         }
         rows.sort_unstable_by(|one, other| order(one).cmp(&order(other)));
-        rows
+        (rows, refused)
     }
 
     /// Fetches the columns that the stream has not repeated. They may be of a later version, which then follows; a row that is
@@ -212,7 +287,8 @@ impl Flusher {
         }
     }
 
-    async fn environment(&self, id: &str, xid: Option<u32>) -> Option<Arc<Environment>> {
+    /// The environment of this id; one that is gone as it is filed in ClickHouse, if it is.
+    pub(super) async fn environment(&self, id: &str, xid: Option<u32>) -> Option<Arc<Environment>> {
         let id = EnvironmentId::from_stored(id);
         let mut found = surely("environments", || self.environments.find(&id)).await;
         if let (None, Some(xid)) = (&found, xid) {
@@ -221,15 +297,27 @@ impl Flusher {
             found = surely("environments", || self.environments.find(&id)).await;
         }
         if found.is_none() {
-            let filed = surely("an environment", || self.writer.environment(&id)).await;
+            let filed = || filed_environments(&self.context.clickhouse, Some(&id));
+            let filed = surely("an environment", filed).await.into_iter().next();
             found = filed.map(|environment| self.environments.know(environment));
         }
         found
     }
 }
 
+impl Refused {
+    fn new(row: &SessionRow, reason: String) -> Self {
+        Self {
+            environment: row.environment_id.clone(),
+            session: row.session_id.clone(),
+            version: RowVersion(row._version),
+            reason,
+        }
+    }
+}
+
 /// Texts of a query as the stream would have them.
-fn tuple(columns: Vec<Option<String>>) -> Tuple {
+pub(super) fn tuple(columns: Vec<Option<String>>) -> Tuple {
     columns.into_iter().map(|text| text.map_or(Column::Null, |text| Column::Text(text.into()))).collect()
 }
 

@@ -77,7 +77,7 @@ enum Hindrance {
 impl Replicator {
     /// A replicator that works with `context`. Asks nobody yet.
     pub fn new(options: ReplicatorOptions, context: Context) -> Self {
-        let flusher = Flusher::new(context.clone());
+        let flusher = Flusher::new(context.clone(), &options.source.slot);
         Self { options, context, flusher, health: watch::Sender::new(Health::Starting) }
     }
 

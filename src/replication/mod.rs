@@ -16,12 +16,14 @@ pub mod pgwire;
 pub mod progress;
 #[cfg(test)]
 mod recorded;
+pub mod repair;
 pub mod row;
 pub mod slot;
 pub mod source;
 pub mod status;
 pub mod term;
 pub mod tunnel;
+pub mod verify;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -77,6 +79,11 @@ pub const NAME: &str = "replication";
 /// What anyone may read while nothing is replicated. What is in the way may name servers.
 pub const HINDRANCE: &str =
     "changes do not come to ClickHouse: the log and `sessiond replicate status` say why";
+/// What changes are called that ClickHouse does not take.
+const DEAD_LETTERS: &str = "dead letters of replication";
+/// What anyone may read while there are any.
+const DEAD_LETTERS_HINDRANCE: &str =
+    "lists lack changes that ClickHouse refuses: `sessiond replicate dead-letters` says which";
 /// Whose heartbeats in the log of Postgres are.
 const HEARTBEAT: &str = "sessiond.heartbeat";
 /// For how long a batch has been on its way when that is said.

@@ -39,6 +39,8 @@ pub struct Status {
     pub behind_bytes: Option<u64>,
     /// Bytes of the log that Postgres keeps for the slot.
     pub retained_bytes: Option<u64>,
+    /// Changes that ClickHouse has refused, and that were not replayed.
+    pub dead_letters: u64,
     /// What is wrong, a sentence each.
     pub problems: Vec<String>,
 }
@@ -81,6 +83,12 @@ pub async fn status(source: &SourceOptions, heartbeat: Duration, context: &Conte
             }
         }
     }
+    let dead_letters = postgres.count_dead_letters(&source.slot).await?;
+    if dead_letters > 0 {
+        problems.push(format!(
+            "ClickHouse refuses {dead_letters} changes: `sessiond replicate dead-letters` says which and why, with --replay it tries again"
+        ));
+    }
     problems.extend(of_clickhouse(source, context, state.as_ref()).await);
     let leader = state.as_ref().and_then(|state| state.leader.clone());
     let (leader, leader_unheard_ms) = leader.unzip();
@@ -98,6 +106,7 @@ pub async fn status(source: &SourceOptions, heartbeat: Duration, context: &Conte
         flushed: state.as_ref().map(|state| Lsn(state.flushed).to_string()),
         behind_bytes: slot.as_ref().map(|slot| slot.behind),
         retained_bytes: slot.as_ref().map(|slot| slot.retained),
+        dead_letters,
         problems,
     })
 }

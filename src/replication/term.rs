@@ -18,7 +18,10 @@ use super::progress::{Progress, Ticket};
 use super::row::COLUMNS;
 use super::slot::{self, SlotError};
 use super::source::{SourceError, WalEvent, WalSource};
-use super::{Context, Epoch, HEARTBEAT, HINDRANCE, Lsn, NAME, STALLED, millis, surely};
+use super::{
+    Context, DEAD_LETTERS, DEAD_LETTERS_HINDRANCE, Epoch, HEARTBEAT, HINDRANCE, Lsn, NAME, STALLED, millis,
+    surely,
+};
 use crate::domain::{Error, Ticker};
 use crate::store::index::clickhouse::{Marker, is_migrated, mark};
 use crate::store::metadata::Beat;
@@ -412,6 +415,9 @@ async fn beat(
             let beat = postgres.beat(beat).await?;
             let retained = postgres.slot(&options.slot).await?.map_or(0, |slot| slot.retained);
             metrics.retained(retained);
+            let letters = postgres.count_dead_letters(&options.slot).await?;
+            metrics.dead_letters(letters);
+            background.hindered(DEAD_LETTERS, (letters > 0).then_some(DEAD_LETTERS_HINDRANCE));
             if retained > options.max_wal {
                 slot::overrun(context, &options.slot, epoch, retained).await?;
                 return Ok(None);

@@ -45,6 +45,8 @@ pub struct ReplicationMetrics {
     gap: Gauge<f64, AtomicU64>,
     overruns: Counter,
     beginnings: Counter,
+    refused: Counter,
+    letters: Gauge,
 }
 
 impl ReplicationMetrics {
@@ -62,6 +64,8 @@ impl ReplicationMetrics {
             gap: Gauge::default(),
             overruns: Counter::default(),
             beginnings: Counter::default(),
+            refused: Counter::default(),
+            letters: Gauge::default(),
         };
         let Self {
             leading,
@@ -76,6 +80,8 @@ impl ReplicationMetrics {
             gap,
             overruns,
             beginnings,
+            refused,
+            letters,
         } = metrics.clone();
         let registry = registry.sub_registry_with_prefix("replication");
         registry.register("leading", "1 while this process reads the replication slot", leading);
@@ -118,6 +124,12 @@ impl ReplicationMetrics {
             "How often this process had everything copied, the first time included",
             beginnings,
         );
+        registry.register("rows_refused", "Changes that became dead letters", refused);
+        registry.register(
+            "dead_letters",
+            "Dead letters that wait to be replayed, as of the last heartbeat",
+            letters,
+        );
         metrics
     }
 
@@ -127,6 +139,7 @@ impl ReplicationMetrics {
         if !leads {
             self.retained.set(0);
             self.gap.set(0.0);
+            self.letters.set(0);
         }
     }
 
@@ -158,6 +171,16 @@ impl ReplicationMetrics {
     /// Inserts that are not full are so far apart.
     pub fn flush_gap(&self, gap: Duration) {
         self.gap.set(gap.as_secs_f64());
+    }
+
+    /// So many changes became dead letters.
+    pub fn refused(&self, changes: usize) {
+        self.refused.inc_by(changes as u64);
+    }
+
+    /// So many dead letters wait.
+    pub fn dead_letters(&self, letters: u64) {
+        self.letters.set(i64::try_from(letters).unwrap_or(i64::MAX));
     }
 
     /// A slot kept more of the log than it may.

@@ -18,7 +18,9 @@ use sea_orm::{
 };
 
 pub use open::{Migrated, OpenError, OpenOptions, migrate};
-pub use replication::{Beat, Phase, Place, Published, ReplicationState, ReplicationStore, SlotStatus};
+pub use replication::{
+    Beat, DeadLetter, Phase, Place, Published, ReplicationState, ReplicationStore, SlotStatus,
+};
 
 use sessiond_domain::error::{Error, Result};
 use sessiond_domain::port::{HandedOver, Inserted, MetadataStore};

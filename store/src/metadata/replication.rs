@@ -54,6 +54,25 @@ pub struct Beat<'a> {
     pub prefix: &'a str,
 }
 
+/// A change that ClickHouse does not take. It holds no row: the one in `sessions` is the truth.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeadLetter {
+    /// Names it.
+    pub id: String,
+    /// What it was to be stored under.
+    pub epoch: u8,
+    /// Its place in the log; 0 for a row that is older than the slot.
+    pub place: u64,
+    /// The environment of the session.
+    pub environment: String,
+    /// The session.
+    pub session: String,
+    /// Why it was not taken, without anything of what it holds.
+    pub reason: String,
+    /// When that was, in milliseconds since 1970.
+    pub created_at: i64,
+}
+
 /// What is being done with a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -97,6 +116,8 @@ pub struct SlotStatus {
     pub retained: u64,
     /// Bytes of the log behind what its reader has confirmed.
     pub behind: u64,
+    /// Everything before this place has been confirmed.
+    pub confirmed: u64,
 }
 
 /// Which database of which cluster a connection leads to.
@@ -118,6 +139,10 @@ pub enum Published {
     /// Something else.
     Otherwise,
 }
+
+/// Where the dead letters of a slot are that count.
+const DEAD_LETTERS: &str = "FROM replication_dead_letters l JOIN replication r ON r.slot = l.slot AND r.epoch = l.epoch \
+                            WHERE l.slot = $1 AND l.replayed_at IS NULL";
 
 /// Held while a slot is made, so that of several processes one makes it. Any number would do.
 const SETUP_LOCK: i64 = 0x5E55_1043;
@@ -401,7 +426,8 @@ impl ReplicationStore {
         let sql = "SELECT coalesce(database = current_database() AND plugin = 'pgoutput' AND NOT temporary, false) AS ours, \
                    active, coalesce(wal_status, 'lost') = 'lost' AS lost, \
                    coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint AS retained, \
-                   coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn), 0)::bigint AS behind \
+                   coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn), 0)::bigint AS behind, \
+                   coalesce(confirmed_flush_lsn - '0/0'::pg_lsn, 0)::bigint AS confirmed \
                    FROM pg_replication_slots WHERE slot_name = $1";
         let Some(row) = self.one(sql, [slot.into()]).await? else { return Ok(None) };
         Ok(Some(SlotStatus {
@@ -410,6 +436,7 @@ impl ReplicationStore {
             is_lost: get(&row, "lost")?,
             retained: u64::try_from(get::<i64>(&row, "retained")?).unwrap_or_default(),
             behind: u64::try_from(get::<i64>(&row, "behind")?).unwrap_or_default(),
+            confirmed: get::<i64>(&row, "confirmed")?.cast_unsigned(),
         }))
     }
 
@@ -496,18 +523,125 @@ impl ReplicationStore {
         limit: u32,
         bytes: u32,
     ) -> Result<Vec<Vec<Option<String>>>> {
+        self.rows_behind(columns, ("id > $1", "id"), [after.into()], (limit, bytes)).await
+    }
+
+    /// As [`ReplicationStore::page`], of one environment and in the order of creation, behind a session that was created then.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn page_of(
+        &self,
+        columns: &[&str],
+        environment: &str,
+        (created_at, id): (i64, &str),
+        limits: (u32, u32),
+    ) -> Result<Vec<Vec<Option<String>>>> {
+        let behind = "environment_id = $1 AND (created_at, id) > ($2, $3)";
+        let values = [environment.into(), created_at.into(), id.into()];
+        self.rows_behind(columns, (behind, "created_at, id"), values, limits).await
+    }
+
+    async fn rows_behind<const N: usize>(
+        &self,
+        columns: &[&str],
+        (behind, order): (&str, &str),
+        values: [Value; N],
+        (limit, bytes): (u32, u32),
+    ) -> Result<Vec<Vec<Option<String>>>> {
         let selected: Vec<_> = columns.iter().map(|column| format!("s.{column}::text AS {column}")).collect();
+        let in_order = order.split(", ").map(|column| format!("s.{column}")).collect::<Vec<_>>().join(", ");
         let sql = format!(
-            "WITH sizes AS (SELECT id, coalesce(octet_length(metadata::text), 0) + \
+            "WITH sizes AS (SELECT id, created_at, coalesce(octet_length(metadata::text), 0) + \
                 coalesce(octet_length(trigger_config::text), 0) AS size \
-                FROM sessions WHERE id > $1 ORDER BY id LIMIT {limit}), \
-             page AS (SELECT id, size, sum(size) OVER (ORDER BY id) AS until FROM sizes) \
-             SELECT {} FROM page JOIN sessions s USING (id) \
-                WHERE until <= {bytes} OR until = size ORDER BY id",
+                FROM sessions WHERE {behind} ORDER BY {order} LIMIT {limit}), \
+             page AS (SELECT id, size, sum(size) OVER (ORDER BY {order}) AS until FROM sizes) \
+             SELECT {} FROM page p JOIN sessions s ON s.id = p.id \
+                WHERE until <= {bytes} OR until = size ORDER BY {in_order}",
             selected.join(", ")
         );
-        let rows = self.all(&sql, [after.into()]).await?;
+        let rows = self.all(&sql, values).await?;
         rows.iter().map(|row| columns.iter().map(|column| get(row, column)).collect()).collect()
+    }
+
+    /// Up to where the log is on disk: every commit that a query sees by now stands before.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn position(&self) -> Result<u64> {
+        let sql = "SELECT (pg_current_wal_flush_lsn() - '0/0'::pg_lsn)::bigint AS place";
+        let row = self.one(sql, []).await?.ok_or_else(|| Error::internal("a question without an answer"))?;
+        Ok(get::<i64>(&row, "place")?.cast_unsigned())
+    }
+
+    /// Keeps dead letters of a slot; those that are kept already are left as they are.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn keep_dead_letters(&self, slot: &str, letters: &[DeadLetter]) -> Result<()> {
+        for letter in letters {
+            let DeadLetter { id, epoch, place, environment, session, reason, created_at } = letter;
+            let sql = "INSERT INTO replication_dead_letters (id, slot, epoch, lsn, environment_id, session_id, reason, created_at) \
+                       VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (id) DO NOTHING RETURNING 1 AS one";
+            let values = [
+                id.into(),
+                slot.into(),
+                i16::from(*epoch).into(),
+                place.cast_signed().into(),
+                environment.into(),
+                session.into(),
+                reason.into(),
+                (*created_at).into(),
+            ];
+            self.note(sql, values).await?;
+        }
+        Ok(())
+    }
+
+    /// Dead letters that have not been replayed, behind one, in the order of their ids. What was not taken under an earlier
+    /// epoch has been copied since, or is a dead letter of this one.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn dead_letters(&self, slot: &str, after: &str, limit: u32) -> Result<Vec<DeadLetter>> {
+        let sql = format!(
+            "SELECT l.id, l.epoch, l.lsn, l.environment_id, l.session_id, l.reason, l.created_at {DEAD_LETTERS} \
+             AND l.id > $2 ORDER BY l.id LIMIT {limit}"
+        );
+        let rows = self.all(&sql, [slot.into(), after.into()]).await?;
+        let letter = |row: &QueryResult| {
+            Ok(DeadLetter {
+                id: get(row, "id")?,
+                epoch: u8::try_from(get::<i16>(row, "epoch")?).unwrap_or_default(),
+                place: get::<i64>(row, "lsn")?.cast_unsigned(),
+                environment: get(row, "environment_id")?,
+                session: get(row, "session_id")?,
+                reason: get(row, "reason")?,
+                created_at: get(row, "created_at")?,
+            })
+        };
+        rows.iter().map(letter).collect()
+    }
+
+    /// How many there are of those.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn count_dead_letters(&self, slot: &str) -> Result<u64> {
+        let row = self.one(&format!("SELECT count(*) AS count {DEAD_LETTERS}"), [slot.into()]).await?;
+        row.map(|row| get::<i64>(&row, "count").map(i64::cast_unsigned))
+            .transpose()
+            .map(Option::unwrap_or_default)
+    }
+
+    /// Notes that a dead letter was replayed.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn replayed(&self, id: &str) -> Result<()> {
+        let sql = "UPDATE replication_dead_letters SET replayed_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint \
+                   WHERE id = $1 RETURNING 1 AS one";
+        self.note(sql, [id.into()]).await.map(drop)
     }
 
     /// Notes how far older rows have been copied under `epoch`; `None` once all are, and what no epoch has stored is cleared

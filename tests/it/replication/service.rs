@@ -56,7 +56,7 @@ impl Installation {
         command
     }
 
-    async fn serve(&self, name: &str) -> Process {
+    pub(super) async fn serve(&self, name: &str) -> Process {
         Process::start(&mut self.command(), &self.data.path().join(name)).await
     }
 
@@ -72,6 +72,25 @@ impl Installation {
         (output, seen)
     }
 
+    /// What a command of `replicate` answers, and whether it ended well.
+    pub(super) async fn run(&self, arguments: &[&str]) -> (bool, Value) {
+        let mut command = self.command();
+        let output =
+            command.arg("replicate").args(arguments).arg("--json").output().await.expect("the binary runs");
+        let answer = serde_json::from_slice(&output.stdout);
+        (
+            output.status.success(),
+            answer.unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&output.stderr).into())),
+        )
+    }
+
+    /// Has ClickHouse do what is no query; `{database}` stands for the database.
+    pub(super) async fn clickhouse_does(&self, text: &str) {
+        let text = text.replace("{database}", &self.clickhouse.options().database);
+        let client = ::clickhouse::Client::default().with_url(&self.url);
+        client.query_raw(&text).execute().await.expect("done");
+    }
+
     /// Waits until this is true of the status.
     pub(super) async fn wait_for(&self, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
         let begun = Instant::now();
@@ -85,7 +104,7 @@ impl Installation {
     }
 
     /// Waits until a session is in ClickHouse as wanted, and says for how long.
-    async fn stored(&self, id: &str, wanted: impl Fn(&SessionRow) -> bool) -> Duration {
+    pub(super) async fn stored(&self, id: &str, wanted: impl Fn(&SessionRow) -> bool) -> Duration {
         let begun = Instant::now();
         let text = format!("SELECT {ROW} FROM sessions_v1 FINAL WHERE session_id = '{id}'");
         loop {
@@ -104,14 +123,14 @@ impl Installation {
     }
 }
 
-async fn ask(url: &str, method: Method, path: &str, body: Value) -> (u16, Value) {
+pub(super) async fn ask(url: &str, method: Method, path: &str, body: Value) -> (u16, Value) {
     let request = reqwest::Client::new().request(method, format!("{url}{path}")).bearer_auth(KEY);
     let request = if body.is_null() { request } else { request.json(&body) };
     let response = request.send().await.expect("an answer");
     (response.status().as_u16(), response.json().await.expect("JSON"))
 }
 
-async fn create(url: &str, extra: Value) -> String {
+pub(super) async fn create(url: &str, extra: Value) -> String {
     let mut body = json!({"type": "chat", "taskIdentifier": "agent"});
     let (Value::Object(fields), Some(all)) = (extra, body.as_object_mut()) else { panic!("not an object") };
     all.extend(fields);

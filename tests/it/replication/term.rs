@@ -105,7 +105,7 @@ impl World {
     }
 
     pub(super) fn flusher(&self, clickhouse: &ClickHouse) -> Flusher {
-        Flusher::new(self.context(clickhouse))
+        Flusher::new(self.context(clickhouse), &self.slot.name)
     }
 
     pub(super) async fn phase_or_none(&self) -> Option<Phase> {

@@ -109,6 +109,18 @@ pub enum Fault {
         /// The database.
         database: String,
     },
+    /// Somebody has changed the table.
+    #[error(
+        "the column {column} of {database}.sessions_v1 is not of type {kind} any more: rows cannot be stored"
+    )]
+    Altered {
+        /// The database.
+        database: String,
+        /// The column.
+        column: &'static str,
+        /// What it should be.
+        kind: &'static str,
+    },
     /// The server lacks a setting without which lists are wrong.
     #[error("this ClickHouse does not know the setting {setting}: it must be {needed} or later")]
     TooOld {

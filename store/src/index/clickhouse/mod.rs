@@ -11,6 +11,7 @@ mod query;
 mod rebuild;
 mod row;
 mod schema;
+mod stored;
 mod writer;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,11 +32,12 @@ use rebuild::Origin;
 pub use rebuild::{Progress, Rebuild, VERSION_END, note_replicated};
 use row::ListedRow;
 pub use row::{SessionRow, SessionTexts};
-pub use schema::{is_migrated, migrate};
+pub use schema::{check_columns, is_migrated, migrate};
 use sessiond_domain::error::{Error, Result};
 use sessiond_domain::list::{Filter, Page, PageRequest, TagQuery};
 use sessiond_domain::port::{ListIndex, MetadataStore};
 use sessiond_domain::{Background, EnvironmentId, Timestamp};
+pub use stored::{filed_environments, stored_as, stored_behind};
 pub use writer::SessionWriter;
 
 /// What lists answer until there is something to list.

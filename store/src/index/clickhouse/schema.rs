@@ -63,6 +63,29 @@ const STEPS: &[&[&str]] = &[
         at DateTime64(3) DEFAULT now64(3)
     ) ENGINE = {replicated}ReplacingMergeTree(at) ORDER BY (installation, slot, epoch) SETTINGS {durable}"],
 ];
+/// The columns that rows are inserted into, as the server shows them.
+const COLUMNS: [(&str, &str); 20] = [
+    ("environment_id", "String"),
+    ("organization_id", "String"),
+    ("project_id", "String"),
+    ("session_id", "String"),
+    ("environment_type", "LowCardinality(String)"),
+    ("friendly_id", "String"),
+    ("external_id", "String"),
+    ("type", "LowCardinality(String)"),
+    ("task_identifier", "String"),
+    ("tags", "Array(String)"),
+    ("metadata", "JSON(max_dynamic_paths=256)"),
+    ("closed_at", "Nullable(DateTime64(3))"),
+    ("closed_reason", "String"),
+    ("expires_at", "Nullable(DateTime64(3))"),
+    ("created_at", "DateTime64(3)"),
+    ("updated_at", "DateTime64(3)"),
+    ("is_test", "UInt8"),
+    ("_version", "UInt64"),
+    ("_is_deleted", "UInt8"),
+    ("document", "String"),
+];
 /// What lists need.
 const LISTED: u32 = 1;
 
@@ -132,6 +155,31 @@ pub(super) async fn is_current(clickhouse: &ClickHouse) -> Result<bool, Fault> {
 pub async fn is_migrated(clickhouse: &ClickHouse) -> Result<bool, Fault> {
     let found = look(clickhouse).await?;
     Ok(found.sessions && found.step == Some(KNOWN))
+}
+
+/// Checks that rows which are refused are so for what they hold: that nobody has changed the columns. More of them change nothing.
+///
+/// # Errors
+/// [`Fault::Altered`]; otherwise what keeps the server from answering.
+pub async fn check_columns(clickhouse: &ClickHouse) -> Result<(), Fault> {
+    #[derive(Debug, Row, Deserialize)]
+    struct Column {
+        name: String,
+        r#type: String,
+    }
+    let text =
+        "SELECT name, type FROM system.columns WHERE database = {database:String} AND table = 'sessions_v1'";
+    let query = clickhouse.query(text).param("database", clickhouse.database());
+    let found = clickhouse.fetch::<Column>(query).await?;
+    let is_there = |(name, kind): &(&str, &str)| {
+        found.iter().any(|column| column.name == *name && column.r#type == *kind)
+    };
+    match COLUMNS.iter().find(|column| !is_there(column)) {
+        None => Ok(()),
+        Some((column, kind)) => {
+            Err(Fault::Altered { database: clickhouse.database().to_owned(), column, kind })
+        }
+    }
 }
 
 /// Brings the tables to the schema of this program. Costs two questions where they are.

@@ -2,13 +2,8 @@
 
 use std::time::Duration;
 
-use clickhouse::Row;
-use serde::Deserialize;
-
 use super::client::{ClickHouse, Fault, timely};
-use super::row::{SessionRow, environment_kind};
-use sessiond_domain::tenant::{Environment, EnvironmentKind};
-use sessiond_domain::{EnvironmentId, Timestamp};
+use super::row::SessionRow;
 
 /// What every insert is sent with.
 const INSERT_SETTINGS: [(&str, &str); 5] = [
@@ -96,32 +91,6 @@ impl SessionWriter {
     /// The connection.
     pub fn clickhouse(&self) -> &ClickHouse {
         &self.clickhouse
-    }
-
-    /// An environment as it is filed with its sessions; `None` if there are none of it. For one that is gone from the
-    /// metadata store: reads the whole table.
-    ///
-    /// # Errors
-    /// As [`ClickHouse::fetch`].
-    pub async fn environment(&self, id: &EnvironmentId) -> Result<Option<Environment>, Fault> {
-        #[derive(Debug, Row, Deserialize)]
-        struct Filed {
-            organization_id: String,
-            project_id: String,
-            environment_type: String,
-        }
-        let text = "SELECT organization_id, project_id, environment_type FROM sessions_v1 \
-                    WHERE environment_id = {environment:String} LIMIT 1";
-        let query = self.clickhouse.query(text).param("environment", id.as_str());
-        let filed = self.clickhouse.fetch::<Filed>(query).await?.into_iter().next();
-        Ok(filed.map(|filed| Environment {
-            id: id.clone(),
-            organization: filed.organization_id,
-            project: filed.project_id,
-            slug: String::new(),
-            kind: environment_kind(&filed.environment_type).unwrap_or(EnvironmentKind::Development),
-            created_at: Timestamp::from_millis(0),
-        }))
     }
 
     /// Into how many parts the month is split that is split into the most.

@@ -153,17 +153,17 @@ impl Batcher {
         Ok(())
     }
 
-    /// Every row is gone that has a lower version than the one returned. It has a chunk of its own, so what has been taken
-    /// before may be stored first, and must be.
+    /// Every row is gone that has a lower version than the first one returned. It has a chunk of its own, so what has been taken
+    /// before may be stored first, and must be. What comes behind has the second one, which is no other where chunks share one.
     ///
     /// # Errors
     /// [`BatchError::NoTransaction`].
-    pub fn truncate(&mut self) -> Result<RowVersion, BatchError> {
+    pub fn truncate(&mut self) -> Result<(RowVersion, RowVersion), BatchError> {
         let open = self.open.as_mut().ok_or(BatchError::NoTransaction)?;
         open.round_up();
         let version = open.version(self.epoch);
         open.changes = open.changes.saturating_add(CHUNK);
-        Ok(version)
+        Ok((version, open.version(self.epoch)))
     }
 
     /// The open transaction ends before `end`, which is given back if nothing waits: then it is known to be stored as soon as
@@ -290,6 +290,16 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_behind_a_truncate_among_the_last_chunks_shares_its_version() {
+        let mut batcher = begun(100);
+        for chunk in 0..u64::from(LAST_CHUNK) {
+            assert_eq!(batcher.truncate(), Ok((at(100 + chunk), at(101 + chunk))));
+        }
+        let last = at(100 + u64::from(LAST_CHUNK));
+        assert_eq!(batcher.truncate(), Ok((last, last)));
+    }
+
+    #[test]
     fn a_row_whose_key_changes_leaves_a_tombstone() {
         let moved = tuple(&[("id", known("a")), ("created_at", known("43"))]);
         let mut batcher = begun(100);
@@ -335,10 +345,10 @@ mod tests {
     #[test]
     fn a_truncate_has_a_chunk_of_its_own() {
         let mut batcher = begun(100);
-        assert_eq!(batcher.truncate(), Ok(at(100)), "at the first place if nothing is before it");
+        assert_eq!(batcher.truncate(), Ok((at(100), at(101))), "at the first place if nothing is before it");
         batcher.take(Change::Insert(session("a"))).expect("taken");
         assert!(!batcher.may_end());
-        assert_eq!(batcher.truncate(), Ok(at(102)));
+        assert_eq!(batcher.truncate(), Ok((at(102), at(103))));
         assert!(batcher.may_end());
         assert_eq!(batcher.end().rows[&key("a")].version, at(101));
         batcher.take(Change::Insert(session("b"))).expect("taken");

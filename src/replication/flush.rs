@@ -211,7 +211,7 @@ impl Flusher {
     pub async fn bury(&self, version: RowVersion) {
         let _none = self.older.lock().await;
         // Whatever was told before has a lower version, so none is equal.
-        self.bury_before(version.after()).await;
+        self.bury_before(RowVersion(version.0 + 1)).await;
     }
 
     /// Says that all rows are there that are older than `version`, so many of them copied just now.

@@ -115,6 +115,7 @@ impl Replicator {
                     self.tell(&Health::Leading);
                     self.context.metrics.leading(true);
                     let begun = Instant::now();
+                    let epoch = term.epoch();
                     let end = Box::pin(term.run(&stop)).await;
                     drop(backfilling);
                     self.context.metrics.leading(false);
@@ -125,7 +126,7 @@ impl Replicator {
                         return;
                     }
                     if matches!(end, TermEnd::Source(SourceError::PublicationMissing(_))) {
-                        self.discard().await;
+                        self.discard(epoch).await;
                     }
                     let error = &end as &dyn std::error::Error;
                     tracing::warn!(error, "this process leads the replication to ClickHouse no longer");
@@ -176,7 +177,7 @@ impl Replicator {
                 && matches!(state.phase, Phase::Backfilling | Phase::Streaming)
         });
         let Some(state) = state else { return Ok(None) };
-        let Some(epoch) = self.claim(&state, identity.flushed).await? else { return Ok(None) };
+        let Some(epoch) = self.claim(&state).await? else { return Ok(None) };
         let (older, name, background) = (flusher.clone(), source.slot.clone(), context.background.clone());
         let backfilling = async move {
             let copy = || backfill::run(&older, &name, epoch);
@@ -189,15 +190,19 @@ impl Replicator {
 
     /// Leaves the mark of this replication in ClickHouse before anything is stored there, and returns the epoch that it is under;
     /// `None` if that is over already. Where either side was put back to an older state, everything is copied anew.
-    async fn claim(&self, state: &ReplicationState, flushed: Lsn) -> Result<Option<Epoch>, Hindrance> {
+    async fn claim(&self, state: &ReplicationState) -> Result<Option<Epoch>, Hindrance> {
         let Self { options: ReplicatorOptions { source, term, .. }, context, .. } = self;
         let (slot, postgres) = (source.slot.as_str(), &context.postgres);
         let (marker, newest) =
             (slot::newest_marker(context, slot).await?, slot::newest_version(context).await?);
         let mut epoch = Epoch(state.epoch);
-        if let Some(loss) = slot::judge(marker.as_ref(), newest, state, flushed) {
+        let Some(now) = postgres.state(slot).await?.filter(|now| now.epoch == epoch.0) else {
+            return Ok(None);
+        };
+        let flushed = Lsn(postgres.position().await?);
+        if let Some(loss) = slot::judge(state.marked, (marker.as_ref(), newest), (&now, flushed)) {
             epoch = slot::next_epoch(context, epoch).await?;
-            if !postgres.copy_anew(slot, state.epoch, epoch.0).await? {
+            if !postgres.copy_anew(slot, now.epoch, now.beats, epoch.0).await? {
                 return Ok(None);
             }
             context.metrics.began_anew();
@@ -210,7 +215,6 @@ impl Replicator {
             leader: &term.name,
             flushed: state.flushed,
             is_storing: true,
-            marked: 0,
             prefix: HEARTBEAT,
         };
         let Some(beat) = postgres.beat(beat).await? else { return Ok(None) };
@@ -229,9 +233,9 @@ impl Replicator {
     }
 
     /// Drops a slot that cannot be decoded any more, once the server has let go of it: the next look finds it gone.
-    async fn discard(&self) {
+    async fn discard(&self, epoch: Epoch) {
         let slot = &self.options.source.slot;
-        if let Err(error) = self.context.postgres.drop_slot(slot).await {
+        if let Err(error) = self.context.postgres.discard_slot(slot, epoch.0).await {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(error, slot, "a slot whose publication is gone is not dropped yet");
         }

@@ -197,11 +197,6 @@ impl RowVersion {
         Self(u64::from(epoch.0) << Self::PLACE_BITS | (place.0 & ((1 << Self::PLACE_BITS) - 1)))
     }
 
-    /// The next one, which hides what has this one and nothing later.
-    pub fn after(self) -> Self {
-        Self(self.0 + 1)
-    }
-
     /// The place in it.
     pub fn place(self) -> Lsn {
         Lsn(self.0 & ((1 << Self::PLACE_BITS) - 1))

@@ -48,7 +48,7 @@ impl Recording {
                 }
                 _ => match self.decoder.decode(message).expect("a message that can be read") {
                     Change::Truncate => {
-                        self.truncated = Some(self.batcher.truncate().expect("in a transaction"));
+                        self.truncated = Some(self.batcher.truncate().expect("in a transaction").0);
                     }
                     change => self.batcher.take(change).expect("taken"),
                 },

@@ -12,8 +12,10 @@ use crate::domain::tenant::Environment;
 use crate::store::index::clickhouse::stored_as;
 use crate::store::metadata::{DeadLetter, Phase};
 
-/// Dead letters that are replayed at once.
-const PORTION: u32 = 100;
+/// Dead letters that are read at once.
+const PAGE: u32 = 500;
+/// Sessions that are stored at once, each with metadata of up to a megabyte.
+pub(super) const PORTION: usize = 50;
 
 /// What a replay has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,10 +80,11 @@ pub async fn replay(flusher: &Flusher, slot: &str) -> Result<Replayed, SlotError
     // What is refused again is another letter, with an id of its own: of those there would be no end.
     let mut letters = Vec::new();
     loop {
-        let page = context.postgres.dead_letters(slot, &after, PORTION).await?;
+        let page = context.postgres.dead_letters(slot, &after, PAGE).await?;
         let Some(last) = page.last() else { break };
         after.clone_from(&last.id);
-        letters.extend(page);
+        // Those of an epoch that has begun just now are the next replay's.
+        letters.extend(page.into_iter().filter(|letter| letter.epoch == epoch.0));
     }
     let mut by_environment: HashMap<&str, Vec<&DeadLetter>> = HashMap::new();
     for letter in &letters {
@@ -89,7 +92,7 @@ pub async fn replay(flusher: &Flusher, slot: &str) -> Result<Replayed, SlotError
     }
     for (environment, letters) in by_environment {
         let environment = flusher.environment(environment, None).await;
-        for portion in letters.chunks(PORTION as usize) {
+        for portion in letters.chunks(PORTION) {
             let mut ids: Vec<_> = portion.iter().map(|letter| letter.session.as_str()).collect();
             ids.sort_unstable();
             ids.dedup();

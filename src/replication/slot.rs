@@ -12,7 +12,7 @@ use super::source::SourceError;
 use super::{Context, Epoch, Lsn, RowVersion};
 use crate::domain::{Backoff, Error};
 use crate::store::index::clickhouse::{Fault, Marker, SessionWriter, markers};
-use crate::store::metadata::{Phase, Place, Published, ReplicationState};
+use crate::store::metadata::{Phase, Place, Published, ReplicationState, SetupLock};
 
 /// Longest that it is waited until the reader of a slot has let go of it.
 const DROP_PATIENCE: Duration = Duration::from_secs(20);
@@ -102,10 +102,17 @@ pub struct Seen {
 /// # Errors
 /// [`SlotError`].
 pub async fn ensure(options: &SourceOptions, context: &Context) -> Result<Epoch, SlotError> {
-    context.postgres.alone(ensure_alone(options, context)).await?
+    // Mostly there is nothing to be made, and whoever is frozen here must not keep others from it.
+    if let Found::Ready(epoch) = look(options, context).await?.found {
+        return Ok(epoch);
+    }
+    let lock = context.postgres.lock().await?;
+    let made = make(options, context, &lock).await;
+    lock.release().await;
+    made
 }
 
-async fn ensure_alone(options: &SourceOptions, context: &Context) -> Result<Epoch, SlotError> {
+async fn make(options: &SourceOptions, context: &Context, lock: &SetupLock) -> Result<Epoch, SlotError> {
     let (name, postgres) = (&options.slot, &context.postgres);
     let Seen { found, identity, published } = look(options, context).await?;
     // Before anything is made: another replication may fill the tables.
@@ -123,8 +130,8 @@ async fn ensure_alone(options: &SourceOptions, context: &Context) -> Result<Epoc
     if published == Published::Nothing {
         postgres.publish(&options.publication).await?;
     }
-    if !postgres.make_slot(name, epoch.0, &identity.system_identifier, identity.timeline).await? {
-        return unfit(dropped(name));
+    if !postgres.make_slot(lock, name, epoch.0, &identity.system_identifier, identity.timeline).await? {
+        return unfit(format!("somebody else has made or dropped the slot {name} meanwhile"));
     }
     context.metrics.began_anew();
     tracing::info!(slot = name, epoch = epoch.0, "made the replication slot");
@@ -159,13 +166,13 @@ pub async fn newest_marker(context: &Context, slot: &str) -> Result<Option<Marke
     Ok(newest)
 }
 
-/// What of the two sides says that either was put back, if anything does: the mark, the greatest version in ClickHouse, what
-/// Postgres remembers, and up to where its log is on disk. A heartbeat is counted in Postgres first and left in ClickHouse then.
+/// What of the two sides says that either was put back, if anything does. A heartbeat is counted in Postgres first, left in
+/// ClickHouse then, and noted in Postgres last; others may be at it. So `marked` is to be asked for first, then the mark and the greatest
+/// version in ClickHouse, and what Postgres remembers, and up to where its log is on disk, last.
 pub fn judge(
-    marker: Option<&Marker>,
-    newest: RowVersion,
-    state: &ReplicationState,
-    flushed: Lsn,
+    marked: u64,
+    (marker, newest): (Option<&Marker>, RowVersion),
+    (state, flushed): (&ReplicationState, Lsn),
 ) -> Option<Loss> {
     let epoch = Epoch(state.epoch);
     let of_this = marker.filter(|marker| marker.epoch == epoch.0);
@@ -175,7 +182,7 @@ pub fn judge(
     if is_ahead {
         return Some(Loss::Rewound);
     }
-    let has_lost = of_this.map_or(0, |marker| marker.beat) < state.marked;
+    let has_lost = of_this.map_or(0, |marker| marker.beat) < marked;
     has_lost.then_some(Loss::ClickHouse)
 }
 
@@ -223,8 +230,9 @@ pub async fn next_epoch(context: &Context, old: Epoch) -> Result<Epoch, SlotErro
 /// [`Error::Unavailable`].
 pub async fn release(context: &Context, name: &str, max_wal: u64) -> Result<(), Error> {
     let postgres = &context.postgres;
-    let Some(slot) = postgres.slot(name).await?.filter(|slot| slot.is_ours) else { return Ok(()) };
+    // In this order: of a slot that is made in between it is not known yet what it keeps.
     let Some(state) = postgres.state(name).await? else { return Ok(()) };
+    let Some(slot) = postgres.slot(name).await?.filter(|slot| slot.is_ours) else { return Ok(()) };
     let is_over = match state.phase {
         Phase::Creating => false,
         Phase::Dropped | Phase::Overrun => true,
@@ -406,7 +414,7 @@ mod tests {
             (None, version(4, 1), state(5, 0), Some(Loss::Rewound)),
         ] {
             assert_eq!(
-                judge(marker.as_ref(), newest, &state, Lsn(50)),
+                judge(state.marked, (marker.as_ref(), newest), (&state, Lsn(50))),
                 expected,
                 "{marker:?} {newest:?} {state:?}"
             );

@@ -27,6 +27,9 @@ use crate::store::index::clickhouse::{Marker, is_migrated, mark};
 use crate::store::metadata::Beat;
 use crate::telemetry::ReplicationEvent;
 
+/// How many times as large as a full batch one becomes while there is no place for another on its way: ClickHouse stores few large
+/// inserts sooner than many small ones.
+const GROWTH: usize = 8;
 /// Longest that it is waited for what the server says of a stream that is silent.
 const INQUIRY: Duration = Duration::from_secs(5);
 
@@ -128,31 +131,30 @@ impl Term {
         Self { source, flusher, epoch, options: TermOptions { flush_rows, in_flight, ..options } }
     }
 
+    /// What it stores under.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
     /// Stores what the slot tells until something ends it.
     pub async fn run(self, stop: &CancellationToken) -> TermEnd {
         let Self { source, flusher, epoch, options } = self;
         let (superseded, context) = (CancellationToken::new(), flusher.context().clone());
         context.begin();
         let gap = watch::Sender::new(options.flush_gap);
-        let (told, marked) = (watch::Sender::new((0, Lsn(0))), watch::Sender::new(0));
+        let told = watch::Sender::new((0, Lsn(0)));
         let look = {
-            let (gap, told, marked, flusher, options, superseded) = (
-                gap.clone(),
-                told.clone(),
-                marked.clone(),
-                flusher.clone(),
-                options.clone(),
-                superseded.clone(),
-            );
+            let (gap, told, flusher, options, superseded) =
+                (gap.clone(), told.clone(), flusher.clone(), options.clone(), superseded.clone());
             async move {
-                let attending = || attend(&flusher, &options, epoch, &superseded, (&told, &marked, &gap));
+                let attending = || attend(&flusher, &options, epoch, &superseded, (&told, &gap));
                 flusher.context().background.survived("heartbeats in ClickHouse", attending).await;
             }
         };
         let heart = {
             let (options, superseded) = (options.clone(), superseded.clone());
             async move {
-                let beating = || beat(&context, &options, epoch, &superseded, (&told, &marked));
+                let beating = || beat(&context, &options, epoch, &superseded, &told);
                 context.background.survived("heartbeats of replication", beating).await;
             }
         };
@@ -174,6 +176,8 @@ impl Term {
             options,
         };
         let end = stream.run(stop, &superseded).await;
+        // Whoever leads next says so again.
+        stream.flusher.context().background.hindered(DEAD_LETTERS, None);
         if matches!(end, TermEnd::Stopped) {
             stream.drain().await;
             if let Err(error) = stream.source.stop().await {
@@ -277,13 +281,13 @@ impl Stream {
 
     /// What was told before is stored first, or a row would be buried that came back.
     async fn truncate(&mut self) -> Result<(), TermEnd> {
-        let version = self.batcher.truncate()?;
+        let (version, next) = self.batcher.truncate()?;
         self.flush_rest().await?;
         let context = self.flusher.context().clone();
         let _flight = context.depart();
         self.flusher.bury(version).await;
-        let (slot, buried) = (&self.options.slot, version.after());
-        let noted = || context.postgres.buried(slot, version.epoch().0, buried.place().0);
+        let slot = &self.options.slot;
+        let noted = || context.postgres.buried(slot, version.epoch().0, next.place().0);
         surely("a TRUNCATE", noted).await;
         context.truncated.notify_one();
         Ok(())
@@ -329,7 +333,14 @@ impl Stream {
     }
 
     fn is_full(&self) -> bool {
-        self.batcher.rows() >= self.options.flush_rows || self.batcher.bytes() >= self.options.flush_bytes
+        self.holds(1)
+    }
+
+    /// Whether what waits is so many full batches.
+    fn holds(&self, times: usize) -> bool {
+        let TermOptions { flush_rows, flush_bytes, .. } = self.options;
+        self.batcher.rows() >= flush_rows.saturating_mul(times)
+            || self.batcher.bytes() >= flush_bytes.saturating_mul(times)
     }
 
     fn may_read(&self) -> bool {
@@ -337,7 +348,7 @@ impl Stream {
         if !self.batcher.may_end() && self.flights.is_empty() {
             return true;
         }
-        !(self.is_full() && self.batcher.may_end())
+        !(self.holds(GROWTH) && self.batcher.may_end())
             && self.flying + self.batcher.bytes() < self.options.memory
     }
 
@@ -392,7 +403,7 @@ async fn beat(
     options: &TermOptions,
     epoch: Epoch,
     superseded: &CancellationToken,
-    (told, marked): (&watch::Sender<(u64, Lsn)>, &watch::Sender<u64>),
+    told: &watch::Sender<(u64, Lsn)>,
 ) {
     let Context { postgres, metrics, reached, background, .. } = context;
     // A beat that is late moves those behind it.
@@ -401,7 +412,6 @@ async fn beat(
         let place = *reached.borrow();
         let is_storing = context.longest_flight().is_none_or(|longest| longest < STALLED);
         background.hindered(NAME, (!is_storing).then_some(HINDRANCE));
-        let acknowledged = *marked.borrow();
         let beat = async {
             let beat = Beat {
                 slot: &options.slot,
@@ -409,7 +419,6 @@ async fn beat(
                 leader: &options.name,
                 flushed: place.0,
                 is_storing,
-                marked: acknowledged,
                 prefix: HEARTBEAT,
             };
             let beat = postgres.beat(beat).await?;
@@ -444,24 +453,19 @@ async fn attend(
     options: &TermOptions,
     epoch: Epoch,
     superseded: &CancellationToken,
-    (told, marked, gap): (&watch::Sender<(u64, Lsn)>, &watch::Sender<u64>, &watch::Sender<Duration>),
+    (told, gap): (&watch::Sender<(u64, Lsn)>, &watch::Sender<Duration>),
 ) {
     let (context, mut told, mut missing) = (flusher.context(), told.subscribe(), 0);
+    // The last heartbeat that is known to be there.
+    let mut marked = 0;
     while told.changed().await.is_ok() {
         let (beat, place) = *told.borrow_and_update();
         let before = *gap.borrow();
         let next = flusher.next_gap(before, options.flush_gap).await;
         context.metrics.flush_gap(next);
         gap.send_replace(next);
-        let acknowledged = *marked.borrow();
-        match standing(context, options, epoch, acknowledged).await {
-            Ok(Standing::Ours { newest }) => {
-                missing = 0;
-                // A process that was frozen must not put its mark in the place of its successor's.
-                if newest > beat {
-                    continue;
-                }
-            }
+        match standing(context, options, epoch, marked).await {
+            Ok(Standing::Ours) => missing = 0,
             // Of a cluster, one server may not have heard of it yet.
             Ok(Standing::Behind) if missing == 0 => {
                 missing = 1;
@@ -483,7 +487,15 @@ async fn attend(
             heartbeat_ms: millis(options.heartbeat),
         };
         match mark(&context.clickhouse, &marker).await {
-            Ok(()) => drop(marked.send_replace(beat)),
+            Ok(()) => {
+                marked = beat;
+                if let Err(error) = context.postgres.marked(&options.slot, epoch.0, beat).await {
+                    tracing::debug!(
+                        error = &error as &dyn std::error::Error,
+                        "a heartbeat in ClickHouse is not noted"
+                    );
+                }
+            }
             Err(fault) => {
                 tracing::debug!(error = &fault as &dyn std::error::Error, "no heartbeat in ClickHouse");
             }
@@ -493,8 +505,8 @@ async fn attend(
 
 /// What ClickHouse says of who fills it.
 enum Standing {
-    /// This epoch; its newest heartbeat there.
-    Ours { newest: u64 },
+    /// This epoch.
+    Ours,
     /// A heartbeat of this epoch is missing that was there.
     Behind,
     /// A later epoch does, or nobody can: a table is gone.
@@ -512,9 +524,7 @@ async fn standing(
     }
     Ok(match slot::newest_marker(context, &options.slot).await? {
         Some(marker) if marker.epoch > epoch.0 => Standing::Elsewhere,
-        Some(marker) if marker.epoch == epoch.0 && marker.beat >= marked => {
-            Standing::Ours { newest: marker.beat }
-        }
+        Some(marker) if marker.epoch == epoch.0 && marker.beat >= marked => Standing::Ours,
         _ => Standing::Behind,
     })
 }

@@ -7,14 +7,16 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
+use super::backfill::wait_for_older_commits;
 use super::flush::{Flusher, tuple};
-use super::repair::{current_epoch, repair};
+use super::repair::{PORTION, current_epoch, repair};
 use super::row::{COLUMNS, Version};
 use super::slot::SlotError;
 use super::{Epoch, Lsn, RowVersion};
 use crate::domain::MetadataStore;
 use crate::domain::tenant::Environment;
 use crate::store::index::clickhouse::{SessionRow, filed_environments, stored_as, stored_behind};
+use crate::store::metadata::Phase;
 
 /// Sessions of Postgres that are read at once, and bytes that what is large in them may take together.
 const PAGE: (u32, u32) = (500, 4 << 20);
@@ -75,6 +77,9 @@ pub async fn verify(
 ) -> Result<Verified, SlotError> {
     let context = flusher.context();
     let epoch = current_epoch(context, slot).await?;
+    if context.postgres.state(slot).await?.is_some_and(|state| state.phase == Phase::Backfilling) {
+        return Err(SlotError::Unfit("older sessions are still being copied: verify afterwards".to_owned()));
+    }
     let mut comparison = Comparison { flusher, slot, epoch, verified: Verified::default() };
     let stored = context.postgres.metadata().environments().await?;
     let filed = filed_environments(&context.clickhouse, None).await?;
@@ -85,13 +90,14 @@ pub async fn verify(
         let differing = comparison.environment(&environment, &told).await?;
         if mends {
             let ids: Vec<_> = differing.iter().map(String::as_str).collect();
-            for portion in ids.chunks(PAGE.0 as usize) {
+            for portion in ids.chunks(PORTION) {
                 repair(flusher, epoch, &environment, portion).await?;
+                let again = portion.iter().map(ToString::to_string).collect();
+                is_mended &= comparison.settle(&environment, again).await?.is_empty();
             }
-            is_mended &= comparison.settle(&environment, differing).await?.is_empty();
         }
     }
-    comparison.verified.mended = mends && is_mended;
+    comparison.verified.mended = mends && is_mended && comparison.verified.unsettled.is_empty();
     Ok(comparison.verified)
 }
 
@@ -144,7 +150,12 @@ impl Comparison<'_> {
             // Whatever was seen stands before this place.
             self.pass(Lsn(self.flusher.context().postgres.position().await?)).await?;
             let theirs = by_id(stored_as(&self.flusher.context().clickhouse, environment, &ids).await?);
-            let now = self.ours(environment, &ids).await?;
+            let mut now = self.ours(environment, &ids).await?;
+            if now != theirs {
+                // A change may be told before a query sees it.
+                wait_for_older_commits(self.flusher.context()).await;
+                now = self.ours(environment, &ids).await?;
+            }
             let mut unsettled = BTreeSet::new();
             for id in &candidates {
                 let (was, ours, theirs) = (before.get(id), now.get(id), theirs.get(id));
@@ -181,6 +192,8 @@ impl Comparison<'_> {
     ) -> Result<HashMap<String, Rows>, SlotError> {
         let found = self.flusher.context().postgres.sessions(COLUMNS, ids, &[]).await?.unwrap_or_default();
         let rows = found.into_iter().filter_map(|columns| Version::new(tuple(columns)).ok());
+        // One that has moved to another environment is gone from this one.
+        let rows = rows.filter(|row| row.key().environment == environment.id.as_str());
         Ok(by_id(rows.filter_map(|row| session_row(&row, environment)).collect()))
     }
 

@@ -92,7 +92,7 @@ impl Slot {
                 self.batcher.commit(Lsn(message.get_u64()));
             }
             _ => match self.decoder.decode(message).expect("a message") {
-                Change::Truncate => self.truncated = Some(self.batcher.truncate().expect("a version")),
+                Change::Truncate => self.truncated = Some(self.batcher.truncate().expect("versions").0),
                 change => self.batcher.take(change).expect("taken"),
             },
         }

@@ -19,7 +19,7 @@ use sea_orm::{
 
 pub use open::{Migrated, OpenError, OpenOptions, migrate};
 pub use replication::{
-    Beat, DeadLetter, Phase, Place, Published, ReplicationState, ReplicationStore, SlotStatus,
+    Beat, DeadLetter, Phase, Place, Published, ReplicationState, ReplicationStore, SetupLock, SlotStatus,
 };
 
 use sessiond_domain::error::{Error, Result};

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use sea_orm::{ConnectionTrait, DbBackend, QueryResult, Statement, Value};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, QueryResult, Statement, Value};
 
 use super::{SqlMetadata, fault};
 use sessiond_domain::error::{Error, Result};
@@ -48,8 +48,6 @@ pub struct Beat<'a> {
     pub flushed: u64,
     /// False while nothing can be stored, though there is something.
     pub is_storing: bool,
-    /// The last heartbeat that ClickHouse has stored; 0 for none.
-    pub marked: u64,
     /// Whose the message is that is put into the log with it.
     pub prefix: &'a str,
 }
@@ -140,6 +138,20 @@ pub enum Published {
     Otherwise,
 }
 
+/// Held while a slot is made.
+#[derive(Debug)]
+pub struct SetupLock {
+    transaction: DatabaseTransaction,
+}
+
+impl SetupLock {
+    /// Gives it back.
+    pub async fn release(self) {
+        // It wrote nothing: however it ends, what was done is done.
+        let _ = in_time(async { self.transaction.rollback().await.map_err(fault) }).await;
+    }
+}
+
 /// Where the dead letters of a slot are that count.
 const DEAD_LETTERS: &str = "FROM replication_dead_letters l JOIN replication r ON r.slot = l.slot AND r.epoch = l.epoch \
                             WHERE l.slot = $1 AND l.replayed_at IS NULL";
@@ -202,9 +214,9 @@ impl ReplicationStore {
     /// # Errors
     /// [`Error::Unavailable`].
     pub async fn beat(&self, beat: Beat<'_>) -> Result<Option<u64>> {
-        let Beat { slot, epoch, leader, flushed, is_storing, marked, prefix } = beat;
+        let Beat { slot, epoch, leader, flushed, is_storing, prefix } = beat;
         let sql = "WITH beat AS (UPDATE replication SET beats = beats + 1, leader = $3, \
-                   flushed_lsn = greatest(flushed_lsn, $4), marked = greatest(marked, $7), flushed_at = CASE WHEN $6 THEN \
+                   flushed_lsn = greatest(flushed_lsn, $4), flushed_at = CASE WHEN $6 THEN \
                    (extract(epoch FROM clock_timestamp()) * 1000)::bigint ELSE flushed_at END, leader_seen_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint \
                    WHERE slot = $1 AND epoch = $2 AND phase IN ('backfilling', 'streaming') RETURNING beats) \
                    SELECT beats, pg_logical_emit_message(true, $5, '')::text AS place FROM beat";
@@ -215,7 +227,6 @@ impl ReplicationStore {
             flushed.cast_signed().into(),
             prefix.into(),
             is_storing.into(),
-            marked.cast_signed().into(),
         ];
         let beat = self.noted(sql, values).await?;
         beat.map(|row| get::<i64>(&row, "beats").map(i64::cast_unsigned)).transpose()
@@ -231,14 +242,16 @@ impl ReplicationStore {
     }
 
     /// Begins the copy of older rows anew, under a `new` epoch in the place of `old`: whoever still copies under that one stores
-    /// and notes nothing that counts. False if it is over already.
+    /// and notes nothing that counts. False if it is over already, or if there has been another heartbeat since `beats`.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn copy_anew(&self, slot: &str, old: u8, new: u8) -> Result<bool> {
+    pub async fn copy_anew(&self, slot: &str, old: u8, beats: u64, new: u8) -> Result<bool> {
         let sql = "UPDATE replication SET epoch = $3, phase = 'backfilling', backfilled_to = NULL, swept_at = NULL, \
-                   buried_lsn = 0, marked = 0 WHERE slot = $1 AND epoch = $2 AND phase IN ('backfilling', 'streaming') RETURNING 1 AS one";
-        self.note(sql, [slot.into(), i16::from(old).into(), i16::from(new).into()]).await
+                   buried_lsn = 0, marked = 0 WHERE slot = $1 AND epoch = $2 AND beats = $4 \
+                   AND phase IN ('backfilling', 'streaming') RETURNING 1 AS one";
+        let values = [slot.into(), i16::from(old).into(), i16::from(new).into(), beats.cast_signed().into()];
+        self.note(sql, values).await
     }
 
     /// Says that a slot keeps more of the log than it may: nobody is to read it any more. False if nobody is anyway.
@@ -265,19 +278,37 @@ impl ReplicationStore {
     /// # Errors
     /// [`Error::Unavailable`].
     pub async fn allow(&self, slot: &str) -> Result<bool> {
-        let sql = "UPDATE replication SET phase = 'creating' WHERE slot = $1 AND phase = 'dropped' RETURNING 1 AS one";
+        // What comes late of the epoch that was dropped must not outweigh the copy.
+        let sql = "UPDATE replication SET phase = 'creating', epoch = least(epoch + 1, 255) \
+                   WHERE slot = $1 AND phase = 'dropped' RETURNING 1 AS one";
         self.note(sql, [slot.into()]).await
     }
 
-    /// Drops a slot, if it is there and nobody reads it. Whether it is gone.
+    /// Drops a slot that nobody is to read any more, if nobody does. Whether it is gone.
     ///
     /// # Errors
     /// [`Error::Unavailable`], also if somebody has begun to read it meanwhile.
     pub async fn drop_slot(&self, slot: &str) -> Result<bool> {
-        let sql = "SELECT pg_drop_replication_slot(slot_name)::text AS dropped FROM pg_replication_slots \
-                   WHERE slot_name = $1 AND NOT active";
-        self.one(sql, [slot.into()]).await?;
-        Ok(self.slot(slot).await?.is_none())
+        self.drop_slot_where("r.phase IN ('dropped', 'overrun')", [slot.into()]).await
+    }
+
+    /// Drops a slot that cannot be read under `epoch`, if nobody has made it anew. Whether it is gone.
+    ///
+    /// # Errors
+    /// As [`ReplicationStore::drop_slot`].
+    pub async fn discard_slot(&self, slot: &str, epoch: u8) -> Result<bool> {
+        self.drop_slot_where("r.epoch = $2", [slot.into(), i16::from(epoch).into()]).await
+    }
+
+    async fn drop_slot_where<const N: usize>(&self, condition: &str, values: [Value; N]) -> Result<bool> {
+        let slot = values[0].clone();
+        let sql = format!(
+            "SELECT pg_drop_replication_slot(s.slot_name)::text AS dropped FROM pg_replication_slots s \
+             JOIN replication r ON r.slot = s.slot_name WHERE s.slot_name = $1 AND NOT s.active AND {condition}"
+        );
+        self.all(&sql, values).await?;
+        let left = self.one("SELECT 1 AS one FROM pg_replication_slots WHERE slot_name = $1", [slot]).await?;
+        Ok(left.is_none())
     }
 
     /// Ends the connection that reads a slot.
@@ -440,28 +471,30 @@ impl ReplicationStore {
         }))
     }
 
-    /// Runs `work` while no other process is at the same. Takes a connection of its own beside those of `work`. The transaction that sees to it writes nothing: a slot is made once
-    /// every transaction that has written is over, and would wait for its own maker.
+    /// Waits until no other process makes a slot, and keeps others from it. Takes a connection of its own, whose transaction writes
+    /// nothing: a slot is made once every transaction that has written is over, and would wait for its own maker.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn alone<T>(&self, work: impl Future<Output = T>) -> Result<T> {
-        let lock = self.store.begin().await?;
-        let take = format!("SELECT pg_advisory_xact_lock({SETUP_LOCK})");
-        lock.execute_unprepared(&take).await.map_err(fault)?;
-        let done = work.await;
-        // It wrote nothing: however it ends, what was done is done.
-        let _ = in_time(async { lock.rollback().await.map_err(fault) }).await;
-        Ok(done)
+    pub async fn lock(&self) -> Result<SetupLock> {
+        let transaction = self.store.begin().await?;
+        // Of a process that is frozen the server takes it.
+        let take = format!(
+            "SET LOCAL idle_in_transaction_session_timeout = '60s'; SELECT pg_advisory_xact_lock({SETUP_LOCK})"
+        );
+        transaction.execute_unprepared(&take).await.map_err(fault)?;
+        Ok(SetupLock { transaction })
     }
 
     /// Makes a slot under `epoch`, in three steps that a crash may fall between: it is first written down as being made, and
-    /// a slot that is there under this name is dropped. False if an operator has [forbidden](ReplicationStore::forbid) it meanwhile.
+    /// a slot that is there under this name is dropped. False if an operator has [forbidden](ReplicationStore::forbid) it meanwhile,
+    /// or another process has made it. Whoever has lost the lock drops nothing.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
     pub async fn make_slot(
         &self,
+        lock: &SetupLock,
         slot: &str,
         epoch: u8,
         system_identifier: &str,
@@ -471,18 +504,19 @@ impl ReplicationStore {
                      VALUES ($1, $2, $3, $4, 0, 'creating') ON CONFLICT (slot) DO UPDATE SET epoch = $2, system_identifier = $3, \
                      timeline = $4, slot_lsn = 0, phase = 'creating', backfilled_to = NULL, swept_at = NULL, flushed_lsn = 0, \
                      leader = NULL, leader_seen_at = NULL, flushed_at = NULL, buried_lsn = 0, marked = 0 \
-                     WHERE replication.phase <> 'dropped' RETURNING 1 AS one";
+                     WHERE replication.phase <> 'dropped' AND (replication.epoch < $2 OR \
+                     replication.epoch = $2 AND replication.phase = 'creating') RETURNING 1 AS one";
         let epoch = i16::from(epoch);
         let values = [slot.into(), epoch.into(), system_identifier.into(), i64::from(timeline).into()];
         if !self.note(begin, values).await? {
             return Ok(false);
         }
-        if self.slot(slot).await?.is_some() {
-            self.one("SELECT pg_drop_replication_slot($1)::text AS dropped", [slot.into()]).await?;
-        }
+        let statement = |sql: &str| Statement::from_sql_and_values(DbBackend::Postgres, sql, [slot.into()]);
+        let drop_it = "SELECT pg_drop_replication_slot(slot_name)::text AS dropped FROM pg_replication_slots WHERE slot_name = $1";
+        lock.transaction.query_all_raw(statement(drop_it)).await.map_err(fault)?;
         let make = "SELECT (lsn - '0/0'::pg_lsn)::bigint AS place FROM pg_create_logical_replication_slot($1, 'pgoutput')";
         // For as long as the oldest transaction takes that has written.
-        let made = self.all_at_length(make, [slot.into()]).await?.into_iter().next();
+        let made = lock.transaction.query_one_raw(statement(make)).await.map_err(fault)?;
         let made = made.ok_or_else(|| Error::internal("a question without an answer"))?;
         let place: i64 = get(&made, "place")?;
         let end = "UPDATE replication SET slot_lsn = $3, flushed_lsn = $3, phase = 'backfilling' WHERE slot = $1 AND epoch = $2 \
@@ -704,7 +738,10 @@ impl ReplicationStore {
         values: [Value; N],
     ) -> Result<Option<QueryResult>> {
         let transaction = self.store.begin().await?;
-        transaction.execute_unprepared("SET LOCAL synchronous_commit = local").await.map_err(fault)?;
+        // Of a process that is frozen in between the row must not stay locked.
+        let settings =
+            "SET LOCAL synchronous_commit = local; SET LOCAL idle_in_transaction_session_timeout = '2s'";
+        transaction.execute_unprepared(settings).await.map_err(fault)?;
         let statement = Statement::from_sql_and_values(DbBackend::Postgres, sql, values);
         let noted = transaction.query_one_raw(statement).await.map_err(fault)?;
         transaction.commit().await.map_err(fault)?;

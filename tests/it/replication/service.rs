@@ -3,7 +3,7 @@
 use std::process::Output;
 
 use reqwest::Method;
-use sea_orm::Database;
+use sea_orm::{Database, TransactionTrait};
 use sessiond::store::index::clickhouse::{ClickHouse, SessionRow};
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
@@ -338,6 +338,29 @@ async fn a_clickhouse_that_has_lost_everything_gets_everything_from_postgres_aga
     let seen = here.wait_for("all is copied again", again).await;
     assert_eq!(seen["epoch"], 2, "nothing counts that is late of the first copy");
     assert_eq!(listed(&server.url, "").await, [two, one]);
+    assert!(server.terminate().await.success());
+    here.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_of_postgres_that_stays_open_delays_the_slot_and_no_server() {
+    let here = Installation::fresh().await;
+    let database = Database::connect(&here.postgres).await.expect("connects");
+    let open = database.begin().await.expect("begins");
+    open.execute_unprepared("SELECT pg_current_xact_id()").await.expect("an id");
+    // It is ready when this returns.
+    let server = here.serve("a").await;
+    let waits = |seen: &Value| {
+        let problems = seen["problems"].to_string();
+        problems
+            .contains("the slot is being made, which waits until every transaction that has written is over")
+            && problems.contains("the oldest, of process")
+    };
+    here.wait_for("it is told what the slot waits for", waits).await;
+    let one = create(&server.url, json!({"externalId": "one"})).await;
+    open.commit().await.expect("committed");
+    here.stored(&one, |row| row.external_id == "one").await;
+    here.wait_for("all is well", |seen| seen["phase"] == "streaming" && seen["problems"] == json!([])).await;
     assert!(server.terminate().await.success());
     here.end().await;
 }

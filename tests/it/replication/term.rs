@@ -144,7 +144,7 @@ impl World {
             installation: slots::installation(&context).await.expect("asked"),
             slot: self.slot.name.clone(),
             epoch: 1,
-            beat: 0,
+            beat: 1,
             lsn: 0,
             heartbeat_ms: 100,
         };

@@ -17,6 +17,8 @@ use sessiond_domain::error::{Error, Result};
 
 /// Longest a statement that changes the schema may take.
 const SCHEMA_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest that a query may take which reads the whole table.
+const SCAN_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long an idle connection is kept: less than servers do, because a connection that one has just closed costs a query.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// What every query is sent with. FINAL looks at the newest version of a row; the first two keep its skip indexes usable
@@ -251,6 +253,15 @@ impl ClickHouse {
     /// [`Fault::Away`], [`Fault::TimedOut`], [`Fault::Refused`].
     pub async fn fetch<T: RowOwned + RowRead>(&self, query: Query) -> Result<Vec<T>, Fault> {
         timely(self.options.query_timeout, query.fetch_all()).await
+    }
+
+    /// The rows of a query that reads a whole column, or more, and may take its time.
+    ///
+    /// # Errors
+    /// As [`ClickHouse::fetch`].
+    pub(super) async fn fetch_at_length<T: RowOwned + RowRead>(&self, query: Query) -> Result<Vec<T>, Fault> {
+        let query = query.with_setting("max_execution_time", SCAN_TIMEOUT.as_secs().to_string());
+        timely(SCAN_TIMEOUT, query.fetch_all()).await
     }
 
     /// Whether it answers.

@@ -2,14 +2,14 @@
 //! know whether they are kept up to date.
 
 use clickhouse::Row;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use super::client::{ClickHouse, Fault, timely};
 use sessiond_domain::Timestamp;
 
 /// The mark of a replication, of its last heartbeat. It tells whose the tables are, and by that heartbeat whether they, or the
 /// database that they are filled from, were put back to an older state since.
-#[derive(Clone, Debug, PartialEq, Eq, Row, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Row, Deserialize)]
 pub struct Marker {
     /// Which database it copies from.
     pub installation: String,
@@ -38,21 +38,24 @@ pub async fn markers(clickhouse: &ClickHouse) -> Result<Vec<Marker>, Fault> {
     clickhouse.fetch(query).await
 }
 
-/// Leaves a mark in the place of the one before.
+/// Leaves a mark in the place of the one before, unless that is of a later heartbeat: a process that was frozen must not put its own
+/// in the place of its successor's.
 ///
 /// # Errors
 /// As [`SessionWriter::insert`](super::SessionWriter::insert).
 pub async fn mark(clickhouse: &ClickHouse, marker: &Marker) -> Result<(), Fault> {
-    let work = async {
-        let mut insert = clickhouse.client().insert::<Marker>("replication_markers").await?;
-        let settings = [("async_insert", "0"), ("insert_quorum_parallel", "0")];
-        for (name, value) in settings.iter().chain(clickhouse.cluster_settings()) {
-            insert = insert.with_setting(*name, *value);
-        }
-        insert.write(marker).await?;
-        insert.end().await
-    };
-    timely(clickhouse.options().insert_timeout, work).await
+    let text = "INSERT INTO replication_markers (installation, slot, epoch, beat, lsn, heartbeat_ms) \
+                SELECT {installation:String}, {slot:String}, {epoch:UInt8}, {beat:UInt64}, {lsn:UInt64}, {heartbeat_ms:UInt32} \
+                WHERE (SELECT max(beat) FROM replication_markers WHERE installation = {installation:String} \
+                AND slot = {slot:String} AND epoch = {epoch:UInt8}) < {beat:UInt64}";
+    let Marker { installation, slot, epoch, beat, lsn, heartbeat_ms } = marker;
+    let query = clickhouse.client().query_raw(text).param("installation", installation).param("slot", slot);
+    let query = query.param("epoch", epoch).param("beat", beat).param("lsn", lsn);
+    let query = query.param("heartbeat_ms", heartbeat_ms);
+    let settings = [("async_insert", "0"), ("insert_quorum_parallel", "0")];
+    let settings = settings.iter().chain(clickhouse.cluster_settings());
+    let query = settings.fold(query, |query, (name, value)| query.with_setting(*name, *value));
+    timely(clickhouse.options().insert_timeout, query.execute()).await
 }
 
 /// When the last mark was left, if the next ones are missing.

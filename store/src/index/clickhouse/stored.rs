@@ -45,10 +45,13 @@ pub async fn filed_environments(
     clickhouse: &ClickHouse,
     id: Option<&EnvironmentId>,
 ) -> Result<Vec<Environment>, Fault> {
-    let text = "SELECT DISTINCT environment_id, organization_id, project_id, environment_type FROM sessions_v1 \
-                WHERE {id:String} = '' OR environment_id = {id:String}";
-    let query = clickhouse.query(text).param("id", id.map_or("", EnvironmentId::as_str));
-    Ok(clickhouse.fetch::<Filed>(query).await?.into_iter().map(Environment::from).collect())
+    let limit = if id.is_some() { "LIMIT 1" } else { "" };
+    let text = format!(
+        "SELECT DISTINCT environment_id, organization_id, project_id, environment_type FROM sessions_v1 \
+         WHERE {{id:String}} = '' OR environment_id = {{id:String}} {limit}"
+    );
+    let query = clickhouse.query(&text).param("id", id.map_or("", EnvironmentId::as_str));
+    Ok(clickhouse.fetch_at_length::<Filed>(query).await?.into_iter().map(Environment::from).collect())
 }
 
 /// The sessions of an environment that are stored behind one, up to another if there is one, in the order of creation; so many

@@ -85,7 +85,7 @@ impl SessionWriter {
     /// As [`ClickHouse::fetch`].
     pub async fn newest_version(&self) -> Result<u64, Fault> {
         let newest = self.clickhouse.query("SELECT max(_version) FROM sessions_v1");
-        Ok(self.clickhouse.fetch::<u64>(newest).await?.into_iter().next().unwrap_or_default())
+        Ok(self.clickhouse.fetch_at_length::<u64>(newest).await?.into_iter().next().unwrap_or_default())
     }
 
     /// The connection.

@@ -1,5 +1,6 @@
 //! From Postgres to ClickHouse: what the stream of changes of a real server is made into.
 
+mod compare;
 mod held;
 mod kills;
 mod large;
@@ -8,6 +9,7 @@ mod service;
 mod slot;
 mod source;
 mod term;
+mod writers;
 
 use std::collections::HashMap;
 use std::time::Duration;

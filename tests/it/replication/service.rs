@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
-use super::term::ROW;
+use super::compare::ROW;
 use super::*;
 use crate::harness::database::TestDatabase;
 use crate::harness::replication::{drop_slot, slot_name};
@@ -81,11 +81,13 @@ impl Installation {
                 return seen;
             }
             assert!(begun.elapsed() < PATIENCE, "{what}: {seen}");
+            // Each look is a process.
+            sleep(Duration::from_millis(20)).await;
         }
     }
 
     /// Waits until a session is in ClickHouse as wanted, and says for how long.
-    async fn stored(&self, id: &str, wanted: impl Fn(&SessionRow) -> bool) -> Duration {
+    pub(super) async fn stored(&self, id: &str, wanted: impl Fn(&SessionRow) -> bool) -> Duration {
         let begun = Instant::now();
         let text = format!("SELECT {ROW} FROM sessions_v1 FINAL WHERE session_id = '{id}'");
         loop {
@@ -111,7 +113,7 @@ async fn ask(url: &str, method: Method, path: &str, body: Value) -> (u16, Value)
     (response.status().as_u16(), response.json().await.expect("JSON"))
 }
 
-async fn create(url: &str, extra: Value) -> String {
+pub(super) async fn create(url: &str, extra: Value) -> String {
     let mut body = json!({"type": "chat", "taskIdentifier": "agent"});
     let (Value::Object(fields), Some(all)) = (extra, body.as_object_mut()) else { panic!("not an object") };
     all.extend(fields);

@@ -5,6 +5,7 @@ mod held;
 mod kills;
 mod large;
 mod leader;
+mod restored;
 mod service;
 mod slot;
 mod source;

@@ -9,6 +9,7 @@ mod restored;
 mod service;
 mod slot;
 mod source;
+mod takeover;
 mod term;
 mod writers;
 

@@ -1,5 +1,6 @@
 //! From Postgres to ClickHouse: what the stream of changes of a real server is made into.
 
+mod chaos;
 mod compare;
 mod held;
 mod kills;

@@ -570,7 +570,11 @@ impl ReplicationStore {
         values: [Value; N],
     ) -> Result<Option<QueryResult>> {
         let transaction = self.store.begin().await?;
-        transaction.execute_unprepared("SET LOCAL synchronous_commit = local").await.map_err(fault)?;
+        // A process that is frozen or cut off in here has locked the row, and slots are made when its transaction is over: the
+        // server does not wait for it for long.
+        let settings =
+            "SET LOCAL synchronous_commit = local; SET LOCAL idle_in_transaction_session_timeout = '3s'";
+        transaction.execute_unprepared(settings).await.map_err(fault)?;
         let statement = Statement::from_sql_and_values(DbBackend::Postgres, sql, values);
         let noted = transaction.query_one_raw(statement).await.map_err(fault)?;
         transaction.commit().await.map_err(fault)?;

@@ -1,11 +1,15 @@
 //! How soon another process leads when the leader is killed or frozen.
 
+use sea_orm::TransactionTrait;
+use sessiond::store::metadata::{Beat, OpenOptions, ReplicationStore, SqlMetadata};
 use tokio::process::Child;
 use tokio::time::Instant;
 
 use super::service::{Installation, create};
+use super::term::World;
 use super::*;
 use crate::harness::process::send;
+use crate::harness::proxy::SilentProxy;
 use crate::harness::{Process, s2_lite};
 
 /// How often the leader is killed.
@@ -125,4 +129,52 @@ async fn of_two_servers_on_postgres_and_s2_one_replicates_and_the_other_does_whe
     assert_eq!(seen["phase"], "streaming", "{seen}");
     drop(servers);
     read.here.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_is_cut_off_from_postgres_amid_a_heartbeat_keeps_no_other_one_from_its_own() {
+    let world = World::fresh().await;
+    let (server, database) = world.sql.database.url.rsplit_once('/').expect("a URL");
+    let (host, port) = server.rsplit_once(':').expect("a URL");
+    let way = SilentProxy::before(port.parse().expect("a port")).await;
+    let url = format!("{host}:{}/{database}", way.port);
+    let store = SqlMetadata::postgres_when_asked(&url, OpenOptions::default()).expect("a URL");
+    let behind = ReplicationStore::new(store);
+    let beat = Beat {
+        slot: &world.slot.name,
+        epoch: 1,
+        leader: "the test",
+        flushed: 0,
+        is_storing: true,
+        marked: 0,
+        prefix: "the test",
+    };
+    let seen = async |what: &str| {
+        let looking = async {
+            let query =
+                format!("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND {what}");
+            let query = Statement::from_string(DbBackend::Postgres, query);
+            while world.slot.connection.query_one_raw(query.clone()).await.expect("asked").is_none() {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, looking).await.expect(what);
+    };
+    // It waits for its row, and is cut off while it does.
+    let holder = world.sql.database.connect().await;
+    let held = holder.begin().await.expect("begins");
+    held.execute_unprepared("SELECT FROM replication FOR UPDATE").await.expect("locked");
+    let cutting = async {
+        seen("wait_event_type = 'Lock'").await;
+        way.cut();
+        held.commit().await.expect("committed");
+        seen("state = 'idle in transaction'").await;
+        timeout(PATIENCE, world.postgres().beat(beat)).await.expect("in time").expect("taken")
+    };
+    let beats = tokio::select! {
+        cut = behind.beat(beat) => panic!("{cut:?}"),
+        beats = cutting => beats,
+    };
+    assert_eq!(beats, Some(1), "the other one's is not counted");
+    world.slot.end().await;
 }

@@ -220,17 +220,16 @@ impl Scene {
 
     /// Makes a fault, and waits until somebody leads.
     async fn make(&mut self, fault: Fault) {
-        let leader = self.led(|_| true).await;
         match fault {
             Fault::Kill => {
+                let leader = self.led(|_| true).await;
                 let killed = if self.dice.one_in(4) { 1 - leader } else { leader };
                 self.amid_an_insert().await;
                 self.replicators[killed].kill().await;
                 self.replicators[killed].start_again();
             }
             Fault::Freeze => {
-                self.with_a_follower(leader).await;
-                self.amid_an_insert().await;
+                let leader = self.busy_leader().await;
                 let id = self.replicators[leader].id();
                 send(id, libc::SIGSTOP);
                 self.led(|now| now != leader).await;
@@ -252,8 +251,7 @@ impl Scene {
                 self.engine = Some(started.expect("it starts"));
             }
             Fault::SilentCut => {
-                self.with_a_follower(leader).await;
-                self.amid_an_insert().await;
+                let leader = self.busy_leader().await;
                 self.replicators[leader].cut();
                 self.led(|now| now != leader).await;
             }
@@ -271,13 +269,20 @@ impl Scene {
         self.led(|_| true).await;
     }
 
-    /// Sees to it that another one can lead soon.
-    async fn with_a_follower(&mut self, leader: usize) {
-        let follower = &mut self.replicators[1 - leader];
-        if follower.is_cut {
-            follower.kill().await;
-            follower.start_again();
-            *self.made.entry(Fault::Kill).or_default() += 1;
+    /// Which one leads, three times of four while an insert is under way, and while the other one could lead.
+    async fn busy_leader(&mut self) -> usize {
+        loop {
+            let leader = self.led(|_| true).await;
+            let follower = &mut self.replicators[1 - leader];
+            if follower.is_cut {
+                follower.kill().await;
+                follower.start_again();
+                *self.made.entry(Fault::Kill).or_default() += 1;
+            }
+            self.amid_an_insert().await;
+            if self.leader().await == Some(leader) {
+                return leader;
+            }
         }
     }
 

@@ -31,13 +31,17 @@ pub const DEFAULTS: &str = include_str!("../../config.default.toml");
 const PREFIX: &str = "SESSIOND_";
 /// Variables with our prefix that are not settings of the server: those of the client
 /// commands, the test suite and the build.
-const NOT_SETTINGS: [&str; 13] = [
+const NOT_SETTINGS: [&str; 17] = [
     "config",
     "url",
     "token",
     "bin",
     "test_postgres",
     "test_postgres_synchronous",
+    "test_postgres_bin",
+    "test_postgres_user",
+    "test_chaos_seconds",
+    "test_chaos_seed",
     "test_clickhouse",
     "test_clickhouse_lib",
     "test_s2",

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -61,6 +61,13 @@ pub struct TermOptions {
     pub drain: Duration,
 }
 
+impl TermOptions {
+    /// How long heartbeats may fail.
+    fn patience(&self) -> Duration {
+        self.silence.max(INQUIRY)
+    }
+}
+
 /// Why a term is over.
 #[derive(Debug, thiserror::Error)]
 pub enum TermEnd {
@@ -79,6 +86,10 @@ pub enum TermEnd {
     /// Nothing was heard for too long.
     #[error("nothing was heard of the stream for {0:?}")]
     Silence(Duration),
+    /// Postgres has taken no heartbeat for too long. It may be shutting down, which waits for whoever reads a slot, and what we
+    /// wait for may need an answer of the same server.
+    #[error("Postgres has taken no heartbeat for {0:?}")]
+    Unanswered(Duration),
     /// Replication has begun anew elsewhere, or its tables are gone.
     #[error("what has been replicated so far does not count any more")]
     Superseded,
@@ -140,6 +151,7 @@ impl Term {
     pub async fn run(self, stop: &CancellationToken) -> TermEnd {
         let Self { source, flusher, epoch, options } = self;
         let (superseded, context) = (CancellationToken::new(), flusher.context().clone());
+        let unanswered = CancellationToken::new();
         context.begin();
         let gap = watch::Sender::new(options.flush_gap);
         let told = watch::Sender::new((0, Lsn(0)));
@@ -152,9 +164,9 @@ impl Term {
             }
         };
         let heart = {
-            let (options, superseded) = (options.clone(), superseded.clone());
+            let (options, ends) = (options.clone(), [superseded.clone(), unanswered.clone()]);
             async move {
-                let beating = || beat(&context, &options, epoch, &superseded, &told);
+                let beating = || beat(&context, &options, epoch, &ends, &told);
                 context.background.survived("heartbeats of replication", beating).await;
             }
         };
@@ -175,7 +187,11 @@ impl Term {
             sent: None,
             options,
         };
-        let end = stream.run(stop, &superseded).await;
+        let patience = stream.options.patience();
+        let end = tokio::select! {
+            end = stream.run(stop, &superseded) => end,
+            () = unanswered.cancelled() => TermEnd::Unanswered(patience),
+        };
         // Whoever leads next says so again.
         stream.flusher.context().background.hindered(DEAD_LETTERS, None);
         if matches!(end, TermEnd::Stopped) {
@@ -402,10 +418,11 @@ async fn beat(
     context: &Context,
     options: &TermOptions,
     epoch: Epoch,
-    superseded: &CancellationToken,
+    [superseded, unanswered]: &[CancellationToken; 2],
     told: &watch::Sender<(u64, Lsn)>,
 ) {
     let Context { postgres, metrics, reached, background, .. } = context;
+    let mut answered = Instant::now();
     // A beat that is late moves those behind it.
     let mut beats = Ticker::new(options.heartbeat, CancellationToken::new());
     while beats.tick().await {
@@ -433,14 +450,21 @@ async fn beat(
             }
             Ok::<_, Error>(beat)
         };
-        match beat.await {
+        let beat = timeout_at(answered + options.patience(), beat).await;
+        let beat = beat.unwrap_or_else(|late| Err(Error::unavailable("metadata", late)));
+        if beat.is_ok() {
+            answered = Instant::now();
+        }
+        match beat {
             // Where nothing can be stored, ClickHouse must not say that it is kept up to date.
             Ok(Some(_)) if !is_storing => {}
             Ok(Some(beat)) => drop(told.send_replace((beat, place))),
             Ok(None) => return superseded.cancel(),
-            // The stream breaks as well, if it lasts.
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "no heartbeat of the replicator");
+                if answered.elapsed() >= options.patience() {
+                    return unanswered.cancel();
+                }
             }
         }
     }

@@ -1,15 +1,20 @@
 //! From Postgres to ClickHouse: what the stream of changes of a real server is made into.
 
+mod chaos;
+mod compare;
 mod dead_letters;
 mod held;
 mod kills;
 mod large;
 mod leader;
+mod restored;
 mod service;
 mod slot;
 mod source;
+mod takeover;
 mod term;
 mod verify;
+mod writers;
 
 use std::collections::HashMap;
 use std::time::Duration;

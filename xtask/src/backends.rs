@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::clickhouse::{ClickHouse, Fetching};
 use crate::nextest::SELECTION;
-use crate::postgres::Postgres;
+use crate::postgres::{self, Postgres};
 use crate::server::Server;
 use crate::workspace::Workspace;
 use crate::{interrupt, packages};
@@ -98,23 +98,40 @@ impl Backends {
     }
 
     /// Where the tests find them.
-    pub(crate) fn environment(&self) -> Vec<(&'static str, String)> {
+    ///
+    /// # Errors
+    /// As [`programs`].
+    pub(crate) fn environment(&self) -> Result<Vec<(&'static str, String)>> {
         let s3 = format!("http://{S3_KEY}:{S3_SECRET}@127.0.0.1:{}/{S3_BUCKET}", self.s3.port);
-        vec![
+        let mut environment = programs(&self.clickhouse_library)?;
+        environment.extend([
             ("SESSIOND_TEST_POSTGRES", self.postgres.url().to_owned()),
             ("SESSIOND_TEST_POSTGRES_SYNCHRONOUS", self.postgres_synchronous.url().to_owned()),
             ("SESSIOND_TEST_CLICKHOUSE", self.clickhouse.url()),
-            ("SESSIOND_TEST_CLICKHOUSE_LIB", self.clickhouse_library.display().to_string()),
             ("SESSIOND_TEST_S2", self.s2_url()),
             ("SESSIOND_TEST_S2_BIN", self.s2_binary.display().to_string()),
             ("SESSIOND_TEST_S3", s3),
-        ]
+        ]);
+        Ok(environment)
     }
 
     /// The endpoint of the S2 that all tests share.
     pub(crate) fn s2_url(&self) -> String {
         format!("http://127.0.0.1:{}", self.s2.port)
     }
+}
+
+/// What tests start servers of their own from. The engine of ClickHouse is at `library`.
+///
+/// # Errors
+/// If there is no Postgres.
+pub(crate) fn programs(library: &Path) -> Result<Vec<(&'static str, String)>> {
+    let (folder, user) = postgres::programs()?;
+    Ok(vec![
+        ("SESSIOND_TEST_POSTGRES_BIN", folder.display().to_string()),
+        ("SESSIOND_TEST_POSTGRES_USER", user),
+        ("SESSIOND_TEST_CLICKHOUSE_LIB", library.display().to_string()),
+    ])
 }
 
 /// Keeps everything in memory. It listens on every interface and can be told only the port; it holds nothing but what
@@ -146,7 +163,7 @@ pub(crate) fn up() -> Result<()> {
     Building::start(&workspace)?.finish()?;
     let backends = Backends::start(&workspace, engine.finish()?)?;
     println!("\n# The backends run until Ctrl-C. In another terminal:");
-    for (name, value) in backends.environment() {
+    for (name, value) in backends.environment()? {
         println!("export {name}='{value}'");
     }
     println!("# and then, for one test: cargo test {} NAME", SELECTION.join(" "));

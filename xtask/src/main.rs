@@ -1,5 +1,5 @@
-//! Developer commands: `cargo xtask test | up | lint | schema | playground | bench | timings`. With `cargo run`, the only
-//! commands anyone must know.
+//! Developer commands: `cargo xtask test | chaos | up | lint | schema | playground | bench | timings`. With
+//! `cargo run`, the only commands anyone must know.
 
 mod backends;
 #[cfg(feature = "bench")]
@@ -7,6 +7,7 @@ mod bench;
 #[cfg(not(feature = "bench"))]
 #[path = "bench_build.rs"]
 mod bench;
+mod chaos;
 mod clickhouse;
 mod interrupt;
 mod lint;
@@ -43,6 +44,8 @@ struct Cli {
 enum Command {
     /// Prove everything: install what is missing, check, build, run every test
     Test(test::TestArgs),
+    /// Break everything between Postgres and ClickHouse, round after round, and compare
+    Chaos(chaos::ChaosArgs),
     /// Start the backends of the tests and keep them running
     Up,
     /// The quick checks: format, clippy, dependencies, the one-way rule
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
     let command = Cli::parse().command;
     let done = interrupt::install().and_then(|()| match command {
         Command::Test(args) => test::run(&args),
+        Command::Chaos(args) => chaos::run(&args),
         Command::Up => backends::up(),
         Command::Lint => lint::run(),
         Command::Schema => schema::run(),

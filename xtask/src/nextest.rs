@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
@@ -77,12 +78,7 @@ impl Tests {
             Part::Alone => format!("not ({ON_BACKENDS})"),
             Part::OnBackends => ON_BACKENDS.to_owned(),
         };
-        let command = |verb: &str| {
-            let mut command = workspace.subcommand(&self.nextest, &["nextest", verb, "-E", &expression]);
-            command.arg("--binaries-metadata").arg(&self.binaries);
-            command.arg("--cargo-metadata").arg(&self.metadata);
-            command
-        };
+        let command = |verb: &str| self.command(workspace, verb, &expression);
         let listed = process::output(command("list").args(["--message-format", "json"]).args(only))?;
         let Listed { wanted, ignored } = listed_tests(&serde_json::from_slice(&listed)?);
         ensure!(ignored == 0, "{ignored} tests are ignored");
@@ -107,6 +103,29 @@ impl Tests {
         ensure!(ran == wanted, "{ran} tests of {wanted} ran");
         println!("{ran} Rust tests passed, 0 failed, 0 ignored");
         Ok(ran)
+    }
+
+    /// Runs the tests that `expression` names, of which there must be one, and shows what they print.
+    ///
+    /// # Errors
+    /// If one fails.
+    pub(crate) fn show(
+        &self,
+        workspace: &Workspace,
+        expression: &str,
+        environment: &[(&str, String)],
+    ) -> anyhow::Result<()> {
+        let mut command = self.command(workspace, "run", expression);
+        command.args(["--success-output", "immediate", "--failure-output", "immediate"]);
+        command.args(["--final-status-level", "none"]);
+        process::run(command.envs(environment.iter().map(|(name, value)| (name, value))))
+    }
+
+    fn command(&self, workspace: &Workspace, verb: &str, expression: &str) -> Command {
+        let mut command = workspace.subcommand(&self.nextest, &["nextest", verb, "-E", expression]);
+        command.arg("--binaries-metadata").arg(&self.binaries);
+        command.arg("--cargo-metadata").arg(&self.metadata);
+        command
     }
 }
 

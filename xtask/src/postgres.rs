@@ -142,6 +142,16 @@ impl Drop for Postgres {
     }
 }
 
+/// Where the programs are, and whom they run as (`UID:GID`; nobody else than us where it is empty): for tests that start servers
+/// of their own.
+///
+/// # Errors
+/// If there are none.
+pub(crate) fn programs() -> Result<(PathBuf, String)> {
+    let owner = owner()?.map(|(user, group)| format!("{user}:{group}"));
+    Ok((binaries()?, owner.unwrap_or_default()))
+}
+
 /// The folder of the newest server installed.
 fn binaries() -> Result<PathBuf> {
     newest()?

@@ -150,7 +150,7 @@ impl Run {
         let tests = self.built()?.as_ref().context("no Rust test was to run")?;
         tests.run(&self.workspace, part, &self.only, || match part {
             Part::Alone => Ok(Vec::new()),
-            Part::OnBackends => Ok(self.backends()?.environment()),
+            Part::OnBackends => self.backends()?.environment(),
         })
     }
 

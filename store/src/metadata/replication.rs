@@ -738,7 +738,8 @@ impl ReplicationStore {
         values: [Value; N],
     ) -> Result<Option<QueryResult>> {
         let transaction = self.store.begin().await?;
-        // Of a process that is frozen in between the row must not stay locked.
+        // A process that is frozen or cut off in here has locked the row, and slots are made when its transaction is over: the
+        // server does not wait for it for long.
         let settings =
             "SET LOCAL synchronous_commit = local; SET LOCAL idle_in_transaction_session_timeout = '2s'";
         transaction.execute_unprepared(settings).await.map_err(fault)?;

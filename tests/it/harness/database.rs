@@ -46,8 +46,13 @@ impl TestDatabase {
         let admin = std::env::var(server).unwrap_or_else(|_| {
             panic!("{server} is not set: `cargo xtask test` starts a Postgres and sets it, so run the tests through it")
         });
+        Self::at(&admin).await
+    }
+
+    /// A database of its own on the server at `admin`, the URL of another database of it.
+    pub async fn at(admin: &str) -> Self {
         let name = format!("test_{}", uuid::Uuid::new_v4().simple());
-        let connection = Database::connect(&admin).await.expect("the test server answers");
+        let connection = Database::connect(admin).await.expect("the test server answers");
         connection.execute_unprepared(&format!("CREATE DATABASE {name}")).await.expect("a new database");
         connection.close().await.expect("closes");
         let (server, _) = admin.rsplit_once('/').expect("the URL names a database");
@@ -86,6 +91,11 @@ impl Sql {
     /// On the server whose synchronous standby never comes: commits of a connection that sets `synchronous_commit` to `on` wait.
     pub async fn synchronous() -> Self {
         Self::on(TestDatabase::on("SESSIOND_TEST_POSTGRES_SYNCHRONOUS").await).await
+    }
+
+    /// On the server at `admin`, the URL of another database of it.
+    pub async fn at(admin: &str) -> Self {
+        Self::on(TestDatabase::at(admin).await).await
     }
 
     /// Sessions in Postgres, lists from a ClickHouse that a replicator keeps up to date.

@@ -7,6 +7,7 @@ pub mod dice;
 pub mod engine;
 pub mod graphql;
 pub mod openapi;
+pub mod postgres_server;
 pub mod process;
 pub mod proxy;
 pub mod replication;

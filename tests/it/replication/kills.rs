@@ -10,7 +10,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::service::Installation;
-use super::term::{World, changing};
+use super::term::World;
+use super::writers::changing;
 use super::*;
 use crate::harness::{Dice, clickhouse};
 

@@ -7,7 +7,8 @@ use sessiond::store::index::clickhouse::ClickHouse;
 use tokio_util::sync::CancellationToken;
 
 use super::service::Installation;
-use super::term::{World, changing};
+use super::term::World;
+use super::writers::changing;
 use super::*;
 use crate::harness::clickhouse::{self, Engine, connect, options};
 use crate::harness::replication::{context, drop_slot, flushed, slot_name, term_options};

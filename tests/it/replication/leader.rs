@@ -8,7 +8,8 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::term::{World, changing};
+use super::term::World;
+use super::writers::changing;
 use super::*;
 use crate::harness::clickhouse;
 

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
-use super::term::ROW;
+use super::compare::ROW;
 use super::*;
 use crate::harness::database::TestDatabase;
 use crate::harness::replication::{drop_slot, slot_name};
@@ -100,6 +100,8 @@ impl Installation {
                 return seen;
             }
             assert!(begun.elapsed() < PATIENCE, "{what}: {seen}");
+            // Each look is a process.
+            sleep(Duration::from_millis(20)).await;
         }
     }
 

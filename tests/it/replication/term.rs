@@ -1,12 +1,10 @@
 //! From a slot of a real Postgres into a real ClickHouse.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use async_trait::async_trait;
 
-use sessiond::domain::{SessionId, Timestamp};
+use sessiond::domain::Timestamp;
 use sessiond::replication::Context;
 use sessiond::replication::flush::Flusher;
 use sessiond::replication::leader::ReplicatorOptions;
@@ -19,14 +17,10 @@ use sessiond::store::metadata::{Phase, ReplicationStore};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::compare::{Differences, both};
 use super::*;
 use crate::harness::proxy::FaultyInserts;
-use crate::harness::{Dice, clickhouse, replication};
-
-/// Every column that is compared, and what is no part of it.
-pub(super) const ROW: &str = "environment_id, organization_id, project_id, session_id, environment_type, friendly_id, external_id, type, \
-                   task_identifier, tags, '{}' AS metadata, closed_at, closed_reason, expires_at, created_at, updated_at, \
-                   is_test, toUInt64(0) AS _version, toUInt8(0) AS _is_deleted, document";
+use crate::harness::{clickhouse, replication};
 
 /// A Postgres, a ClickHouse, and a slot between them.
 pub(super) struct World {
@@ -157,56 +151,15 @@ impl World {
         self.slot.wait_for(&format!("confirmed_flush_lsn >= '{place}'")).await;
     }
 
-    /// What each side has of every session, each read by SQL of the test's own.
-    async fn both(&self) -> [BTreeMap<String, Value>; 2] {
-        let query = "SELECT s.id, jsonb_build_object(\
-                'environment', s.environment_id, 'organization', e.organization, 'project', e.project, \
-                'environmentType', e.kind, 'friendlyId', s.id, 'externalId', coalesce(s.external_id, ''), 'type', s.kind, \
-                'task', s.task_identifier, 'tags', s.tags, 'closedAt', s.closed_at, \
-                'closedReason', coalesce(s.closed_reason, ''), 'expiresAt', s.expires_at, 'createdAt', s.created_at, \
-                'updatedAt', s.updated_at, 'isTest', 0, 'column', '{}'::jsonb, 'document', jsonb_build_object(\
-                    'metadata', s.metadata, 'triggerConfig', s.trigger_config, 'closedReason', s.closed_reason, \
-                    'currentRunId', s.current_run_id))::text AS row \
-             FROM sessions s JOIN environments e ON e.id = s.environment_id";
-        let query = Statement::from_string(DbBackend::Postgres, query);
-        let rows = self.slot.connection.query_all_raw(query).await.expect("asked");
-        let stored = rows.into_iter().map(|row| {
-            let text: String = row.try_get("", "row").expect("text");
-            let mut value: Value = serde_json::from_str(&text).expect("JSON");
-            assert_eq!(value["environmentType"], "prod", "all environments of these tests are");
-            value["environmentType"] = json!("PRODUCTION");
-            (row.try_get("", "id").expect("text"), value)
-        });
-        let ours =
-            clickhouse::select(&self.clickhouse, &format!("SELECT {ROW} FROM sessions_v1 FINAL")).await;
-        let copied = ours.into_iter().map(|row: SessionRow| {
-            let value = json!({
-                "environment": row.environment_id, "organization": row.organization_id, "project": row.project_id,
-                "environmentType": row.environment_type, "friendlyId": row.friendly_id, "externalId": row.external_id,
-                "type": row.r#type, "task": row.task_identifier, "tags": row.tags, "closedAt": row.closed_at,
-                "closedReason": row.closed_reason, "expiresAt": row.expires_at, "createdAt": row.created_at,
-                "updatedAt": row.updated_at, "isTest": row.is_test,
-                "column": serde_json::from_str::<Value>(&row.metadata).expect("JSON"),
-                "document": serde_json::from_str::<Value>(&row.document).expect("JSON"),
-            });
-            (row.session_id, value)
-        });
-        [stored.collect(), copied.collect()]
-    }
-
-    /// Sessions of which the two sides say different things.
-    pub(super) async fn differences(&self) -> Vec<String> {
-        let [stored, copied] = self.both().await;
-        assert!(!stored.is_empty(), "there is nothing to compare");
-        let ids = stored.keys().chain(copied.keys().filter(|id| !stored.contains_key(*id)));
-        ids.filter(|id| stored.get(*id) != copied.get(*id)).cloned().collect()
+    pub(super) async fn differences(&self) -> Differences {
+        Differences::between(&self.slot.connection, &self.clickhouse).await
     }
 
     pub(super) async fn assert_same(&self) {
-        let [stored, copied] = self.both().await;
+        let [stored, copied] = both(&self.slot.connection, &self.clickhouse).await;
         assert!(!stored.is_empty(), "there is nothing to compare");
-        for (id, row) in &stored {
-            assert_eq!(copied.get(id), Some(row), "{id}");
+        for (key, row) in &stored {
+            assert_eq!(copied.get(key), Some(row), "{key:?}");
         }
         assert_eq!(copied.len(), stored.len(), "nothing is there that is gone");
     }
@@ -223,87 +176,6 @@ impl Running {
         self.term.abort();
         assert!(self.term.await.is_err_and(|error| error.is_cancelled()), "it was still running");
     }
-}
-
-/// Makes changes of every kind by three writers, until they are told to end, and counts the rows in `changes`.
-pub(super) async fn changing(sql: &Sql, changes: &AtomicUsize, stop: &CancellationToken) {
-    let writers = (1..4).map(|seed| change(sql, seed, changes, stop));
-    futures_util::future::join_all(writers).await;
-}
-
-/// Makes changes of every kind to sessions of its own, until it is told to end.
-async fn change(sql: &Sql, seed: u64, changes: &AtomicUsize, stop: &CancellationToken) {
-    let (mut dice, kind) = (Dice::new(seed), format!("kind-{seed}"));
-    let connection = sql.database.connect().await;
-    let (mut alive, mut turn): (Vec<SessionId>, i64) = (Vec::new(), 0);
-    while !stop.is_cancelled() {
-        turn += 1;
-        let now = at(10_000 + turn);
-        let pick = |dice: &mut Dice, alive: &[SessionId]| alive[dice.roll(alive.len())].clone();
-        let changed = match dice.roll(13) {
-            0..4 => {
-                let created = i64::try_from(1_000 + dice.roll(1_000_000)).expect("small");
-                let mut new = Session { kind: kind.clone(), ..session(created) };
-                if dice.one_in(3) {
-                    let noise: String = (0..200).map(|_| uuid::Uuid::new_v4().simple().to_string()).collect();
-                    let Value::Object(metadata) = json!({ "noise": noise }) else {
-                        unreachable!("an object")
-                    };
-                    new.metadata = Some(metadata);
-                }
-                alive.push(new.id.clone());
-                sql.create(new).await;
-                1
-            }
-            _ if alive.is_empty() => 0,
-            4..8 => {
-                let patch =
-                    SessionPatch { tags: Some(vec![format!("tag-{turn}")]), ..SessionPatch::default() };
-                let id = pick(&mut dice, &alive);
-                sql.store.update_session(&sql.here, &id, patch, now).await.expect("updated");
-                1
-            }
-            8 => {
-                let closure = Closure { at: now, reason: (dice.one_in(2)).then(|| "done".to_owned()) };
-                sql.store.close_session(&sql.here, &pick(&mut dice, &alive), &closure).await.expect("closed");
-                1
-            }
-            9 => {
-                let gone = alive.swap_remove(dice.roll(alive.len()));
-                let delete = format!(
-                    "DELETE FROM session_runs WHERE session_id = '{gone}'; DELETE FROM sessions WHERE id = '{gone}'"
-                );
-                connection.execute_unprepared(&delete).await.expect("gone");
-                1
-            }
-            10 => {
-                let moved = pick(&mut dice, &alive);
-                let move_it = format!("UPDATE sessions SET created_at = created_at + 1 WHERE id = '{moved}'");
-                connection.execute_unprepared(&move_it).await.expect("moved");
-                1
-            }
-            11 => {
-                // What is stored out of line is not told again.
-                let id = pick(&mut dice, &alive);
-                let touch = format!("UPDATE sessions SET updated_at = updated_at + 1 WHERE id = '{id}'");
-                connection.execute_unprepared(&touch).await.expect("touched");
-                1
-            }
-            _ => {
-                let many = format!(
-                    "UPDATE sessions SET updated_at = updated_at + {seed} WHERE id IN \
-                     (SELECT id FROM sessions WHERE kind = '{kind}' ORDER BY id DESC LIMIT 180)"
-                );
-                connection
-                    .execute_unprepared(&many)
-                    .await
-                    .expect("a transaction of many changes")
-                    .rows_affected()
-            }
-        };
-        changes.fetch_add(usize::try_from(changed).expect("small"), Ordering::Relaxed);
-    }
-    connection.close().await.expect("closed");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -378,13 +378,11 @@ impl Drop for Scene {
 
 /// Makes changes until it is told to end, whatever becomes of the server. Counts the rows, and what has failed.
 async fn write(
-    sql: &Sql,
-    seed: u64,
+    mut writer: Writer<'_>,
     changes: &AtomicUsize,
     failures: &AtomicUsize,
     stop: &CancellationToken,
 ) {
-    let mut writer = Writer::new(sql, seed, &format!("kind-{seed}")).await;
     while !stop.is_cancelled() {
         match writer.change().await {
             Ok(changed) => changes.fetch_add(changed, Ordering::Relaxed),
@@ -406,7 +404,11 @@ async fn whatever_breaks_nothing_is_missing_stale_or_left_over_on_postgres_and_c
     let begun = Instant::now();
     let (mut scene, sql) = Scene::set(seed).await;
     let (stop, changes, failures) = (CancellationToken::new(), AtomicUsize::new(0), AtomicUsize::new(0));
-    let writers = (1..4).map(|writer| write(&sql, 10 * seed + writer, &changes, &failures, &stop));
+    let mut writers = Vec::new();
+    for number in 1..4 {
+        let writer = Writer::new(&sql, 10 * seed + number, &format!("kind-{number}")).await;
+        writers.push(write(writer, &changes, &failures, &stop));
+    }
     let breaking = async {
         scene.break_everything(duration, &changes).await;
         stop.cancel();

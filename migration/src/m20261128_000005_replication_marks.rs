@@ -1,5 +1,5 @@
 //! What a replicator needs to see that either side was put back to an older state: the heartbeat that ClickHouse is known to have.
-//! And the place of the last TRUNCATE, behind which it clears away once more.
+//! And the place of the last TRUNCATE, for a second sweep.
 
 use sea_orm_migration::prelude::*;
 
@@ -8,7 +8,7 @@ pub struct Migration;
 
 const STEPS: &[&str] = &[
     "ALTER TABLE replication ADD COLUMN marked BIGINT NOT NULL DEFAULT 0",
-    "ALTER TABLE replication ADD COLUMN buried_lsn BIGINT NOT NULL DEFAULT 0",
+    "ALTER TABLE replication ADD COLUMN truncated_lsn BIGINT NOT NULL DEFAULT 0",
 ];
 
 #[async_trait::async_trait]

@@ -39,7 +39,7 @@ pub(super) struct ReplicateArgs {
 enum ReplicateCommand {
     /// Say how the replication is, and what is wrong with it; the exit code is 1 if anything is
     Status(OutputArgs),
-    /// Compare every session in Postgres with ClickHouse while a replicator runs; the exit code is 1 if any differs, and is not mended
+    /// Compare every session in Postgres with ClickHouse while a replicator runs; the exit code is 1 if any differs, and was not repaired
     Verify {
         /// Store again what differs
         #[arg(long)]
@@ -75,7 +75,7 @@ pub(super) async fn replicate(common: &Common, args: ReplicateArgs) -> anyhow::R
             replay_dead_letters(&config, output).await
         }
         Some(ReplicateCommand::DropSlot) => {
-            slot::drop_for_good(&operator(&config).await?, &config.replication.slot).await?;
+            slot::drop_slot(&operator(&config).await?, &config.replication.slot).await?;
             println!("dropped; `sessiond replicate start` begins anew");
             Ok(())
         }
@@ -152,7 +152,7 @@ async fn compare(config: &Config, repair: bool, output: OutputArgs) -> anyhow::R
     let found = found?;
     output.print(&serde_json::to_value(&found)?, || describe_comparison(&found));
     let differences = found.differences();
-    ensure!(differences == 0 || found.mended, "{} of sessions", many(differences, "difference"));
+    ensure!(differences == 0 || found.repaired, "{} of sessions", many(differences, "difference"));
     Ok(())
 }
 
@@ -173,7 +173,7 @@ fn describe_comparison(found: &Verified) -> String {
             lines.push(format!("  and {more} more"));
         }
     }
-    if found.mended && found.differences() > 0 {
+    if found.repaired && found.differences() > 0 {
         lines.push("stored again, and the same now".to_owned());
     }
     lines.join("\n")
@@ -182,13 +182,13 @@ fn describe_comparison(found: &Verified) -> String {
 async fn list_dead_letters(config: &Config, output: OutputArgs) -> anyhow::Result<()> {
     let (context, slot) = (operator(config).await?, &config.replication.slot);
     let count = context.postgres.count_dead_letters(slot).await?;
-    let letters = context.postgres.dead_letters(slot, "", LISTED).await?;
+    let letters = context.postgres.dead_letters(slot, Some(LISTED)).await?;
     let json: Vec<_> = letters
         .iter()
         .map(|letter| {
             json!({
                 "session": letter.session, "environment": letter.environment, "reason": letter.reason,
-                "refusedAt": Timestamp::from_millis(letter.created_at).to_string(), "epoch": letter.epoch, "place": Lsn(letter.place).to_string(),
+                "refusedAt": Timestamp::from_millis(letter.created_at).to_string(), "epoch": letter.epoch, "lsn": Lsn(letter.lsn).to_string(),
             })
         })
         .collect();

@@ -17,11 +17,13 @@ use crate::store::metadata::Phase;
 const PAGE: (u32, u32) = (500, 4 << 20);
 /// How often it is looked whether older transactions are over.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How often it is asked whether a second sweep is due: of a TRUNCATE, or of an earlier epoch.
+const SWEEP_POLL: Duration = Duration::from_secs(30);
 /// Within what time an insert arrives that was sent under an earlier epoch.
 const LATEST_INSERT: Duration = Duration::from_secs(600);
 
-/// Copies what is left to copy under `epoch`, for as long as it takes, and clears away what is older; then what comes late of
-/// rows that are gone, of a TRUNCATE too. Ends only when the epoch is over. To be begun once the slot is there.
+/// Copies the sessions that are older than the slot, then writes tombstones for late inserts of rows that are gone, a TRUNCATE's
+/// included. Returns only if the epoch is over at the start; otherwise it runs until it is aborted with its term.
 pub async fn run(flusher: &Flusher, slot: &str, epoch: Epoch) {
     let context = flusher.context();
     let postgres = &context.postgres;
@@ -31,14 +33,15 @@ pub async fn run(flusher: &Flusher, slot: &str, epoch: Epoch) {
         copy(flusher, slot, epoch, state.backfilled_to.unwrap_or_default()).await;
     }
     loop {
-        let Some((since, place)) = surely("replication", || postgres.since_swept(slot, epoch.0)).await else {
-            context.truncated.notified().await;
+        let Some((since, place)) = surely("replication", || postgres.pending_sweep(slot, epoch.0)).await
+        else {
+            sleep(SWEEP_POLL).await;
             continue;
         };
         let left = LATEST_INSERT.saturating_sub(Duration::from_millis(since.try_into().unwrap_or_default()));
         if left.is_zero() {
-            flusher.bury_before(RowVersion::new(epoch, Lsn(place))).await;
-            surely("replication", || postgres.swept(slot, epoch.0, place)).await;
+            flusher.tombstone_before(RowVersion::new(epoch, Lsn(place))).await;
+            surely("replication", || postgres.note_swept(slot, epoch.0, place)).await;
         } else {
             sleep(left).await;
         }
@@ -62,7 +65,7 @@ async fn copy(flusher: &Flusher, slot: &str, epoch: Epoch, mut after: String) {
             return;
         }
     }
-    flusher.bury_before(version).await;
+    flusher.tombstone_before(version).await;
     flusher.note_whole(version, copied as u64).await;
     if surely("replication", || postgres.backfilled(slot, epoch.0, None)).await {
         tracing::info!(

@@ -71,6 +71,15 @@ impl Transaction {
     }
 }
 
+/// Where a TRUNCATE stands among versions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Truncation {
+    /// Every row with a lower version is gone.
+    pub at: RowVersion,
+    /// The lowest version of what follows; equal to `at` where chunks share a version.
+    pub next: RowVersion,
+}
+
 /// Why a message cannot be taken into a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BatchError {
@@ -153,17 +162,16 @@ impl Batcher {
         Ok(())
     }
 
-    /// Every row is gone that has a lower version than the first one returned. It has a chunk of its own, so what has been taken
-    /// before may be stored first, and must be. What comes behind has the second one, which is no other where chunks share one.
+    /// Gives a TRUNCATE a chunk of its own. Everything that was taken before must be stored before the rows are removed.
     ///
     /// # Errors
     /// [`BatchError::NoTransaction`].
-    pub fn truncate(&mut self) -> Result<(RowVersion, RowVersion), BatchError> {
+    pub fn truncate(&mut self) -> Result<Truncation, BatchError> {
         let open = self.open.as_mut().ok_or(BatchError::NoTransaction)?;
         open.round_up();
         let version = open.version(self.epoch);
         open.changes = open.changes.saturating_add(CHUNK);
-        Ok((version, open.version(self.epoch)))
+        Ok(Truncation { at: version, next: open.version(self.epoch) })
     }
 
     /// The open transaction ends before `end`, which is given back if nothing waits: then it is known to be stored as soon as
@@ -293,10 +301,10 @@ mod tests {
     fn what_comes_behind_a_truncate_among_the_last_chunks_shares_its_version() {
         let mut batcher = begun(100);
         for chunk in 0..u64::from(LAST_CHUNK) {
-            assert_eq!(batcher.truncate(), Ok((at(100 + chunk), at(101 + chunk))));
+            assert_eq!(batcher.truncate(), Ok(Truncation { at: at(100 + chunk), next: at(101 + chunk) }));
         }
         let last = at(100 + u64::from(LAST_CHUNK));
-        assert_eq!(batcher.truncate(), Ok((last, last)));
+        assert_eq!(batcher.truncate(), Ok(Truncation { at: last, next: last }));
     }
 
     #[test]
@@ -345,10 +353,14 @@ mod tests {
     #[test]
     fn a_truncate_has_a_chunk_of_its_own() {
         let mut batcher = begun(100);
-        assert_eq!(batcher.truncate(), Ok((at(100), at(101))), "at the first place if nothing is before it");
+        assert_eq!(
+            batcher.truncate(),
+            Ok(Truncation { at: at(100), next: at(101) }),
+            "at the first place if nothing is before it"
+        );
         batcher.take(Change::Insert(session("a"))).expect("taken");
         assert!(!batcher.may_end());
-        assert_eq!(batcher.truncate(), Ok((at(102), at(103))));
+        assert_eq!(batcher.truncate(), Ok(Truncation { at: at(102), next: at(103) }));
         assert!(batcher.may_end());
         assert_eq!(batcher.end().rows[&key("a")].version, at(101));
         batcher.take(Change::Insert(session("b"))).expect("taken");

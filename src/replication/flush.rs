@@ -32,15 +32,6 @@ const FETCHED_BYTES: usize = 8 << 20;
 const MANY_PARTS: u64 = 150;
 const LONGEST_GAP: Duration = Duration::from_secs(2);
 
-/// A change that cannot be stored.
-struct Refused {
-    environment: String,
-    session: String,
-    version: RowVersion,
-    /// Says nothing of what the row holds.
-    reason: String,
-}
-
 /// Stores batches of one epoch.
 #[derive(Clone)]
 pub struct Flusher {
@@ -120,10 +111,11 @@ impl Flusher {
                     parts.extend([rest, rows]);
                 }
                 Err(fault) => {
-                    for row in rows {
-                        if !self.is_stored_without_column(&row).await {
-                            refused.push(Refused::new(&row, fault.to_string()));
-                        }
+                    let [row] = &rows[..] else { continue };
+                    if !self.is_stored_without_column(row).await {
+                        let (environment, session) = (row.environment_id.clone(), row.session_id.clone());
+                        let version = RowVersion(row._version);
+                        refused.push(self.dead_letter(environment, session, version, fault.to_string()));
                     }
                 }
             }
@@ -153,26 +145,34 @@ impl Flusher {
         has_column && self.insert(&[row.clone().without_metadata_column()]).await.is_ok()
     }
 
-    async fn keep(&self, refused: &[Refused]) {
-        if refused.is_empty() {
+    /// What becomes of a change that cannot be stored. The reason says nothing of what the row holds.
+    fn dead_letter(
+        &self,
+        environment: String,
+        session: String,
+        version: RowVersion,
+        reason: String,
+    ) -> DeadLetter {
+        DeadLetter {
+            id: format!("{}/{:016x}/{session}", self.slot, version.0),
+            epoch: version.epoch().0,
+            lsn: version.place().0,
+            environment,
+            session,
+            reason,
+            created_at: self.context.clock.now().millis(),
+        }
+    }
+
+    async fn keep(&self, letters: &[DeadLetter]) {
+        if letters.is_empty() {
             return;
         }
-        let now = self.context.clock.now().millis();
-        let letter = |refused: &Refused| DeadLetter {
-            id: format!("{}/{:016x}/{}", self.slot, refused.version.0, refused.session),
-            epoch: refused.version.epoch().0,
-            place: refused.version.place().0,
-            environment: refused.environment.clone(),
-            session: refused.session.clone(),
-            reason: refused.reason.clone(),
-            created_at: now,
-        };
-        let letters: Vec<_> = refused.iter().map(letter).collect();
-        for DeadLetter { session, reason, .. } in &letters {
+        for DeadLetter { session, reason, .. } in letters {
             tracing::error!(session.id = session, reason, "a change of a session is a dead letter");
         }
         let postgres = &self.context.postgres;
-        surely("dead letters", || postgres.keep_dead_letters(&self.slot, &letters)).await;
+        surely("dead letters", || postgres.keep_dead_letters(&self.slot, letters)).await;
         self.context.metrics.refused(letters.len());
     }
 
@@ -203,15 +203,15 @@ impl Flusher {
     }
 
     /// Puts tombstones in the place of all rows that are older than `version`, below it. Returns once it is done.
-    pub async fn bury_before(&self, version: RowVersion) {
-        surely("tombstones", || self.writer.bury_older_than(version.0)).await;
+    pub async fn tombstone_before(&self, version: RowVersion) {
+        surely("tombstones", || self.writer.tombstone_older_than(version.0)).await;
     }
 
     /// Puts tombstones at `version` in the place of all rows that are older. Returns once it is done.
-    pub async fn bury(&self, version: RowVersion) {
+    pub async fn tombstone_up_to(&self, version: RowVersion) {
         let _none = self.older.lock().await;
         // Whatever was told before has a lower version, so none is equal.
-        self.bury_before(RowVersion(version.0 + 1)).await;
+        self.tombstone_before(RowVersion(version.0 + 1)).await;
     }
 
     /// Says that all rows are there that are older than `version`, so many of them copied just now.
@@ -221,7 +221,7 @@ impl Flusher {
     }
 
     /// The rows of whole changes, in the order of the table, and what cannot be one.
-    async fn rows(&self, changes: HashMap<SortKey, RowChange>) -> (Vec<SessionRow>, Vec<Refused>) {
+    async fn rows(&self, changes: HashMap<SortKey, RowChange>) -> (Vec<SessionRow>, Vec<DeadLetter>) {
         let (mut rows, mut refused) = (Vec::with_capacity(changes.len()), Vec::new());
         // Most batches are of few environments.
         let mut environments: HashMap<String, Option<Arc<Environment>>> = HashMap::new();
@@ -243,12 +243,10 @@ impl Flusher {
             match row {
                 Ok(row) if has_column && change.row.is_some() => rows.push(row.with_metadata_column()),
                 Ok(row) => rows.push(row),
-                Err(error) => refused.push(Refused {
-                    environment: key.environment,
-                    session: key.session,
-                    version: change.version,
-                    reason: error.to_string(),
-                }),
+                Err(error) => {
+                    let SortKey { environment, session, .. } = key;
+                    refused.push(self.dead_letter(environment, session, change.version, error.to_string()));
+                }
             }
         }
         rows.sort_unstable_by(|one, other| order(one).cmp(&order(other)));
@@ -302,17 +300,6 @@ impl Flusher {
             found = filed.map(|environment| self.environments.know(environment));
         }
         found
-    }
-}
-
-impl Refused {
-    fn new(row: &SessionRow, reason: String) -> Self {
-        Self {
-            environment: row.environment_id.clone(),
-            session: row.session_id.clone(),
-            version: RowVersion(row._version),
-            reason,
-        }
     }
 }
 

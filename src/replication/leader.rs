@@ -18,9 +18,9 @@ use super::pgwire::{PgSource, SourceOptions};
 use super::slot::{self, SlotError};
 use super::source::SourceError;
 use super::term::{Term, TermEnd, TermOptions};
-use super::{Context, Epoch, HEARTBEAT, HINDRANCE, Lsn, NAME, millis};
+use super::{Context, Epoch, HINDRANCE, Lsn, NAME};
 use crate::domain::Backoff;
-use crate::store::index::clickhouse::{Fault, Marker, mark, migrate};
+use crate::store::index::clickhouse::{Fault, migrate};
 use crate::store::metadata::{Beat, Phase, ReplicationState};
 
 /// A term that has lasted so long was well: what ends it is a first failure.
@@ -205,31 +205,17 @@ impl Replicator {
             if !postgres.copy_anew(slot, now.epoch, now.beats, epoch.0).await? {
                 return Ok(None);
             }
-            context.metrics.began_anew();
+            context.metrics.epoch_begun();
             tracing::warn!(slot, epoch = epoch.0, %loss, "everything is copied anew");
         }
         // Counted before it is left there, so that it can never be ahead of what Postgres knows.
-        let beat = Beat {
-            slot,
-            epoch: epoch.0,
-            leader: &term.name,
-            flushed: state.flushed,
-            is_storing: true,
-            prefix: HEARTBEAT,
-        };
+        let beat =
+            Beat { slot, epoch: epoch.0, leader: &term.name, flushed: state.flushed, is_storing: true };
         let Some(beat) = postgres.beat(beat).await? else { return Ok(None) };
-        let marker = Marker {
-            installation: slot::installation(context).await?,
-            slot: source.slot.clone(),
-            epoch: epoch.0,
-            beat,
-            lsn: state.flushed,
-            heartbeat_ms: millis(term.heartbeat),
-        };
-        mark(&context.clickhouse, &marker).await?;
+        let is_current = slot::leave_mark(context, term, epoch, (beat, Lsn(state.flushed))).await?;
         // Another one may have come first.
         slot::newest_marker(context, slot).await?;
-        Ok(postgres.marked(slot, epoch.0, beat).await?.then_some(epoch))
+        Ok(is_current.then_some(epoch))
     }
 
     /// Drops a slot that cannot be decoded any more, once the server has let go of it: the next look finds it gone.

@@ -31,7 +31,7 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::domain::{Background, Backoff, Clock};
@@ -56,8 +56,6 @@ pub struct Context {
     pub clock: Arc<dyn Clock>,
     /// Everything that stands before this place in the log is in ClickHouse.
     pub reached: watch::Sender<Lsn>,
-    /// Told when a TRUNCATE was stored: what comes late of the rows before it is to be cleared away.
-    pub(crate) truncated: Arc<Notify>,
     /// When each batch that is not stored yet has set out.
     flights: Arc<Mutex<BTreeMap<u64, Instant>>>,
 }
@@ -84,8 +82,6 @@ const DEAD_LETTERS: &str = "dead letters of replication";
 /// What anyone may read while there are any.
 const DEAD_LETTERS_HINDRANCE: &str =
     "lists lack changes that ClickHouse refuses: `sessiond replicate dead-letters` says which";
-/// Whose heartbeats in the log of Postgres are.
-const HEARTBEAT: &str = "sessiond.heartbeat";
 /// For how long a batch has been on its way when that is said.
 const STALLED: Duration = Duration::from_secs(10);
 
@@ -107,8 +103,8 @@ impl Context {
         clock: Arc<dyn Clock>,
     ) -> Self {
         let [metadata, postgres] = [metadata, postgres].map(ReplicationStore::new);
-        let (reached, truncated, flights) = (watch::Sender::default(), Arc::default(), Arc::default());
-        Self { metadata, postgres, clickhouse, background, metrics, clock, reached, truncated, flights }
+        let (reached, flights) = (watch::Sender::default(), Arc::default());
+        Self { metadata, postgres, clickhouse, background, metrics, clock, reached, flights }
     }
 
     /// Forgets what an earlier term has reached: that may have been of another server.

@@ -48,7 +48,7 @@ impl Recording {
                 }
                 _ => match self.decoder.decode(message).expect("a message that can be read") {
                     Change::Truncate => {
-                        self.truncated = Some(self.batcher.truncate().expect("in a transaction").0);
+                        self.truncated = Some(self.batcher.truncate().expect("in a transaction").at);
                     }
                     change => self.batcher.take(change).expect("taken"),
                 },

@@ -12,15 +12,13 @@ use crate::domain::tenant::Environment;
 use crate::store::index::clickhouse::stored_as;
 use crate::store::metadata::{DeadLetter, Phase};
 
-/// Dead letters that are read at once.
-const PAGE: u32 = 500;
 /// Sessions that are stored at once, each with metadata of up to a megabyte.
 pub(super) const PORTION: usize = 50;
 
 /// What a replay has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Replayed {
-    /// Changes that are stored.
+    /// Sessions that were stored.
     pub stored: usize,
     /// Those that were refused again.
     pub refused: usize,
@@ -73,19 +71,14 @@ pub async fn repair(
 /// Stores what the dead letters of `slot` are of, as it stands by now.
 ///
 /// # Errors
-/// [`SlotError`]; what was replayed until then is.
+/// [`SlotError`]; sessions replayed before the error stay replayed.
 pub async fn replay(flusher: &Flusher, slot: &str) -> Result<Replayed, SlotError> {
     let (context, mut replayed) = (flusher.context(), Replayed::default());
-    let (epoch, mut after) = (current_epoch(context, slot).await?, String::new());
-    // What is refused again is another letter, with an id of its own: of those there would be no end.
-    let mut letters = Vec::new();
-    loop {
-        let page = context.postgres.dead_letters(slot, &after, PAGE).await?;
-        let Some(last) = page.last() else { break };
-        after.clone_from(&last.id);
-        // Those of an epoch that has begun just now are the next replay's.
-        letters.extend(page.into_iter().filter(|letter| letter.epoch == epoch.0));
-    }
+    let epoch = current_epoch(context, slot).await?;
+    // Read before the first is replayed: a session that is refused again is a new letter. Those of an epoch that has begun just
+    // now are the next replay's.
+    let mut letters = context.postgres.dead_letters(slot, None).await?;
+    letters.retain(|letter| letter.epoch == epoch.0);
     let mut by_environment: HashMap<&str, Vec<&DeadLetter>> = HashMap::new();
     for letter in &letters {
         by_environment.entry(&letter.environment).or_default().push(letter);

@@ -9,9 +9,10 @@ use tokio::time::timeout;
 
 use super::pgwire::{Identity, SourceOptions, identify};
 use super::source::SourceError;
-use super::{Context, Epoch, Lsn, RowVersion};
+use super::term::TermOptions;
+use super::{Context, Epoch, Lsn, RowVersion, millis};
 use crate::domain::{Backoff, Error};
-use crate::store::index::clickhouse::{Fault, Marker, SessionWriter, markers};
+use crate::store::index::clickhouse::{Fault, Marker, SessionWriter, mark, markers};
 use crate::store::metadata::{Phase, Place, Published, ReplicationState, SetupLock};
 
 /// Longest that it is waited until the reader of a slot has let go of it.
@@ -133,7 +134,7 @@ async fn make(options: &SourceOptions, context: &Context, lock: &SetupLock) -> R
     if !postgres.make_slot(lock, name, epoch.0, &identity.system_identifier, identity.timeline).await? {
         return unfit(format!("somebody else has made or dropped the slot {name} meanwhile"));
     }
-    context.metrics.began_anew();
+    context.metrics.epoch_begun();
     tracing::info!(slot = name, epoch = epoch.0, "made the replication slot");
     Ok(epoch)
 }
@@ -166,7 +167,30 @@ pub async fn newest_marker(context: &Context, slot: &str) -> Result<Option<Marke
     Ok(newest)
 }
 
-/// What of the two sides says that either was put back, if anything does. A heartbeat is counted in Postgres first, left in
+/// Leaves heartbeat `beat` in ClickHouse, with the place up to which everything is there, then notes in Postgres that it is. False
+/// if the epoch is over.
+///
+/// # Errors
+/// [`SlotError`].
+pub async fn leave_mark(
+    context: &Context,
+    term: &TermOptions,
+    epoch: Epoch,
+    (beat, reached): (u64, Lsn),
+) -> Result<bool, SlotError> {
+    let marker = Marker {
+        installation: installation(context).await?,
+        slot: term.slot.clone(),
+        epoch: epoch.0,
+        beat,
+        lsn: reached.0,
+        heartbeat_ms: millis(term.heartbeat),
+    };
+    mark(&context.clickhouse, &marker).await?;
+    Ok(context.postgres.marked(&term.slot, epoch.0, beat).await?)
+}
+
+/// Whether Postgres or ClickHouse was restored to an older state. A heartbeat is counted in Postgres first, left in
 /// ClickHouse then, and noted in Postgres last; others may be at it. So `marked` is to be asked for first, then the mark and the greatest
 /// version in ClickHouse, and what Postgres remembers, and up to where its log is on disk, last.
 pub fn judge(
@@ -246,7 +270,7 @@ pub async fn release(context: &Context, name: &str, max_wal: u64) -> Result<(), 
     Ok(())
 }
 
-/// Says that the slot keeps more of the log than it may. Whether anybody was to read it.
+/// Sets the phase `overrun` of a slot that keeps more than `max_wal`. True if it was being replicated.
 ///
 /// # Errors
 /// [`Error::Unavailable`].
@@ -267,7 +291,7 @@ pub async fn overrun(context: &Context, name: &str, epoch: Epoch, retained: u64)
 ///
 /// # Errors
 /// [`SlotError::Unfit`] if it is another program's, or was never made, or cannot be taken from its reader.
-pub async fn drop_for_good(context: &Context, name: &str) -> Result<(), SlotError> {
+pub async fn drop_slot(context: &Context, name: &str) -> Result<(), SlotError> {
     let postgres = &context.postgres;
     if postgres.slot(name).await?.is_some_and(|slot| !slot.is_ours) {
         return unfit(foreign(name));
@@ -296,7 +320,7 @@ pub async fn drop_for_good(context: &Context, name: &str) -> Result<(), SlotErro
     }
 }
 
-/// Has the slot `name` made anew that [`drop_for_good`] has dropped.
+/// Has the slot `name` made anew that [`drop_slot`] has dropped.
 ///
 /// # Errors
 /// [`SlotError::Unfit`] if it has not.

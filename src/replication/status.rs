@@ -8,7 +8,7 @@ use super::pgwire::SourceOptions;
 use super::slot::{Found, Loss, SlotError, look, newest_marker};
 use super::{Context, Lsn, STALLED};
 use crate::domain::error::Result;
-use crate::store::index::clickhouse::is_migrated;
+use crate::store::index::clickhouse::{check_columns, is_migrated};
 use crate::store::metadata::{Phase, ReplicationState};
 use crate::telemetry::Chain;
 
@@ -144,7 +144,10 @@ async fn of_clickhouse(
     let looked = async {
         // A replicator makes tables that are missing.
         let marker = match is_migrated(&context.clickhouse).await? {
-            true => newest_marker(context, &source.slot).await?,
+            true => {
+                check_columns(&context.clickhouse).await?;
+                newest_marker(context, &source.slot).await?
+            }
             false => None,
         };
         Ok::<_, SlotError>(marker)

@@ -11,19 +11,16 @@ use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::batch::{Batch, BatchError, Batcher};
+use super::batch::{Batch, BatchError, Batcher, Truncation};
 use super::flush::Flusher;
 use super::pgoutput::{Change, DecodeError, Decoder};
 use super::progress::{Progress, Ticket};
 use super::row::COLUMNS;
 use super::slot::{self, SlotError};
 use super::source::{SourceError, WalEvent, WalSource};
-use super::{
-    Context, DEAD_LETTERS, DEAD_LETTERS_HINDRANCE, Epoch, HEARTBEAT, HINDRANCE, Lsn, NAME, STALLED, millis,
-    surely,
-};
+use super::{Context, DEAD_LETTERS, DEAD_LETTERS_HINDRANCE, Epoch, HINDRANCE, Lsn, NAME, STALLED, surely};
 use crate::domain::{Error, Ticker};
-use crate::store::index::clickhouse::{Marker, is_migrated, mark};
+use crate::store::index::clickhouse::is_migrated;
 use crate::store::metadata::Beat;
 use crate::telemetry::ReplicationEvent;
 
@@ -297,15 +294,14 @@ impl Stream {
 
     /// What was told before is stored first, or a row would be buried that came back.
     async fn truncate(&mut self) -> Result<(), TermEnd> {
-        let (version, next) = self.batcher.truncate()?;
+        let Truncation { at: version, next } = self.batcher.truncate()?;
         self.flush_rest().await?;
         let context = self.flusher.context().clone();
         let _flight = context.depart();
-        self.flusher.bury(version).await;
+        self.flusher.tombstone_up_to(version).await;
         let slot = &self.options.slot;
-        let noted = || context.postgres.buried(slot, version.epoch().0, next.place().0);
+        let noted = || context.postgres.note_truncate(slot, version.epoch().0, next.place().0);
         surely("a TRUNCATE", noted).await;
-        context.truncated.notify_one();
         Ok(())
     }
 
@@ -436,7 +432,6 @@ async fn beat(
                 leader: &options.name,
                 flushed: place.0,
                 is_storing,
-                prefix: HEARTBEAT,
             };
             let beat = postgres.beat(beat).await?;
             let retained = postgres.slot(&options.slot).await?.map_or(0, |slot| slot.retained);
@@ -501,27 +496,10 @@ async fn attend(
             }
             Err(_) => continue,
         }
-        let Ok(installation) = slot::installation(context).await else { continue };
-        let marker = Marker {
-            installation,
-            slot: options.slot.clone(),
-            epoch: epoch.0,
-            beat,
-            lsn: place.0,
-            heartbeat_ms: millis(options.heartbeat),
-        };
-        match mark(&context.clickhouse, &marker).await {
-            Ok(()) => {
-                marked = beat;
-                if let Err(error) = context.postgres.marked(&options.slot, epoch.0, beat).await {
-                    tracing::debug!(
-                        error = &error as &dyn std::error::Error,
-                        "a heartbeat in ClickHouse is not noted"
-                    );
-                }
-            }
-            Err(fault) => {
-                tracing::debug!(error = &fault as &dyn std::error::Error, "no heartbeat in ClickHouse");
+        match slot::leave_mark(context, options, epoch, (beat, place)).await {
+            Ok(_) => marked = beat,
+            Err(error) => {
+                tracing::debug!(error = &error as &dyn std::error::Error, "no heartbeat in ClickHouse");
             }
         }
     }

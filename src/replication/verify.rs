@@ -23,10 +23,10 @@ const PAGE: (u32, u32) = (500, 4 << 20);
 /// Rows of ClickHouse that are read at once: more than a page only where some are there that should not be.
 const STORED: usize = 600;
 /// How often it is looked at a session that changes meanwhile before it is left.
-const LOOKS: usize = 5;
+const ATTEMPTS: usize = 5;
 /// How often it is looked how far the slot is read, and for how long nothing may come of it.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-const PATIENCE: Duration = Duration::from_secs(60);
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What was found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -38,12 +38,12 @@ pub struct Verified {
     pub missing: BTreeSet<String>,
     /// Ids of those of which ClickHouse says something else.
     pub stale: BTreeSet<String>,
-    /// Ids of those that ClickHouse has and Postgres has not, or not there in the order of lists.
+    /// Ids that only ClickHouse has, or has at another creation time.
     pub phantom: BTreeSet<String>,
     /// Ids of those that changed whenever they were looked at.
     pub unsettled: BTreeSet<String>,
     /// Whether what differed was stored again, and is the same now.
-    pub mended: bool,
+    pub repaired: bool,
 }
 
 impl Verified {
@@ -64,7 +64,7 @@ struct Comparison<'a> {
     verified: Verified,
 }
 
-/// Compares every session. What is on its way is waited for, so a replicator must run. With `mends`, what differs is stored again.
+/// Compares every session. What is on its way is waited for, so a replicator must run. With `repairs`, what differs is stored again.
 /// `told` is told how many have been compared.
 ///
 /// # Errors
@@ -72,7 +72,7 @@ struct Comparison<'a> {
 pub async fn verify(
     flusher: &Flusher,
     slot: &str,
-    mends: bool,
+    repairs: bool,
     told: impl Fn(u64),
 ) -> Result<Verified, SlotError> {
     let context = flusher.context();
@@ -85,19 +85,19 @@ pub async fn verify(
     let filed = filed_environments(&context.clickhouse, None).await?;
     let environments: HashMap<_, _> =
         filed.into_iter().chain(stored).map(|environment| (environment.id.clone(), environment)).collect();
-    let mut is_mended = true;
+    let mut is_repaired = true;
     for environment in environments.into_values() {
         let differing = comparison.environment(&environment, &told).await?;
-        if mends {
+        if repairs {
             let ids: Vec<_> = differing.iter().map(String::as_str).collect();
             for portion in ids.chunks(PORTION) {
                 repair(flusher, epoch, &environment, portion).await?;
                 let again = portion.iter().map(ToString::to_string).collect();
-                is_mended &= comparison.settle(&environment, again).await?.is_empty();
+                is_repaired &= comparison.recheck(&environment, again).await?.is_empty();
             }
         }
     }
-    comparison.verified.mended = mends && is_mended && comparison.verified.unsettled.is_empty();
+    comparison.verified.repaired = repairs && is_repaired && comparison.verified.unsettled.is_empty();
     Ok(comparison.verified)
 }
 
@@ -128,20 +128,20 @@ impl Comparison<'_> {
             self.verified.compared += ours.len() as u64;
             told(self.verified.compared);
             let candidates = differing_ids(ours, theirs);
-            differing.extend(self.settle(environment, candidates).await?);
+            differing.extend(self.recheck(environment, candidates).await?);
             after = end;
         }
         Ok(differing)
     }
 
     /// Looks again at what may only be on its way. Returns what differs all the same.
-    async fn settle(
+    async fn recheck(
         &mut self,
         environment: &Environment,
         mut candidates: BTreeSet<String>,
     ) -> Result<BTreeSet<String>, SlotError> {
         let mut differing = BTreeSet::new();
-        for _ in 0..LOOKS {
+        for _ in 0..ATTEMPTS {
             if candidates.is_empty() {
                 return Ok(differing);
             }
@@ -214,7 +214,7 @@ impl Comparison<'_> {
             if confirmed > reached {
                 (moved, reached) = (Instant::now(), confirmed);
             }
-            if moved.elapsed() > PATIENCE {
+            if moved.elapsed() > STALL_TIMEOUT {
                 return Err(SlotError::Unfit(
                     "nothing is stored, so what differs may be on its way: see `sessiond replicate status`"
                         .to_owned(),

@@ -189,7 +189,7 @@ impl ReplicationMetrics {
     }
 
     /// A new epoch: everything is copied.
-    pub fn began_anew(&self) {
+    pub fn epoch_begun(&self) {
         self.beginnings.inc();
     }
 

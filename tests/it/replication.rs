@@ -97,7 +97,7 @@ impl Slot {
                 self.batcher.commit(Lsn(message.get_u64()));
             }
             _ => match self.decoder.decode(message).expect("a message") {
-                Change::Truncate => self.truncated = Some(self.batcher.truncate().expect("versions").0),
+                Change::Truncate => self.truncated = Some(self.batcher.truncate().expect("versions").at),
                 change => self.batcher.take(change).expect("taken"),
             },
         }

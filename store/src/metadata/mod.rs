@@ -3,6 +3,7 @@
 //! `open` connects and migrates, `sessions`, `runs`, `waitpoints` and `tenants` hold the queries, `rows` turns rows into values.
 //! Knows nothing of lists; [`SqlIndex`](super::index::sql::SqlIndex) borrows the connections.
 
+mod dead_letters;
 mod open;
 mod replication;
 pub(crate) mod rows;
@@ -17,9 +18,10 @@ use sea_orm::{
     TransactionOptions, TransactionTrait,
 };
 
+pub use dead_letters::DeadLetter;
 pub use open::{Migrated, OpenError, OpenOptions, migrate};
 pub use replication::{
-    Beat, DeadLetter, Phase, Place, Published, ReplicationState, ReplicationStore, SetupLock, SlotStatus,
+    Beat, Phase, Place, Published, ReplicationState, ReplicationStore, SetupLock, SlotStatus,
 };
 
 use sessiond_domain::error::{Error, Result};

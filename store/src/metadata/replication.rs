@@ -48,27 +48,6 @@ pub struct Beat<'a> {
     pub flushed: u64,
     /// False while nothing can be stored, though there is something.
     pub is_storing: bool,
-    /// Whose the message is that is put into the log with it.
-    pub prefix: &'a str,
-}
-
-/// A change that ClickHouse does not take. It holds no row: the one in `sessions` is the truth.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeadLetter {
-    /// Names it.
-    pub id: String,
-    /// What it was to be stored under.
-    pub epoch: u8,
-    /// Its place in the log; 0 for a row that is older than the slot.
-    pub place: u64,
-    /// The environment of the session.
-    pub environment: String,
-    /// The session.
-    pub session: String,
-    /// Why it was not taken, without anything of what it holds.
-    pub reason: String,
-    /// When that was, in milliseconds since 1970.
-    pub created_at: i64,
 }
 
 /// What is being done with a slot.
@@ -152,12 +131,11 @@ impl SetupLock {
     }
 }
 
-/// Where the dead letters of a slot are that count.
-const DEAD_LETTERS: &str = "FROM replication_dead_letters l JOIN replication r ON r.slot = l.slot AND r.epoch = l.epoch \
-                            WHERE l.slot = $1 AND l.replayed_at IS NULL";
-
 /// Held while a slot is made, so that of several processes one makes it. Any number would do.
 const SETUP_LOCK: i64 = 0x5E55_1043;
+
+/// Whose heartbeats in the log are.
+const HEARTBEAT: &str = "sessiond.heartbeat";
 
 /// Longest that an answer may take. A host that is gone says nothing, and the connection to it may live for long.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -214,7 +192,7 @@ impl ReplicationStore {
     /// # Errors
     /// [`Error::Unavailable`].
     pub async fn beat(&self, beat: Beat<'_>) -> Result<Option<u64>> {
-        let Beat { slot, epoch, leader, flushed, is_storing, prefix } = beat;
+        let Beat { slot, epoch, leader, flushed, is_storing } = beat;
         let sql = "WITH beat AS (UPDATE replication SET beats = beats + 1, leader = $3, \
                    flushed_lsn = greatest(flushed_lsn, $4), flushed_at = CASE WHEN $6 THEN \
                    (extract(epoch FROM clock_timestamp()) * 1000)::bigint ELSE flushed_at END, leader_seen_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint \
@@ -225,7 +203,7 @@ impl ReplicationStore {
             i16::from(epoch).into(),
             leader.into(),
             flushed.cast_signed().into(),
-            prefix.into(),
+            HEARTBEAT.into(),
             is_storing.into(),
         ];
         let beat = self.noted(sql, values).await?;
@@ -248,7 +226,7 @@ impl ReplicationStore {
     /// [`Error::Unavailable`].
     pub async fn copy_anew(&self, slot: &str, old: u8, beats: u64, new: u8) -> Result<bool> {
         let sql = "UPDATE replication SET epoch = $3, phase = 'backfilling', backfilled_to = NULL, swept_at = NULL, \
-                   buried_lsn = 0, marked = 0 WHERE slot = $1 AND epoch = $2 AND beats = $4 \
+                   truncated_lsn = 0, marked = 0 WHERE slot = $1 AND epoch = $2 AND beats = $4 \
                    AND phase IN ('backfilling', 'streaming') RETURNING 1 AS one";
         let values = [slot.into(), i16::from(old).into(), i16::from(new).into(), beats.cast_signed().into()];
         self.note(sql, values).await
@@ -503,7 +481,7 @@ impl ReplicationStore {
         let begin = "INSERT INTO replication (slot, epoch, system_identifier, timeline, slot_lsn, phase) \
                      VALUES ($1, $2, $3, $4, 0, 'creating') ON CONFLICT (slot) DO UPDATE SET epoch = $2, system_identifier = $3, \
                      timeline = $4, slot_lsn = 0, phase = 'creating', backfilled_to = NULL, swept_at = NULL, flushed_lsn = 0, \
-                     leader = NULL, leader_seen_at = NULL, flushed_at = NULL, buried_lsn = 0, marked = 0 \
+                     leader = NULL, leader_seen_at = NULL, flushed_at = NULL, truncated_lsn = 0, marked = 0 \
                      WHERE replication.phase <> 'dropped' AND (replication.epoch < $2 OR \
                      replication.epoch = $2 AND replication.phase = 'creating') RETURNING 1 AS one";
         let epoch = i16::from(epoch);
@@ -608,76 +586,6 @@ impl ReplicationStore {
         Ok(get::<i64>(&row, "place")?.cast_unsigned())
     }
 
-    /// Keeps dead letters of a slot; those that are kept already are left as they are.
-    ///
-    /// # Errors
-    /// [`Error::Unavailable`].
-    pub async fn keep_dead_letters(&self, slot: &str, letters: &[DeadLetter]) -> Result<()> {
-        for letter in letters {
-            let DeadLetter { id, epoch, place, environment, session, reason, created_at } = letter;
-            let sql = "INSERT INTO replication_dead_letters (id, slot, epoch, lsn, environment_id, session_id, reason, created_at) \
-                       VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (id) DO NOTHING RETURNING 1 AS one";
-            let values = [
-                id.into(),
-                slot.into(),
-                i16::from(*epoch).into(),
-                place.cast_signed().into(),
-                environment.into(),
-                session.into(),
-                reason.into(),
-                (*created_at).into(),
-            ];
-            self.note(sql, values).await?;
-        }
-        Ok(())
-    }
-
-    /// Dead letters that have not been replayed, behind one, in the order of their ids. What was not taken under an earlier
-    /// epoch has been copied since, or is a dead letter of this one.
-    ///
-    /// # Errors
-    /// [`Error::Unavailable`].
-    pub async fn dead_letters(&self, slot: &str, after: &str, limit: u32) -> Result<Vec<DeadLetter>> {
-        let sql = format!(
-            "SELECT l.id, l.epoch, l.lsn, l.environment_id, l.session_id, l.reason, l.created_at {DEAD_LETTERS} \
-             AND l.id > $2 ORDER BY l.id LIMIT {limit}"
-        );
-        let rows = self.all(&sql, [slot.into(), after.into()]).await?;
-        let letter = |row: &QueryResult| {
-            Ok(DeadLetter {
-                id: get(row, "id")?,
-                epoch: u8::try_from(get::<i16>(row, "epoch")?).unwrap_or_default(),
-                place: get::<i64>(row, "lsn")?.cast_unsigned(),
-                environment: get(row, "environment_id")?,
-                session: get(row, "session_id")?,
-                reason: get(row, "reason")?,
-                created_at: get(row, "created_at")?,
-            })
-        };
-        rows.iter().map(letter).collect()
-    }
-
-    /// How many there are of those.
-    ///
-    /// # Errors
-    /// [`Error::Unavailable`].
-    pub async fn count_dead_letters(&self, slot: &str) -> Result<u64> {
-        let row = self.one(&format!("SELECT count(*) AS count {DEAD_LETTERS}"), [slot.into()]).await?;
-        row.map(|row| get::<i64>(&row, "count").map(i64::cast_unsigned))
-            .transpose()
-            .map(Option::unwrap_or_default)
-    }
-
-    /// Notes that a dead letter was replayed.
-    ///
-    /// # Errors
-    /// [`Error::Unavailable`].
-    pub async fn replayed(&self, id: &str) -> Result<()> {
-        let sql = "UPDATE replication_dead_letters SET replayed_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint \
-                   WHERE id = $1 RETURNING 1 AS one";
-        self.note(sql, [id.into()]).await.map(drop)
-    }
-
     /// Notes how far older rows have been copied under `epoch`; `None` once all are, and what no epoch has stored is cleared
     /// away. False if the epoch is over.
     ///
@@ -691,40 +599,40 @@ impl ReplicationStore {
         self.note(sql, [slot.into(), i16::from(epoch).into(), to.map(str::to_owned).into()]).await
     }
 
-    /// Milliseconds since it was cleared away what had been gone before a place of the log, and that place; `None` if that was
-    /// done for good, or not yet.
+    /// Milliseconds since tombstones were written for the rows older than a place of the log, and that place; `None` if no second
+    /// sweep is due under this epoch.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn since_swept(&self, slot: &str, epoch: u8) -> Result<Option<(i64, u64)>> {
-        let sql = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint - swept_at AS since, buried_lsn FROM replication \
+    pub async fn pending_sweep(&self, slot: &str, epoch: u8) -> Result<Option<(i64, u64)>> {
+        let sql = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint - swept_at AS since, truncated_lsn FROM replication \
                    WHERE slot = $1 AND epoch = $2 AND phase = 'streaming' AND swept_at IS NOT NULL";
         let Some(row) = self.one(sql, [slot.into(), i16::from(epoch).into()]).await? else { return Ok(None) };
-        Ok(Some((get(&row, "since")?, get::<i64>(&row, "buried_lsn")?.cast_unsigned())))
+        Ok(Some((get(&row, "since")?, get::<i64>(&row, "truncated_lsn")?.cast_unsigned())))
     }
 
-    /// Notes that it was cleared away what had been gone before `place`, for the first time.
+    /// Notes that tombstones were written for every row older than `place`, so that a second sweep is due. False if the epoch is over.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn buried(&self, slot: &str, epoch: u8, place: u64) -> Result<bool> {
-        let sql = "UPDATE replication SET buried_lsn = greatest(buried_lsn, $3), \
+    pub async fn note_truncate(&self, slot: &str, epoch: u8, place: u64) -> Result<bool> {
+        let sql = "UPDATE replication SET truncated_lsn = greatest(truncated_lsn, $3), \
                    swept_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint WHERE slot = $1 AND epoch = $2 RETURNING 1 AS one";
         self.note(sql, [slot.into(), i16::from(epoch).into(), place.cast_signed().into()]).await
     }
 
-    /// Notes that it was cleared away for good what had been gone before `place`.
+    /// Notes that the second sweep of the rows older than `place` is done, unless another TRUNCATE came since.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn swept(&self, slot: &str, epoch: u8, place: u64) -> Result<()> {
-        let sql = "UPDATE replication SET swept_at = NULL WHERE slot = $1 AND epoch = $2 AND buried_lsn = $3 RETURNING 1 AS one";
+    pub async fn note_swept(&self, slot: &str, epoch: u8, place: u64) -> Result<()> {
+        let sql = "UPDATE replication SET swept_at = NULL WHERE slot = $1 AND epoch = $2 AND truncated_lsn = $3 RETURNING 1 AS one";
         self.note(sql, [slot.into(), i16::from(epoch).into(), place.cast_signed().into()]).await.map(drop)
     }
 
     /// Changes a row of `replication`; whether there was one. A synchronous standby that is away must keep no leader from
     /// showing that it lives, or from going on: what a lost standby does not know is found out by its timeline.
-    async fn note<const N: usize>(&self, sql: &str, values: [Value; N]) -> Result<bool> {
+    pub(super) async fn note<const N: usize>(&self, sql: &str, values: [Value; N]) -> Result<bool> {
         Ok(self.noted(sql, values).await?.is_some())
     }
 
@@ -749,11 +657,19 @@ impl ReplicationStore {
         Ok(noted)
     }
 
-    async fn one<const N: usize>(&self, sql: &str, values: [Value; N]) -> Result<Option<QueryResult>> {
+    pub(super) async fn one<const N: usize>(
+        &self,
+        sql: &str,
+        values: [Value; N],
+    ) -> Result<Option<QueryResult>> {
         Ok(self.all(sql, values).await?.into_iter().next())
     }
 
-    async fn all<const N: usize>(&self, sql: &str, values: [Value; N]) -> Result<Vec<QueryResult>> {
+    pub(super) async fn all<const N: usize>(
+        &self,
+        sql: &str,
+        values: [Value; N],
+    ) -> Result<Vec<QueryResult>> {
         in_time(self.all_at_length(sql, values)).await
     }
 
@@ -763,7 +679,7 @@ impl ReplicationStore {
     }
 }
 
-fn get<T: sea_orm::TryGetable>(row: &QueryResult, column: &str) -> Result<T> {
+pub(super) fn get<T: sea_orm::TryGetable>(row: &QueryResult, column: &str) -> Result<T> {
     row.try_get("", column).map_err(fault)
 }
 

@@ -29,10 +29,10 @@ impl World {
         self.phase_or_none().await.expect("a row")
     }
 
-    /// Waits until what comes late has been cleared away.
+    /// Waits until the second sweep is done.
     async fn swept(&self) {
         let swept = async {
-            while self.postgres().since_swept(&self.slot.name, 1).await.expect("asked").is_some() {
+            while self.postgres().pending_sweep(&self.slot.name, 1).await.expect("asked").is_some() {
                 sleep(Duration::from_millis(10)).await;
             }
         };
@@ -157,7 +157,7 @@ async fn rows_on_postgres_that_were_read_before_a_truncate_are_not_left_by_it() 
     let reading = flusher.reading_older().await;
     let page = world.postgres().page(COLUMNS, "", 10, 1 << 20).await.expect("a page");
     let (burying, bury) = (flusher.clone(), RowVersion::new(Epoch(1), Lsn(500)));
-    let truncate = tokio::spawn(async move { burying.bury(bury).await });
+    let truncate = tokio::spawn(async move { burying.tombstone_up_to(bury).await });
     flusher.store_older(page, RowVersion::new(Epoch(1), Lsn(0))).await;
     assert!(!truncate.is_finished(), "it waits until what was read is stored");
     drop(reading);

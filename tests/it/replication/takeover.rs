@@ -87,6 +87,7 @@ async fn another_process_reads_the_slot_of_postgres_soon_after_its_reader_was_ki
     println!("taken over after kill -9 within {:?} at the median, of {times:?}", times[KILLS / 2]);
     // What is asked for is a second; on a machine that does much else it may take longer.
     assert!(times[KILLS / 2] < Duration::from_secs(5), "{times:?}");
+    assert!(times[0] < Duration::from_secs(1), "not once within a second: {times:?}");
 
     let leader = read.leader(&pair.each_ref().map(id)).await;
     let process = id(&pair[leader]);
@@ -140,14 +141,7 @@ async fn a_process_that_is_cut_off_from_postgres_amid_a_heartbeat_keeps_no_other
     let url = format!("{host}:{}/{database}", way.port);
     let store = SqlMetadata::postgres_when_asked(&url, OpenOptions::default()).expect("a URL");
     let behind = ReplicationStore::new(store);
-    let beat = Beat {
-        slot: &world.slot.name,
-        epoch: 1,
-        leader: "the test",
-        flushed: 0,
-        is_storing: true,
-        prefix: "the test",
-    };
+    let beat = Beat { slot: &world.slot.name, epoch: 1, leader: "the test", flushed: 0, is_storing: true };
     let seen = async |what: &str| {
         let looking = async {
             let query =

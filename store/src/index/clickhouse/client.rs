@@ -113,7 +113,7 @@ pub enum Fault {
     },
     /// Somebody has changed the table.
     #[error(
-        "the column {column} of {database}.sessions_v1 is not of type {kind} any more: rows cannot be stored"
+        "the column {column} of {database}.sessions_v1 is not of type {kind}, so rows cannot be stored: ALTER TABLE {database}.sessions_v1 MODIFY COLUMN {column} {kind}"
     )]
     Altered {
         /// The database.

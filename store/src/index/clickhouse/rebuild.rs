@@ -134,7 +134,7 @@ impl Rebuild {
             // One that has begun after this one, and was faster, has not seen what this one stored.
             let newest = last_step(&self.clickhouse, "WHERE finished = 1").await?;
             let newest = newest.map_or(self.version, |step| step.version.max(self.version));
-            self.writer.bury_older_than(newest).await?;
+            self.writer.tombstone_older_than(newest).await?;
             self.progress.finished = true;
         }
         self.note().await?;

@@ -157,7 +157,8 @@ pub async fn is_migrated(clickhouse: &ClickHouse) -> Result<bool, Fault> {
     Ok(found.sessions && found.step == Some(KNOWN))
 }
 
-/// Checks that rows which are refused are so for what they hold: that nobody has changed the columns. More of them change nothing.
+/// Checks that nobody has changed the type of a column that rows are inserted into; otherwise a refusal says nothing about the
+/// row. Further columns are allowed.
 ///
 /// # Errors
 /// [`Fault::Altered`]; otherwise what keeps the server from answering.

@@ -109,17 +109,17 @@ impl SessionWriter {
     ///
     /// # Errors
     /// As [`SessionWriter::insert`].
-    pub async fn bury_older_than(&self, version: u64) -> Result<(), Fault> {
+    pub async fn tombstone_older_than(&self, version: u64) -> Result<(), Fault> {
         let months = "SELECT DISTINCT partition_id FROM system.parts \
                       WHERE database = {database:String} AND table = 'sessions_v1' AND active";
         let months = self.clickhouse.query(months).param("database", self.clickhouse.database());
         for month in self.clickhouse.fetch::<String>(months).await? {
-            self.bury_in(&month, version).await?;
+            self.tombstone_in(&month, version).await?;
         }
         Ok(())
     }
 
-    async fn bury_in(&self, partition: &str, version: u64) -> Result<(), Fault> {
+    async fn tombstone_in(&self, partition: &str, version: u64) -> Result<(), Fault> {
         let text = "INSERT INTO sessions_v1 (environment_id, organization_id, project_id, session_id, environment_type, \
              friendly_id, type, created_at, updated_at, _version, _is_deleted) \
              SELECT environment_id, organization_id, project_id, session_id, environment_type, friendly_id, type, \

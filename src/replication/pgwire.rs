@@ -64,8 +64,6 @@ pub struct Identity {
     pub timeline: u32,
     /// The database.
     pub database: String,
-    /// Up to where the log is on disk.
-    pub flushed: Lsn,
 }
 
 /// A replication connection, which holds its slot as long as it lives.
@@ -179,7 +177,6 @@ async fn session(options: &SourceOptions) -> Result<(ReplicationClient, Tunnel, 
         system_identifier: system.system_id,
         timeline: system.timeline,
         database: system.dbname.unwrap_or_default(),
-        flushed: Lsn(system.xlogpos.as_u64()),
     };
     Ok((client, tunnel, identity))
 }

@@ -474,7 +474,7 @@ async fn attend(
     superseded: &CancellationToken,
     (told, gap): (&watch::Sender<(u64, Lsn)>, &watch::Sender<Duration>),
 ) {
-    let (context, mut told, mut missing) = (flusher.context(), told.subscribe(), 0);
+    let (context, mut told, mut was_behind) = (flusher.context(), told.subscribe(), false);
     // The last heartbeat that is known to be there.
     let mut marked = 0;
     while told.changed().await.is_ok() {
@@ -484,10 +484,10 @@ async fn attend(
         context.metrics.flush_gap(next);
         gap.send_replace(next);
         match standing(context, options, epoch, marked).await {
-            Ok(Standing::Ours) => missing = 0,
+            Ok(Standing::Ours) => was_behind = false,
             // Of a cluster, one server may not have heard of it yet.
-            Ok(Standing::Behind) if missing == 0 => {
-                missing = 1;
+            Ok(Standing::Behind) if !was_behind => {
+                was_behind = true;
                 continue;
             }
             Ok(Standing::Behind | Standing::Elsewhere) | Err(SlotError::Unfit(_)) => {

@@ -1,10 +1,9 @@
 //! Rows that ClickHouse does not take, made by a constraint of its table.
 
-use reqwest::Method;
 use sea_orm::Database;
 use tokio::time::Instant;
 
-use super::service::{Installation, ask, create};
+use super::service::{Installation, create, degraded};
 use super::term::World;
 use super::*;
 use crate::harness::clickhouse;
@@ -68,16 +67,7 @@ async fn rows_of_postgres_that_clickhouse_refuses_delay_no_others_and_can_be_rep
     for letter in letters {
         assert_eq!(letter["reason"], "ClickHouse refuses (code 469)", "it says nothing of the row");
     }
-    let told = async {
-        loop {
-            let (_, body) = ask(&server.url, Method::GET, "/readyz", Value::Null).await;
-            if body["degraded"].to_string().contains("replicate dead-letters") {
-                return;
-            }
-            sleep(Duration::from_millis(20)).await;
-        }
-    };
-    timeout(PATIENCE, told).await.expect("it is told");
+    degraded(&server.url, |text| text.contains("replicate dead-letters")).await;
 
     // As long as nothing is mended they are refused again, and one that has become whole by itself is not.
     let mended = "UPDATE sessions SET task_identifier = 'agent' WHERE id = 'session_002002'";

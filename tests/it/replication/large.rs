@@ -108,17 +108,23 @@ async fn the_size_of_batches_on_postgres_changes_nothing_in_the_table() {
     }
 }
 
+/// Of a Postgres, and an engine of its own.
+fn between(sql: &Sql, engine: &Engine) -> Installation {
+    Installation {
+        postgres: sql.database.url.clone(),
+        clickhouse: connect(options(&engine.url())),
+        slot: slot_name(),
+        url: engine.url(),
+        data: tempfile::tempdir().expect("a folder"),
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_clickhouse_that_is_frozen_costs_no_memory_and_no_connection_to_postgres() {
     // A round of what each row has: 16 KiB, most of which compresses well where it is stored.
     const METADATA: &str = "jsonb_build_object('noise', repeat(md5(n::text), 512))";
     let (sql, engine) = (Sql::postgres().await, Engine::start());
-    let here = Installation {
-        postgres: sql.database.url.clone(),
-        clickhouse: connect(options(&engine.url())),
-        url: engine.url(),
-        ..Installation::fresh().await
-    };
+    let here = between(&sql, &engine);
     let slot = Slot { name: here.slot.clone(), ..Slot::named(&sql).await };
     let replicator = here.replicate();
     let process = replicator.id().expect("it runs");
@@ -163,12 +169,7 @@ fn memory(process: u32, line: &str) -> usize {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_clickhouse_that_is_away_for_long_costs_postgres_no_more_log_than_it_may() {
     let (sql, engine) = (Sql::postgres().await, Engine::start());
-    let here = Installation {
-        postgres: sql.database.url.clone(),
-        clickhouse: connect(options(&engine.url())),
-        url: engine.url(),
-        ..Installation::fresh().await
-    };
+    let here = between(&sql, &engine);
     let slot = Slot { name: here.slot.clone(), ..Slot::named(&sql).await };
     let replicator = here.command().env("SESSIOND_REPLICATION__MAX_WAL", "33554432").arg("replicate").spawn();
     let replicator = replicator.expect("the binary starts");

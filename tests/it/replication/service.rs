@@ -125,7 +125,7 @@ impl Installation {
     }
 }
 
-pub(super) async fn ask(url: &str, method: Method, path: &str, body: Value) -> (u16, Value) {
+async fn ask(url: &str, method: Method, path: &str, body: Value) -> (u16, Value) {
     let request = reqwest::Client::new().request(method, format!("{url}{path}")).bearer_auth(KEY);
     let request = if body.is_null() { request } else { request.json(&body) };
     let response = request.send().await.expect("an answer");
@@ -139,6 +139,21 @@ pub(super) async fn create(url: &str, extra: Value) -> String {
     let (status, created) = ask(url, Method::POST, "/api/v1/sessions", body).await;
     assert!(matches!(status, 200 | 201), "{created}");
     created["id"].as_str().expect("an id").to_owned()
+}
+
+/// Waits until `/readyz` names under `degraded` what is wanted; `null` if nothing is wrong.
+pub(super) async fn degraded(url: &str, wanted: impl Fn(&str) -> bool) {
+    let told = async {
+        loop {
+            let (status, body) = ask(url, Method::GET, "/readyz", Value::Null).await;
+            assert_eq!(status, 200, "{body}");
+            if wanted(&body["degraded"].to_string()) {
+                return;
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, told).await.expect("it is told");
 }
 
 /// The ids that a list gives.
@@ -278,20 +293,7 @@ async fn neither_a_clickhouse_that_is_away_nor_a_missing_right_on_postgres_keeps
     here.url = "http://127.0.0.1:1".to_owned();
     let server = here.serve("a").await;
     let id = create(&server.url, json!({"externalId": "one"})).await;
-    let ready = async {
-        loop {
-            let (status, body) = ask(&server.url, Method::GET, "/readyz", Value::Null).await;
-            assert_eq!(status, 200, "{body}");
-            let degraded = body["degraded"].as_array().cloned().unwrap_or_default();
-            let told =
-                |text: &Value| text.as_str().is_some_and(|text| text.contains("do not come to ClickHouse"));
-            if degraded.iter().any(told) {
-                return;
-            }
-            sleep(Duration::from_millis(20)).await;
-        }
-    };
-    timeout(PATIENCE, ready).await.expect("it is told");
+    degraded(&server.url, |text| text.contains("do not come to ClickHouse")).await;
     let (_, seen) = here.status().await;
     let problems = seen["problems"].to_string();
     assert!(problems.contains("ClickHouse cannot be reached") && !problems.contains("secret"), "{seen}");
@@ -395,16 +397,7 @@ async fn a_slot_of_postgres_that_an_operator_has_dropped_stays_dropped_until_it_
         seen["phase"] == "dropped" && seen["problems"].to_string().contains("sessiond replicate start")
     };
     assert!(is_told(&here.status().await.1));
-    let degraded = async {
-        loop {
-            let (_, body) = ask(&server.url, Method::GET, "/readyz", Value::Null).await;
-            if body["degraded"].to_string().contains("do not come to ClickHouse") {
-                return;
-            }
-            sleep(Duration::from_millis(20)).await;
-        }
-    };
-    timeout(PATIENCE, degraded).await.expect("it is told");
+    degraded(&server.url, |text| text.contains("do not come to ClickHouse")).await;
     assert!(!has(&database, &slot).await, "nobody has made it");
     assert!(run("drop-slot").await.0, "twice is once");
     assert!(run("start").await.0);
@@ -428,18 +421,9 @@ async fn lists_of_clickhouse_say_when_no_replicator_of_postgres_keeps_them_up_to
     let server = Process::start(&mut command, &here.data.path().join("a")).await;
     let replicator = here.replicate();
     here.wait_for("all is copied", |seen| seen["phase"] == "streaming").await;
-    let degraded = async |wanted: fn(&str) -> bool| loop {
-        let (_, body) = ask(&server.url, Method::GET, "/readyz", Value::Null).await;
-        if wanted(&body["degraded"].to_string()) {
-            return;
-        }
-        sleep(Duration::from_millis(50)).await;
-    };
-    timeout(PATIENCE, degraded(|text| text == "null")).await.expect("all is well");
+    degraded(&server.url, |text| text == "null").await;
     drop(replicator);
-    timeout(PATIENCE, degraded(|text| text.contains("no replicator keeps them up to date")))
-        .await
-        .expect("it is told");
+    degraded(&server.url, |text| text.contains("no replicator keeps them up to date")).await;
     drop(server);
     here.end().await;
 }
